@@ -1,0 +1,48 @@
+"""Fast audio-visual masked autoencoders that drop into existing CAV-MAE training scripts.
+
+Importing needs torch and numpy alone (Triton where kernels run); names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .models import (
+        CAVMAE,
+        CAVMAEFT,
+        PRESETS,
+        PRETRAINED_TO_FINE_TUNED,
+        CAVMAEFTAudio,
+        CheckpointError,
+        create_model,
+        load_checkpoint,
+        load_imagenet_mae,
+    )
+
+__all__ = [
+    "CAVMAE",
+    "CAVMAEFT",
+    "PRESETS",
+    "PRETRAINED_TO_FINE_TUNED",
+    "CAVMAEFTAudio",
+    "CheckpointError",
+    "create_model",
+    "load_checkpoint",
+    "load_imagenet_mae",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(importlib.import_module(".models", __name__), name)
+    if name in ("data", "evaluation", "models", "ops", "reference", "training"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,87 @@
+"""What the models take: normalised log-mel spectrograms and normalised images, from integers, on any device."""
+
+import torch
+from torch import Tensor
+
+from cavmae_fast.ops.log_mel_fbank import log_mel_fbank
+
+AUDIO_MEAN, AUDIO_STD = -5.081, 4.4849  # of the log-mel values over AudioSet
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_WINDOW, _SHIFT, _MEL_BINS = 400, 160, 128  # 25 ms and 10 ms at 16 kHz
+
+
+@torch.no_grad()
+def audio_features(
+    waveform: Tensor, num_samples: Tensor, audio_length: int = 1024, mean: float = AUDIO_MEAN, std: float = AUDIO_STD
+) -> Tensor:
+    """Normalised log-mel spectrograms of a batch of clips, each as if it had been computed alone.
+
+    Every clip loses the mean of its own samples; its `1 + (n - 400) // 160` frames are zero-padded or cut to
+    `audio_length`, and then normalised as `(x - mean) / std` (so padding becomes `-mean / std`, as published).
+
+    Args:
+        waveform: `[batch, samples]` at 16 kHz: int16, or floating point with full scale 1.0. What lies past a clip's
+            own end is ignored.
+        num_samples: `[batch]` integers, the samples that are the clip's own, 400 (25 ms) or more.
+        audio_length: frames of 10 ms to return.
+        mean, std: of the log-mel values of the training data.
+
+    Returns:
+        `[batch, audio_length, 128]` float32 on the waveform's device.
+
+    Raises:
+        TypeError, ValueError: a wrong type or shape, or `num_samples` out of range. (The range is checked for tensors
+            on the CPU only: looking at it on an accelerator would make every batch wait.)
+    """
+    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
+        raise TypeError(f"waveform is {waveform.dtype}; allowed: int16 or floating point")
+    if waveform.dim() != 2:
+        raise ValueError(f"waveform has shape {list(waveform.shape)}; allowed: [batch, samples]")
+    batch, samples = waveform.shape
+    if num_samples.is_floating_point() or num_samples.shape != (batch,):
+        raise ValueError(
+            f"num_samples is {num_samples.dtype} {list(num_samples.shape)}; allowed: integers of shape [{batch}]"
+        )
+    if audio_length < 1:
+        raise ValueError(f"audio_length is {audio_length}; allowed: 1 or more frames")
+    if num_samples.device.type == "cpu" and batch:
+        low, high = int(num_samples.min()), int(num_samples.max())
+        if low < _WINDOW or high > samples:
+            raise ValueError(f"num_samples lies in [{low}, {high}]; allowed: {_WINDOW} to {samples} (the waveform's)")
+
+    count = num_samples.to(waveform.device)[:, None]  # [batch, 1]
+    own = torch.arange(samples, device=waveform.device) < count  # [batch, samples]
+    scaled = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
+    scaled = torch.where(own, scaled, 0.0)  # not a product: padding may hold NaN
+    centred = scaled - scaled.sum(dim=1, keepdim=True) / count
+
+    # Frames past audio_length would be cut again; frames past a clip's end are not its own.
+    used = min(samples, (audio_length - 1) * _SHIFT + _WINDOW)
+    energies = log_mel_fbank(centred[:, :used], 16000, _MEL_BINS)  # [batch, frames, 128]
+    frames = energies.shape[1]
+    inside = torch.arange(frames, device=waveform.device) <= (count - _WINDOW) // _SHIFT  # [batch, frames]
+    features = energies.new_zeros(batch, audio_length, _MEL_BINS)
+    features[:, :frames] = torch.where(inside[..., None], energies, 0.0)
+    return features.sub_(mean).div_(std)
+
+
+@torch.no_grad()
+def image_features(image: Tensor) -> Tensor:
+    """Images normalised with ImageNet's mean and standard deviation.
+
+    Args:
+        image: `[batch, 3, height, width]` uint8, RGB, any device.
+
+    Returns:
+        `[batch, 3, height, width]` float32.
+
+    Raises:
+        ValueError: a wrong dtype or shape.
+    """
+    if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; allowed: torch.uint8 of shape [batch, 3, height, width]"
+        )
+    mean = torch.tensor(IMAGE_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(IMAGE_STD, device=image.device)[:, None, None]
+    return (image.float() / 255).sub_(mean).div_(std)

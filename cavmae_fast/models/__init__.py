@@ -1,0 +1,19 @@
+"""The modules users import. Parameters, names and numbers are those of the published code; the speed is in `ops`."""
+
+from .cavmae import CAVMAE
+from .cavmae_ft import CAVMAEFT, CAVMAEFTAudio
+from .checkpoint import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint, load_imagenet_mae
+from .presets import PRESETS, Preset, create_model
+
+__all__ = [
+    "CAVMAE",
+    "CAVMAEFT",
+    "PRESETS",
+    "PRETRAINED_TO_FINE_TUNED",
+    "CAVMAEFTAudio",
+    "CheckpointError",
+    "Preset",
+    "create_model",
+    "load_checkpoint",
+    "load_imagenet_mae",
+]

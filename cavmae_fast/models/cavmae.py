@@ -1,0 +1,133 @@
+"""CAV-MAE pretraining model on packed streams: the published signature, names and numbers, computed fast.
+
+Exact savings over the published forward: only kept patches are projected; the audio, video and joint passes of the shared
+block are one pass; the last decoder block runs for removed tokens alone; streams whose loss has weight 0 are not computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.contrastive_loss import contrastive_loss
+from ..ops.layout import StreamLayout
+from ..ops.masked_patch_mse import masked_patch_mse
+from ..ops.scatter_tokens import scatter_tokens
+from ..reference import cavmae as reference
+from ..reference.masking import Masking
+from ..reference.operators import take_tokens
+from .checkpoint import Pretrained
+from .distributed import gather_rows
+from .encoder import PackedEncoder, compute_dtype
+from .packed import State, block, block_for_tokens, linear, normalize
+
+NEGATIVES = ("all", "rank")
+
+
+class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
+    """CAV-MAE for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
+
+    Positional arguments, defaults, returned tuples and state-dict keys are the published ones. Ours, by keyword:
+
+    - `depth`: encoder blocks in all (12), of which `modality_specific_depth` are per modality and the rest shared;
+    - `attention`: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here);
+    - `bidirect_contrast`: the mean of both directions in the contrastive loss, instead of the published one.
+
+    Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
+    """
+
+    negatives = "all"
+    "'all': contrast with the clips of every rank, with gradient; 'rank': with this rank's alone, as published."
+
+    def decoder_state(self, joint: Tensor, masking_a: Masking, masking_v: Masking, dtype: torch.dtype) -> State:
+        """Joint tokens `[B, K, D]` -> the decoder's input: kept tokens at their places, mask tokens elsewhere."""
+        batch, kept, _ = joint.shape
+        x = linear(joint.flatten(0, 1), [self.decoder_embed], StreamLayout(batch, (kept,)))
+        places, positions, before = [], [], 0
+        for m, masking in (("a", masking_a), ("v", masking_v)):
+            here = masking.ids_restore
+            count = masking.ids_keep.shape[1]
+            places.append(torch.where(here < count, here + before, -1))
+            before += count
+            positions.append(getattr(self, f"decoder_pos_embed_{m}") + getattr(self, f"decoder_modality_{m}"))
+        place, pos = torch.cat(places, dim=1), torch.cat(positions, dim=1)
+        x = scatter_tokens(x, place, self.mask_token.flatten(), pos.squeeze(0))
+        return State(x, None, StreamLayout(batch, (place.shape[1],)))
+
+    def predict(self, state: State, length_a: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The final norm and the two heads; the first `length_a` tokens of each sample are audio's."""
+        (tokens,) = state.layout.streams(normalize(state, [self.decoder_norm], dtype)[1])
+        predictions = []
+        for head, part in ((self.decoder_pred_a, tokens[:, :length_a]), (self.decoder_pred_v, tokens[:, length_a:])):
+            layout = StreamLayout(part.shape[0], (part.shape[1],))
+            predictions.append(linear(part.flatten(0, 1), [head], layout).unflatten(0, part.shape[:2]))
+        return predictions[0], predictions[1]
+
+    def decode(self, joint: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(self.norm.weight)
+        state = self.decoder_state(joint, masking_a, masking_v, dtype)
+        for one in self.decoder_blocks:
+            state = block(state, [one], [None], dtype, self.attention)
+        return self.predict(state, self.patch_embed_a.num_patches, dtype)
+
+    def decode_removed(self, joint: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
+        """As `decode`, for removed patches alone: audio `[B, Ma, p*p]`, video `[B, Mv, p*p*C]`, in `ids_removed` order."""
+        dtype = compute_dtype(self.norm.weight)
+        state = self.decoder_state(joint, masking_a, masking_v, dtype)
+        for one in self.decoder_blocks[:-1]:
+            state = block(state, [one], [None], dtype, self.attention)
+        removed = torch.cat([masking_a.ids_removed, masking_v.ids_removed + self.patch_embed_a.num_patches], dim=1)
+        state = block_for_tokens(state, self.decoder_blocks[-1], removed, dtype, self.attention)
+        return self.predict(state, masking_a.ids_removed.shape[1], dtype)
+
+    def removed_loss(self, m: str, x: Tensor, pred: Tensor, masking: Masking) -> Tensor:
+        """Mean squared error of `pred [B, M, p*p*C]`, the predictions for the removed patches of modality `m`."""
+        return masked_patch_mse(pred, self.images(m, x), masking.ids_removed, self.patch_size, self.norm_pix_loss)
+
+    def forward(
+        self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
+        mae_loss_weight: float = 1.0, contrast_loss_weight: float = 0.01, mask_mode: str = "unstructured",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self.check_inputs(audio, imgs)
+        masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
+        reconstruct, contrast = mae_loss_weight != 0, contrast_loss_weight != 0
+        loss_mae = loss_mae_a = loss_mae_v = loss_c = c_acc = torch.zeros((), device=audio.device)
+        if reconstruct:
+            self.check_removed(masking_a, masking_v)
+        if reconstruct or contrast:
+            ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
+            tokens = self.encode({"a": audio, "v": imgs}, ids_keep, single=contrast, joint=reconstruct)
+        if reconstruct:
+            pred_a, pred_v = self.decode_removed(tokens[None], masking_a, masking_v)
+            loss_mae_a = self.removed_loss("a", audio, pred_a, masking_a)
+            loss_mae_v = self.removed_loss("v", imgs, pred_v, masking_v)
+            loss_mae = mae_loss_weight * (loss_mae_a + loss_mae_v)
+        if contrast:
+            statistics = torch.promote_types(self.norm.weight.dtype, torch.float32)
+            means = [tokens[m].mean(dim=1, dtype=statistics) for m in ("a", "v")]
+            if self.negatives not in NEGATIVES:
+                raise ValueError(f"negatives is {self.negatives!r}; it must be one of {', '.join(NEGATIVES)}")
+            if self.negatives == "all":
+                means = [gather_rows(mean) for mean in means]
+            nce, c_acc = contrastive_loss(*means, bidirectional=self.bidirect_contrast)
+            loss_c = contrast_loss_weight * nce
+        return loss_mae + loss_c, loss_mae, loss_mae_a, loss_mae_v, loss_c, masking_a.mask, masking_v.mask, c_acc
+
+    def forward_inpaint(
+        self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
+        mask_mode: str = "unstructured",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self.check_inputs(audio, imgs)
+        masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
+        self.check_removed(masking_a, masking_v)
+        ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
+        joint = self.encode({"a": audio, "v": imgs}, ids_keep, single=False, joint=True)[None]
+        pred_a, pred_v = self.decode(joint, masking_a, masking_v)
+        loss_a = self.removed_loss("a", audio, take_tokens(pred_a, masking_a.ids_removed), masking_a)
+        loss_v = self.removed_loss("v", imgs, take_tokens(pred_v, masking_v.ids_removed), masking_v)
+        return pred_a, pred_v, masking_a.mask, masking_v.mask, loss_a, loss_v
+
+    def forward_feat(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_inputs(a, v)
+        tokens = self.encode({"a": a, "v": v}, None, single=True, joint=False)
+        return tokens["a"], tokens["v"]

@@ -1,0 +1,201 @@
+"""Checkpoints: published `.pth` files, safetensors, ImageNet-MAE initialisation, and our own folders.
+
+Everything is read with `weights_only=True` or as safetensors: a checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+PRETRAINED_TO_FINE_TUNED = {
+    "allow_missing": ("mlp_head.*",),
+    "allow_unexpected": ("decoder_*", "mask_token", "*_v", "*_v.*"),
+}
+"Arguments of `load_checkpoint` that take a pretraining checkpoint into `CAVMAEFT` or `CAVMAEFTAudio`."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model; the message names the file and the keys."""
+
+
+class LoadReport(NamedTuple):
+    """Names that the model has and the checkpoint lacks, and the reverse; empty where everything fitted."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file, a PyTorch file, or a folder written by `save_pretrained`.
+
+    The prefix `module.` (from DataParallel) is taken off; a state dict under the key `model` or `state_dict` is unwrapped.
+    Raises CheckpointError, naming the file, when there is none or it holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {reason}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"checkpoint {path} does not hold a state dict (a mapping of names to tensors)")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | os.PathLike | Mapping[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> LoadReport:
+    """Loads a checkpoint (a path, see `read_state`, or a state dict) into `model`.
+
+    Names missing from the checkpoint or unexpected in it are an error unless they match a pattern (as in file names:
+    `decoder_*`) of `allow_missing` or `allow_unexpected`; a shape that differs is always an error. Nothing is loaded when
+    there is an error. Returns what was missing and unexpected. Raises CheckpointError.
+    """
+    named = isinstance(source, Mapping)
+    state = {k.removeprefix("module."): v for k, v in source.items()} if named else read_state(source)
+    origin = "the state dict" if named else f"checkpoint {source}"
+    own = model.state_dict()
+    report = LoadReport(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
+    problems = []
+    for kind, names, allowed in (
+        ("missing", report.missing, list(allow_missing)),
+        ("unexpected", report.unexpected, list(allow_unexpected)),
+    ):
+        names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+        if names:
+            problems.append(f"{kind}: {', '.join(names)} (allow_{kind} takes patterns of names that may be {kind})")
+    for name in sorted(own.keys() & state.keys()):
+        if own[name].shape != state[name].shape:
+            problems.append(f"{name} has shape {list(state[name].shape)}, the model's has {list(own[name].shape)}")
+    if problems:
+        raise CheckpointError(f"{origin} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict({name: state[name] for name in own.keys() & state.keys()}, strict=False)
+    return report
+
+
+def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:
+    """Initialises a CAV-MAE model from an image MAE checkpoint (ViT with or without decoder and class token).
+
+    The RGB projection goes to video and, summed over channels, to audio; the first blocks to both modality-specific stacks
+    and the rest to the shared blocks, whose norms and the final norm are copied to the `_a` and `_v` ones; the decoder,
+    where checkpoint and model have one, to the decoder, the first 256 (patch area) outputs of its head serving audio.
+    Position embeddings without class token are taken for video. Returns which of the model's names kept their own values
+    and which of the checkpoint's were not used. Raises CheckpointError when a shape does not fit or no block is found.
+    """
+    state = dict(source) if isinstance(source, Mapping) else read_state(source)
+    origin = "the state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+    own = model.state_dict()
+    depth = len(model.blocks_a)
+    new: dict[str, Tensor] = {}
+    used: set[str] = set()
+
+    def put(name: str, key: str, value: Tensor) -> None:
+        if name not in own:
+            return
+        if own[name].shape != value.shape:
+            raise CheckpointError(
+                f"{origin}: {key} gives {name} the shape {list(value.shape)}, the model's has {list(own[name].shape)}"
+            )
+        new[name] = value
+        used.add(key)
+
+    for key, value in state.items():
+        first, _, rest = key.partition(".")
+        if first == "blocks":
+            index, _, leaf = rest.partition(".")
+            if int(index) < depth:
+                for m in "av":
+                    put(f"blocks_{m}.{index}.{leaf}", key, value)
+            else:
+                put(f"blocks_u.{int(index) - depth}.{leaf}", key, value)
+                norm, _, kind = leaf.partition(".")
+                if norm in ("norm1", "norm2"):
+                    for m in "av":
+                        put(f"blocks_u.{int(index) - depth}.{norm}_{m}.{kind}", key, value)
+        elif first == "norm":
+            for name in ("norm", "norm_a", "norm_v"):
+                put(f"{name}.{rest}", key, value)
+        elif key == "patch_embed.proj.weight":
+            put("patch_embed_v.proj.weight", key, value)
+            put("patch_embed_a.proj.weight", key, value.sum(dim=1, keepdim=True))
+        elif key == "patch_embed.proj.bias":
+            for m in "av":
+                put(f"patch_embed_{m}.proj.bias", key, value)
+        elif key in ("pos_embed", "decoder_pos_embed"):
+            name = f"{key}_v"
+            if name in own:
+                put(name, key, value[:, value.shape[1] - own[name].shape[1] :])
+        elif first == "decoder_pred" and hasattr(model, "decoder_pred_a"):
+            put(f"decoder_pred_v.{rest}", key, value)
+            put(f"decoder_pred_a.{rest}", key, value[: model.decoder_pred_a.out_features])
+        elif first in ("decoder_blocks", "decoder_embed", "decoder_norm", "mask_token"):
+            put(key, key, value)
+    if not any(name.startswith("blocks_u.") for name in new):
+        raise CheckpointError(f"{origin} is no image MAE checkpoint: it has no blocks.{depth} for the shared block")
+    model.load_state_dict(new, strict=False)
+    return LoadReport(sorted(own.keys() - new.keys()), sorted(state.keys() - used - {"cls_token"}))
+
+
+class Pretrained:
+    """`save_pretrained` and `from_pretrained`: a folder with `config.json` and `model.safetensors`."""
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Writes constructor arguments and weights into `folder` (made if absent); each file appears only when whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"class": type(self).__name__, **self.config}
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        for name, write in (
+            (WEIGHTS_FILE, lambda path: save_file(state, path)),
+            (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n")),
+        ):
+            partial = folder / f".{name}.partial"
+            write(partial)
+            partial.replace(folder / name)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **overrides) -> Self:
+        """Builds the model that `save_pretrained` wrote into `folder`. `overrides` change constructor arguments, such as
+        `attention`. Raises CheckpointError naming what is missing, of another class, or does not fit."""
+        path = Path(folder) / CONFIG_FILE
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; save_pretrained writes one") from error
+        except (ValueError, NotADirectoryError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        name = config.pop("class", None)
+        if name != cls.__name__:
+            raise CheckpointError(f"{path} describes a {name}; this is {cls.__name__}.from_pretrained")
+        config["norm_layer"] = functools.partial(nn.LayerNorm, eps=config.pop("norm_eps", 1e-5))
+        model = cls(**config | overrides)
+        load_checkpoint(model, folder)
+        return model

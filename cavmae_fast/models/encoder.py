@@ -1,0 +1,75 @@
+"""What the fast models share: embedding of kept patches and the encoder blocks on packed streams."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import BACKENDS
+from ..ops.embed_kept_patches import embed_kept_patches
+from ..ops.layout import StreamLayout
+from ..reference import cavmae as reference
+from .packed import State, block, normalize
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's where it is on for the parameter's device, else the parameter's own."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+
+
+class PackedEncoder(reference.Encoder):
+    """Encoder whose streams lie packed in one buffer. Parameters, names and initialisation are the reference's."""
+
+    attentions = BACKENDS
+
+    def embed_kept(self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, dtype: torch.dtype) -> State:
+        """Inputs by modality -> packed tokens of their kept patches (None: all), one stream a modality, in order."""
+        batch = next(iter(inputs.values())).shape[0]
+        tokens, lengths = [], []
+        for m, x in inputs.items():
+            embedding = getattr(self, f"patch_embed_{m}")
+            ids = None if ids_keep is None else ids_keep[m]
+            pos, modality = getattr(self, f"pos_embed_{m}"), getattr(self, f"modality_{m}")
+            weight, bias = embedding.proj.weight.to(dtype), embedding.proj.bias
+            images = self.images(m, x)
+            tokens.append(embed_kept_patches(images, ids, weight, bias, pos.squeeze(0), modality.flatten()))
+            lengths.append(embedding.num_patches if ids is None else ids.shape[1])
+        return State(torch.cat(tokens), None, StreamLayout(batch, tuple(lengths)))
+
+    def specific_blocks(self, state: State, modalities: list[str], dtype: torch.dtype) -> State:
+        """The modality-specific blocks, all modalities at once."""
+        stacks = [getattr(self, f"blocks_{m}") for m in modalities]
+        for blocks in zip(*stacks):
+            state = block(state, blocks, [None] * len(modalities), dtype, self.attention)
+        return state
+
+    def shared_blocks(self, state: State, modalities: list[str | None], dtype: torch.dtype) -> Tensor:
+        """The shared blocks and final norms, all streams at once; `modalities` says whose norms each stream passes."""
+        for shared in self.blocks_u:
+            state = block(state, [shared], modalities, dtype, self.attention)
+        norms = [getattr(self, f"norm_{m}" if m else "norm") for m in modalities]
+        return normalize(state, norms, dtype)[1]
+
+    def encode(
+        self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, single: bool, joint: bool
+    ) -> dict[str | None, Tensor]:
+        """The whole encoder -> normed tokens `[B, L, D]` by stream: each modality alone (`single`) under its name, all
+        modalities together (`joint`; for one modality, that one with the joint norms) under None."""
+        dtype = compute_dtype(self.norm.weight)
+        modalities = list(inputs)
+        state = self.specific_blocks(self.embed_kept(inputs, ids_keep, dtype), modalities, dtype)
+        x, layout = state.value(), state.layout
+        parts, lengths, streams = [], [], []
+        if single:
+            parts, lengths, streams = [x], [*layout.lengths], [*modalities]
+        if joint:
+            parts.append(torch.cat(layout.streams(x), dim=1).flatten(0, 1))
+            lengths.append(sum(layout.lengths))
+            streams.append(None)
+        packed = StreamLayout(layout.batch, tuple(lengths))
+        tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype)
+        return dict(zip(streams, packed.streams(tokens)))
+
+    def features(self, m: str, x: Tensor) -> Tensor:
+        return self.encode({m: x}, None, single=True, joint=False)[m]

@@ -1,0 +1,81 @@
+"""The transformer block on packed streams: every stream of the batch in one buffer, one launch an operator.
+
+A `State` is the residual stream with its last update not yet added: the addition happens inside the next LayerNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.attention import attention, query_attention
+from ..ops.gather_tokens import gather_tokens
+from ..ops.layout import StreamLayout
+from ..ops.linear_gelu import linear_gelu
+from ..ops.stream_layer_norm import stream_layer_norm
+from ..ops.stream_linear import stream_linear
+from ..reference.blocks import Block
+
+
+class State(NamedTuple):
+    """`x + delta` is the residual stream `[R, D]` of the streams in `layout`; delta None means nothing to add."""
+
+    x: Tensor
+    delta: Tensor | None
+    layout: StreamLayout
+
+    def value(self) -> Tensor:
+        return self.x if self.delta is None else self.x + self.delta
+
+
+def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The residual stream with its update added, and its LayerNorm in `dtype`, one norm a stream."""
+    weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
+    return stream_layer_norm(state.x, state.delta, weights, biases, state.layout, norms[0].eps, dtype)
+
+
+def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, operator=stream_linear) -> Tensor:
+    """One layer for all streams, or one a stream, computed in x's dtype."""
+    weights, biases = ([p.to(x.dtype) for p in group] for group in zip(*((la.weight, la.bias) for la in layers)))
+    return operator(x, weights, biases, layout)
+
+
+def block(
+    state: State, blocks: Sequence[Block], modalities: Sequence[str | None], dtype: torch.dtype, backend: str
+) -> State:
+    """One block: the same for all streams, or one a stream. `modalities` says whose norms each stream passes."""
+    layout = state.layout
+    norm1s, norm2s = _norms(blocks, modalities)
+    x, h = normalize(state, norm1s, dtype)
+    qkv = linear(h, [b.attn.qkv for b in blocks], layout)
+    h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
+    x, h = normalize(State(x, linear(h, [b.attn.proj for b in blocks], layout), layout), norm2s, dtype)
+    return State(x, _mlp(h, blocks, layout), layout)
+
+
+def block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
+    """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
+    layout = state.layout
+    wanted = StreamLayout(layout.batch, (ids.shape[1],))
+    x, h = normalize(state, [one.norm1], dtype)
+    qkv, width = one.attn.qkv, state.x.shape[1]
+    weight, bias = qkv.weight.to(dtype), qkv.bias.to(dtype)
+    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout)
+    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted)
+    h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
+    x, h = normalize(State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted), wanted), [one.norm2], dtype)
+    return State(x, _mlp(h, [one], wanted), wanted)
+
+
+def _mlp(h: Tensor, blocks: Sequence[Block], layout: StreamLayout) -> Tensor:
+    h = linear(h, [b.mlp.fc1 for b in blocks], layout, linear_gelu)
+    return linear(h, [b.mlp.fc2 for b in blocks], layout)
+
+
+def _norms(blocks: Sequence[Block], modalities: Sequence[str | None]) -> tuple[list, list]:
+    each = blocks if len(blocks) == len(modalities) else [blocks[0]] * len(modalities)
+    norm1s, norm2s = zip(*(b.norms(m) for b, m in zip(each, modalities)))
+    return list(norm1s), list(norm2s)

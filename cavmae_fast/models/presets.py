@@ -1,0 +1,47 @@
+"""Named systems of the papers: how each differs in model, losses and recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .cavmae import CAVMAE
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A system: constructor arguments of `CAVMAE`, loss weights, and the published recipe (per-step batch of clips)."""
+
+    summary: str
+    model: dict[str, Any] = field(default_factory=dict)
+    mae_loss_weight: float = 1.0
+    contrast_loss_weight: float = 0.01
+    batch_size: int = 48
+    learning_rate: float = 5e-5
+    epochs: int = 25
+    decay_start: int = 10
+    decay_every: int = 5
+
+    def create(self, **overrides: Any) -> CAVMAE:
+        """The model; `overrides` change single constructor arguments."""
+        return CAVMAE(**{"norm_pix_loss": True, **self.model, **overrides})
+
+
+PRESETS = {
+    "cav": Preset("contrastive learning alone: no decoder is run", mae_loss_weight=0.0),
+    "vanilla-av-mae": Preset(
+        "masked autoencoder with one joint encoder and no contrastive loss",
+        model={"modality_specific_depth": 0}, contrast_loss_weight=0.0,
+    ),
+    "av-mae": Preset("CAV-MAE without the contrastive loss", contrast_loss_weight=0.0),
+    "cav-mae-base": Preset("CAV-MAE, batch 48"),
+    "cav-mae-scale+": Preset("CAV-MAE, batch 120", batch_size=120, learning_rate=1e-4),
+    "cav-mae-scale++": Preset("CAV-MAE, batch 256", batch_size=256, learning_rate=2e-4),
+}  # fmt: skip
+
+
+def create_model(name: str, **overrides: Any) -> CAVMAE:
+    """The model of the preset `name`, with single constructor arguments changed. ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"model is {name!r}; it must be one of {', '.join(PRESETS)}")
+    return PRESETS[name].create(**overrides)

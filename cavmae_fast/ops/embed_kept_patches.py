@@ -1,0 +1,187 @@
+"""Patch projection of the kept patches alone, + bias + position + modality.
+
+    patches[b, k] = pixels of patch ids[b, k] in (channel, row, column) order          [B * K, C * p * p]
+    out = patches weight^T + bias + modality + pos[ids]                                [B * K, D] in pos' dtype
+
+Three steps: a kernel gathers the patches straight from the (strided) images into the weight's dtype, PyTorch's GEMM
+projects them, a kernel adds the three terms. Backward, with slot[b, l] = the k for which ids[b, k] = l, or -1:
+
+    dweight = dout^T patches   (GEMM in the weight's dtype),   dpos[l] = sum over b of dout[b, slot[b, l]],
+    dbias = dmodality = sum over l of dpos[l]
+
+One kernel, a program for each place and tile of columns, reads dout once, writes it in the weight's dtype for the GEMM
+and sums over the batch in a fixed order, without atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gather_tokens import _backward as gather_tokens_backward
+from .gather_tokens import check_ids, slots
+from .registry import register
+
+BLOCK_R = 4
+BLOCK_C = 256
+BLOCK_D = 128
+BACKWARD_SAMPLES = 16
+
+
+# -------------------------------------------------------------------------------------------------------- launchers
+
+
+def patch_grid(images: Tensor, patch_size: int) -> Tensor:
+    """images `[B, C, H, W]` -> a view `[B, H/p, W/p, C, p, p]`."""
+    return images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).permute(0, 2, 3, 1, 4, 5)
+
+
+def take_patches(images: Tensor, ids: Tensor | None, patch_size: int, dtype: torch.dtype) -> Tensor:
+    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`."""
+    grid = patch_grid(images, patch_size)
+    if ids is not None:
+        sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+        grid = grid[sample, ids // grid.shape[2], ids % grid.shape[2]]
+    patches = torch.empty(grid.shape, dtype=dtype, device=grid.device).copy_(grid)
+    return patches.view(-1, images.shape[1] * patch_size**2)
+
+
+def _forward_torch(images, ids, weight, bias, pos, modality):
+    batch = images.shape[0]
+    patches = take_patches(images, ids, weight.shape[-1], weight.dtype)
+    table = pos + (bias + modality)
+    out = table.to(pos.dtype).repeat(batch, 1) if ids is None else table.to(pos.dtype).index_select(0, ids.flatten())
+    matrix = weight.flatten(1).t()
+    if out.dtype == weight.dtype:
+        out.addmm_(patches, matrix)
+    else:
+        out += patches @ matrix
+    return out, patches
+
+
+def _backward_torch(dout, patches, ids, length, need_weight, need_pos):
+    statistics = torch.promote_types(dout.dtype, torch.float32)
+    batch = dout.shape[0] // (length if ids is None else ids.shape[1])
+    empty = dout.new_empty(0, dtype=statistics)
+    dweight = dout.to(patches.dtype).t() @ patches if need_weight else patches.new_empty(0)
+    exact = dout.to(statistics)
+    if not need_pos:
+        return dweight, exact.sum(0), empty
+    if ids is not None:
+        exact = gather_tokens_backward(exact, ids, length)
+    dpos = exact.view(batch, length, -1).sum(0)
+    return dweight, dpos.sum(0), dpos
+
+
+# -------------------------------------------------------------------------------------------------- torch operators
+
+
+def _forward_fake(images, ids, weight, bias, pos, modality):
+    rows = images.shape[0] * (pos.shape[0] if ids is None else ids.shape[1])
+    return pos.new_empty(rows, pos.shape[1]), weight.new_empty(rows, weight[0].numel())
+
+
+def _backward_fake(dout, patches, ids, length, need_weight, need_pos):
+    width = dout.shape[1]
+    statistics = torch.promote_types(dout.dtype, torch.float32)
+    dweight = patches.new_empty((width, patches.shape[1]) if need_weight else (0,))
+    dpos = dout.new_empty((length, width) if need_pos else (0,), dtype=statistics)
+    return dweight, dout.new_empty(width, dtype=statistics), dpos
+
+
+_forward = register(
+    "embed_kept_patches",
+    "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality)"
+    " -> (Tensor out, Tensor patches)",
+    reference=_forward_torch, fake=_forward_fake,
+)  # fmt: skip
+_backward = register(
+    "embed_kept_patches_backward",
+    "(Tensor dout, Tensor patches, Tensor? ids, SymInt length, bool need_weight, bool need_pos)"
+    " -> (Tensor dweight, Tensor dbias, Tensor dpos)",
+    reference=_backward_torch, fake=_backward_fake,
+)  # fmt: skip
+
+
+class _EmbedKeptPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, ids, weight, bias, pos, modality):
+        out, patches = _forward(images, ids, weight, bias, pos, modality)
+        need_images = images.requires_grad
+        ctx.save_for_backward(patches, ids, weight if need_images else None)
+        ctx.images, ctx.weight_shape = (images.shape, images.dtype), weight.shape
+        ctx.length, ctx.dtypes = pos.shape[0], (bias.dtype, pos.dtype, modality.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        patches, ids, weight = ctx.saved_tensors
+        need_images, _, need_weight, need_bias, need_pos, need_modality = ctx.needs_input_grad
+        bias_dtype, pos_dtype, modality_dtype = ctx.dtypes
+        dout = dout.contiguous()
+        dweight, dbias, dpos = _backward(dout, patches, ids, ctx.length, need_weight, need_pos)
+        return (
+            _images_gradient(dout, ids, weight, ctx.length, *ctx.images) if need_images else None,
+            None,
+            dweight.view(ctx.weight_shape) if need_weight else None,
+            dbias.to(bias_dtype) if need_bias else None,
+            dpos.to(pos_dtype) if need_pos else None,
+            dbias.to(modality_dtype) if need_modality else None,
+        )
+
+
+def _images_gradient(dout, ids, weight, length, shape, dtype):
+    """`[B, C, H, W]`: rarely wanted (adversarial examples, saliency), so in PyTorch's own operators."""
+    batch, channels, height, width = shape
+    p = weight.shape[-1]
+    dpatches = dout.to(weight.dtype) @ weight.flatten(1)
+    if ids is not None:
+        dpatches = gather_tokens_backward(dpatches, ids, length)
+    grid = dpatches.view(batch, height // p, width // p, channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(shape).to(dtype)
+
+
+def check_images(images: Tensor, patch_size: int) -> int:
+    """Raises unless `images` is a floating-point `[B, C, H, W]` tensor of whole patches -> patches an image."""
+    if not images.is_floating_point():
+        raise TypeError(f"images is {images.dtype}; it must be floating-point")
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"images has shape {list(images.shape)}; it must be [B, C, H, W], none of them 0")
+    height, width = images.shape[2:]
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"patch size {patch_size} does not divide images of {height} x {width} pixels")
+    return (height // patch_size) * (width // patch_size)
+
+
+def embed_kept_patches(
+    images: Tensor, ids_keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, modality: Tensor
+) -> Tensor:
+    """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
+
+    images `[B, C, H, W]` with any strides, ids_keep `[B, K]` int64 in 0..L-1, unique in each sample (neither is checked:
+    that would wait for the device), or None for all L patches in order; weight `[D, C, p, p]`, bias and modality `[D]`,
+    pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the weight's dtype. Raises ValueError or TypeError
+    when a shape or dtype does not fit.
+    """
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p]")
+    length = check_images(images, weight.shape[-1])
+    width, channels = weight.shape[:2]
+    if images.shape[1] != channels:
+        raise ValueError(f"images has {images.shape[1]} channels; weight takes {channels}")
+    parameters = {"bias": (bias, (width,)), "pos": (pos, (length, width)), "modality": (modality, (width,))}
+    for name, (value, shape) in parameters.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}; images and weight need {list(shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} is {value.dtype}; it must be floating-point")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight is {weight.dtype}; it must be floating-point")
+    if ids_keep is not None:
+        check_ids("ids_keep", ids_keep, images.shape[0])
+        ids_keep = ids_keep.contiguous()
+    return _EmbedKeptPatches.apply(
+        images, ids_keep, weight.contiguous(), bias.contiguous(), pos.contiguous(), modality.contiguous()
+    )

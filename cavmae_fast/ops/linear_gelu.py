@@ -1,0 +1,156 @@
+"""Linear layer of packed token streams with the exact (erf) GELU on top: the first half of a transformer's MLP.
+
+    z = x W[s]^T + b[s],    y = gelu(z) = z Phi(z)            [R, K] -> [R, N];  s: the stream of the row
+
+Backward, with z kept in x's dtype:
+
+    dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
+
+The products are `stream_linear`'s. `dgelu_bias` computes dz and the partial sums of db in one pass over dy and z; a
+second small kernel adds them up in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import StreamLayout
+from .registry import register
+from .stream_layer_norm import _pick, _stream_of_tile, _three, stream_sum_kernel
+from .stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
+
+BLOCK_N = 256
+"Columns of a tile: 512 contiguous bytes of a row in bf16."
+BLOCK_R = 8
+"Rows of a tile: 16 elements, two 16-byte loads of each input, a thread with 4 warps."
+ROWS_PER_PROGRAM = 128
+"Rows whose bias gradients one program sums before it writes them: the partial sums are 1/64 of a bf16 input's bytes."
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+INVERSE_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def dgelu_bias_kernel(
+    dy, pre, dpre,  # [R, N]
+    partial,  # [programs, N] fp32
+    rows0, rows1, rows2, tiles0, tiles1, N,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    stream, local = _stream_of_tile(program, tiles0, tiles1)
+    first = _pick(stream, 0, rows0, rows0 + rows1)
+    count = _pick(stream, rows0, rows1, rows2)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < N
+    total = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    for step in range(0, ROWS_PER_PROGRAM, BLOCK_R):
+        row = local * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_R)
+        valid = (row < count)[:, None] & inside[None, :]
+        offset = (first + row).to(tl.int64)[:, None] * N + column[None, :]
+        z = tl.load(pre + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_N]
+        g = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        g *= 0.5 + 0.5 * tl.erf(z * SQRT_HALF) + z * tl.exp(-0.5 * z * z) * INVERSE_SQRT_2PI
+        tl.store(dpre + offset, g.to(dpre.dtype.element_ty), mask=valid)
+        total += g
+    tl.store(partial + program.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
+
+
+def _dgelu_bias_triton(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    width = pre.shape[1]
+    programs = _three([triton.cdiv(n, ROWS_PER_PROGRAM) for n in rows])
+    dpre = torch.empty_like(pre)
+    partial = torch.empty(sum(programs), width, dtype=torch.float32, device=pre.device)
+    db = torch.empty(len(rows), width, dtype=torch.float32, device=pre.device)
+    dgelu_bias_kernel[(sum(programs), triton.cdiv(width, BLOCK_N))](
+        dy, pre, dpre, partial, *_three(rows), programs[0], programs[1], width,
+        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, num_warps=4,
+    )  # fmt: skip
+    stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](
+        partial, db, *programs, D=width, BLOCK_D=64, BLOCK_P=32, num_warps=4
+    )
+    return dpre, db.to(bias_dtype)
+
+
+def _backward_triton(dy, pre, x, weights, rows, bias_dtype, needs_dx):
+    dpre, db = _dgelu_bias_triton(dy, pre, rows, bias_dtype)
+    return *linear_backward(dpre, x, weights, rows, needs_dx), db
+
+
+def _forward_torch(x, weights, biases, rows, keep_pre):
+    pre = linear_forward(x, weights, biases, rows)
+    if keep_pre:
+        return F.gelu(pre), pre
+    return torch.ops.aten.gelu_(pre), x.new_empty(0)
+
+
+def _backward_torch(dy, pre, x, weights, rows, bias_dtype, needs_dx):
+    dpre = torch.ops.aten.gelu_backward(dy, pre)
+    return *linear_backward(dpre, x, weights, rows, needs_dx), bias_gradient(dpre, rows, bias_dtype)
+
+
+# -------------------------------------------------------------------------------------------------- torch operators
+
+
+def _forward_fake(x, weights, biases, rows, keep_pre):
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
+
+
+_forward = register(
+    "linear_gelu",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
+    reference=_forward_torch,
+    fake=_forward_fake,
+)
+_backward = register(
+    "linear_gelu_backward",
+    "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
+    " -> (Tensor dx, Tensor dw, Tensor db)",
+    reference=_backward_torch,
+    triton=_backward_triton,
+    fake=lambda dy, pre, *rest: backward_fake(dy, *rest),
+)
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows, keep_pre, *parameters):
+        count = len(parameters) // 2
+        weights, biases = list(parameters[:count]), list(parameters[count:])
+        y, pre = _forward(x, weights, biases, rows, keep_pre)
+        ctx.save_for_backward(pre, x, *weights)
+        ctx.rows, ctx.bias_dtypes = rows, [b.dtype for b in biases]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        pre, x, *weights = ctx.saved_tensors
+        needs_dx = ctx.needs_input_grad[0]
+        dx, dw, db = _backward(dy.contiguous(), pre, x, weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
+        dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
+        return dx if needs_dx else None, None, None, *dw.unbind(0), *dbs
+
+
+def linear_gelu(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: StreamLayout) -> Tensor:
+    """`gelu(x W^T + b)` with the exact (erf) GELU for packed streams, with one weight for all of them or one for each.
+
+    x `[R, K]`, weights `[N, K]` in x's dtype and biases `[N]`, one of each or one for every stream of `layout`. Returns
+    `[R, N]` in x's dtype. The values before the GELU are kept in x's dtype for backward. Raises ValueError or TypeError
+    when something does not fit.
+    """
+    rows = check_linear(x, weights, biases, layout)
+    keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases))
+    return _LinearGelu.apply(x.contiguous(), rows, keep_pre, *weights, *biases)

@@ -1,0 +1,322 @@
+"""Residual add + LayerNorm of packed token streams, each stream with its own weight and bias.
+
+    x' = x + delta                                    [R, D]
+    y  = (x' - mean) * rstd * weight[s] + bias[s]     s: the stream of the row; mean, rstd over the row, in fp32
+
+Backward, with g = dy * weight[s] and h = (x' - mean) * rstd:
+
+    dx = ddelta = dx' + rstd * (g - mean(g) - h * mean(g * h))
+    dweight[s] = sum over the stream's rows of dy * h,   dbias[s] = sum of dy
+
+Forward reads x, delta and writes x', y in one pass; backward reads dx', dy, x' and writes dx (and ddelta, where its dtype
+differs) in one pass, with partial weight gradients summed by a second small kernel in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import StreamLayout
+from .registry import register
+
+FORWARD_ROWS = 4
+"Rows a program normalises at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."
+BACKWARD_ROWS = 2
+BACKWARD_ROWS_PER_PROGRAM = 64
+"Rows whose weight gradients one program sums before it writes them: the partial sums are 1/64 of the input."
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _stream_of_tile(tile, tiles0, tiles1):
+    """Stream of a tile, and its number within the stream; each stream has whole tiles of its own."""
+    if tile < tiles0:
+        stream, local = 0, tile
+    elif tile < tiles0 + tiles1:
+        stream, local = 1, tile - tiles0
+    else:
+        stream, local = 2, tile - tiles0 - tiles1
+    return stream, local
+
+
+@triton.jit
+def _pick(stream, first, second, third):
+    if stream == 0:
+        chosen = first
+    elif stream == 1:
+        chosen = second
+    else:
+        chosen = third
+    return chosen
+
+
+@triton.jit
+def stream_layer_norm_forward_kernel(
+    x, delta, x_new, y,  # [R, D]
+    mean, rstd,  # [R] fp32
+    w0, w1, w2, b0, b1, b2,  # [D] each
+    rows0, rows1, rows2, tiles0, tiles1, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    stream, local = _stream_of_tile(tl.program_id(0), tiles0, tiles1)
+    first = _pick(stream, 0, rows0, rows0 + rows1)
+    count = _pick(stream, rows0, rows1, rows2)
+    row = local * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    valid = (row < count)[:, None] & inside[None, :]
+    offset = (first + row).to(tl.int64)[:, None] * D + column[None, :]
+
+    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        value += tl.load(delta + offset, mask=valid, other=0.0).to(tl.float32)
+        # What is stored is what is normalised, so that backward sees the same x' as forward did.
+        stored = value.to(x_new.dtype.element_ty)
+        tl.store(x_new + offset, stored, mask=valid)
+        value = stored.to(tl.float32)
+    mu = tl.sum(value, axis=1) / D
+    centred = tl.where(inside[None, :], value - mu[:, None], 0.0)
+    r = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    tl.store(mean + first + row, mu, mask=row < count)
+    tl.store(rstd + first + row, r, mask=row < count)
+    w = tl.load(_pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(_pick(stream, b0, b1, b2) + column, mask=inside, other=0.0).to(tl.float32)
+    result = centred * r[:, None] * w[None, :] + b[None, :]
+    tl.store(y + offset, result.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def stream_layer_norm_backward_kernel(
+    dy, dx_new, x_new, dx, ddelta,  # [R, D]
+    mean, rstd,  # [R] fp32
+    w0, w1, w2,  # [D] each
+    dw_partial, db_partial,  # [programs, D] fp32
+    rows0, rows1, rows2, tiles0, tiles1,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
+    HAS_DX_NEW: tl.constexpr, HAS_DDELTA: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    stream, local = _stream_of_tile(program, tiles0, tiles1)
+    first = _pick(stream, 0, rows0, rows0 + rows1)
+    count = _pick(stream, rows0, rows1, rows2)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    w = tl.load(_pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
+    db = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for step in range(0, ROWS_PER_PROGRAM, BLOCK_R):
+        row = local * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_R)
+        valid = (row < count)[:, None] & inside[None, :]
+        offset = (first + row).to(tl.int64)[:, None] * D + column[None, :]
+        mu = tl.load(mean + first + row, mask=row < count, other=0.0)
+        r = tl.load(rstd + first + row, mask=row < count, other=0.0)
+        g = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        h = (tl.load(x_new + offset, mask=valid, other=0.0).to(tl.float32) - mu[:, None]) * r[:, None]
+        h = tl.where(valid, h, 0.0)
+        dw += tl.sum(g * h, axis=0)
+        db += tl.sum(g, axis=0)
+        g *= w[None, :]
+        mean_g = tl.sum(g, axis=1) / D
+        mean_gh = tl.sum(g * h, axis=1) / D
+        result = r[:, None] * (g - mean_g[:, None] - h * mean_gh[:, None])
+        if HAS_DX_NEW:
+            result += tl.load(dx_new + offset, mask=valid, other=0.0).to(tl.float32)
+        tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=valid)
+        if HAS_DDELTA:
+            tl.store(ddelta + offset, result.to(ddelta.dtype.element_ty), mask=valid)
+    tl.store(dw_partial + program * D + column, dw, mask=inside)
+    tl.store(db_partial + program * D + column, db, mask=inside)
+
+
+@triton.jit
+def stream_sum_kernel(
+    partial,  # [programs, D] fp32
+    total,  # [streams, D] fp32
+    tiles0, tiles1, tiles2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sums each stream's rows of `partial` in a fixed order."""
+    stream = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = _pick(stream, 0, tiles0, tiles0 + tiles1)
+    count = _pick(stream, tiles0, tiles1, tiles2)
+    total_sum = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    for start in range(0, count, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        valid = (row < count)[:, None] & (column < D)[None, :]
+        total_sum += tl.load(partial + (first + row)[:, None] * D + column[None, :], mask=valid, other=0.0)
+    tl.store(total + stream * D + column, tl.sum(total_sum, axis=0), mask=column < D)
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
+
+
+def _three(values: Sequence) -> list:
+    """Kernels take three streams; missing ones repeat the first (tensors) or are empty (0 rows)."""
+    filler = values[0] if isinstance(values[0], Tensor) else 0
+    return [*values, *[filler] * (3 - len(values))]
+
+
+def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype):
+    width = x.shape[1]
+    x_new = torch.empty_like(x) if delta is not None else x.new_empty(0)
+    y = torch.empty_like(x, dtype=out_dtype)
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    tiles = _three([triton.cdiv(n, FORWARD_ROWS) for n in rows])
+    stream_layer_norm_forward_kernel[(sum(tiles),)](
+        x, delta, x_new, y, mean, rstd, *_three(weights), *_three(biases), *_three(rows), tiles[0], tiles[1], eps,
+        D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=FORWARD_ROWS, HAS_DELTA=delta is not None, num_warps=4,
+    )  # fmt: skip
+    return x_new, y, mean, rstd
+
+
+def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
+    width = x_new.shape[1]
+    dx = torch.empty_like(x_new)
+    ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
+    programs = _three([triton.cdiv(n, BACKWARD_ROWS_PER_PROGRAM) for n in rows])
+    partial = torch.empty(2, sum(programs), width, dtype=torch.float32, device=dx.device)
+    total = torch.empty(2, len(rows), width, dtype=torch.float32, device=dx.device)
+    stream_layer_norm_backward_kernel[(sum(programs),)](
+        dy, dx_new, x_new, dx, ddelta, mean, rstd, *_three(weights), partial[0], partial[1], *_three(rows),
+        programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=BACKWARD_ROWS,
+        ROWS_PER_PROGRAM=BACKWARD_ROWS_PER_PROGRAM, HAS_DX_NEW=dx_new is not None, HAS_DDELTA=delta_dtype is not None,
+        num_warps=4,
+    )  # fmt: skip
+    for part, out in zip(partial, total):
+        stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](
+            part, out, *programs, D=width, BLOCK_D=64, BLOCK_P=32, num_warps=4
+        )
+    return dx, ddelta, *total.unbind(0)
+
+
+def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype):
+    x_new = x.new_empty(0) if delta is None else x + delta.to(x.dtype)
+    value = x if delta is None else x_new
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    y = torch.empty_like(x, dtype=out_dtype)
+    mean, rstd = (torch.empty(x.shape[0], dtype=statistics, device=x.device) for _ in range(2))
+    parts = zip(*(t.split(rows) for t in (value, y, mean, rstd)), weights, biases)
+    for value_s, y_s, mean_s, rstd_s, w, b in parts:
+        result, mu, r = torch.native_layer_norm(
+            value_s.to(statistics), value_s.shape[1:], w.to(statistics), b.to(statistics), eps
+        )
+        y_s.copy_(result), mean_s.copy_(mu.squeeze(1)), rstd_s.copy_(r.squeeze(1))
+    return x_new, y, mean, rstd
+
+
+def _backward_torch(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
+    statistics = mean.dtype
+    dx = torch.empty_like(x_new)
+    dw, db = (torch.empty(len(rows), x_new.shape[1], dtype=statistics, device=dx.device) for _ in range(2))
+    parts = zip(*(t.split(rows) for t in (dy, x_new, dx, mean, rstd)), weights, dw, db)
+    for dy_s, x_s, dx_s, mu, r, w, dw_s, db_s in parts:
+        # In the statistics' dtype throughout: PyTorch's bf16 weight gradient on the CPU loses a good part of its bits.
+        result, dw_new, db_new = torch.ops.aten.native_layer_norm_backward(
+            dy_s.to(statistics), x_s.to(statistics), x_s.shape[1:], mu.unsqueeze(1), r.unsqueeze(1), w.to(statistics),
+            torch.zeros_like(w, dtype=statistics), [True, True, True],
+        )  # fmt: skip
+        dx_s.copy_(result), dw_s.copy_(dw_new), db_s.copy_(db_new)
+    if dx_new is not None:
+        dx += dx_new
+    return dx, dx.to(delta_dtype) if delta_dtype is not None else dx.new_empty(0), dw, db
+
+
+# -------------------------------------------------------------------------------------------------- torch operators
+
+
+def _forward_fake(x, delta, weights, biases, rows, eps, out_dtype):
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    x_new = torch.empty_like(x) if delta is not None else x.new_empty(0)
+    return (
+        x_new, torch.empty_like(x, dtype=out_dtype), x.new_empty(x.shape[0], dtype=statistics),
+        x.new_empty(x.shape[0], dtype=statistics),
+    )  # fmt: skip
+
+
+def _backward_fake(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
+    dx = torch.empty_like(x_new)
+    ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
+    dw, db = (mean.new_empty(len(rows), x_new.shape[1]) for _ in range(2))
+    return dx, ddelta, dw, db
+
+
+_forward = register(
+    "stream_layer_norm",
+    "(Tensor x, Tensor? delta, Tensor[] weights, Tensor[] biases, SymInt[] rows, float eps, ScalarType out_dtype)"
+    " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
+    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+)  # fmt: skip
+_backward = register(
+    "stream_layer_norm_backward",
+    "(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
+    " ScalarType? delta_dtype) -> (Tensor dx, Tensor ddelta, Tensor dw, Tensor db)",
+    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
+)  # fmt: skip
+
+
+class _StreamLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, rows, eps, out_dtype, *parameters):
+        count = len(parameters) // 2
+        weights, biases = list(parameters[:count]), list(parameters[count:])
+        x_new, y, mean, rstd = _forward(x, delta, weights, biases, rows, eps, out_dtype)
+        ctx.save_for_backward(x if delta is None else x_new, mean, rstd, *weights)
+        ctx.rows, ctx.delta_dtype = rows, None if delta is None else delta.dtype
+        ctx.bias_dtypes = [b.dtype for b in biases]
+        ctx.set_materialize_grads(False)
+        return y if delta is None else (x_new, y)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x_new, mean, rstd, *weights = ctx.saved_tensors
+        dx_new, dy = (None, *grads) if ctx.delta_dtype is None else grads
+        dy = torch.zeros_like(x_new) if dy is None else dy.contiguous()
+        separate = ctx.delta_dtype if ctx.delta_dtype not in (None, x_new.dtype) else None
+        dx, ddelta, dw, db = _backward(
+            dy, None if dx_new is None else dx_new.contiguous(), x_new, mean, rstd, weights, ctx.rows, separate
+        )
+        if ctx.delta_dtype is None:
+            ddelta = None
+        elif separate is None:
+            ddelta = dx
+        dws = [part.to(w.dtype) for part, w in zip(dw.unbind(0), weights)]
+        dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
+        return dx, ddelta, None, None, None, *dws, *dbs
+
+
+def stream_layer_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: StreamLayout,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and its LayerNorm with each stream's own weight and bias.
+
+    x `[R, D]` (the residual stream), delta `[R, D]` or None (nothing to add), weights and biases: one `[D]` for each
+    stream of `layout`. Returns `(x + delta` in x's dtype, its LayerNorm in `out_dtype)` (default: x's dtype). Statistics
+    are computed in float32. Raises ValueError when a shape does not fit.
+    """
+    layout.check("x", x)
+    width = x.shape[1]
+    if delta is not None and delta.shape != x.shape:
+        raise ValueError(f"delta has shape {list(delta.shape)}; x has {list(x.shape)}")
+    for name, values in (("weights", weights), ("biases", biases)):
+        if len(values) != len(layout.lengths) or any(v.shape != (width,) for v in values):
+            shapes = [list(v.shape) for v in values]
+            raise ValueError(f"{name} have shapes {shapes}; {len(layout.lengths)} streams need one [{width}] each")
+    delta = None if delta is None else delta.contiguous()
+    result = _StreamLayerNorm.apply(
+        x.contiguous(), delta, layout.rows_per_stream, eps, out_dtype or x.dtype, *weights, *biases
+    )
+    return (x, result) if delta is None else result

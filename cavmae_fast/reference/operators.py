@@ -1,0 +1,154 @@
+"""Every operator as a short function of plain, differentiable PyTorch: the specification and the tests' oracle.
+
+All of them work in any floating dtype (float64 for oracles) and on any device.
+`rows` lists how many rows of a packed `[rows, width]` buffer belong to each token stream, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def stream_layer_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and its LayerNorm with each stream's own weight and bias. x, delta `[R, D]`; weights, biases `[D]`."""
+    if delta is not None:
+        x = x + delta
+    parts = [F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in zip(x.split(list(rows)), weights, biases)]
+    return x, torch.cat(parts)
+
+
+def stream_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """`x W^T + b` with one weight for all rows, or one for each stream. x `[R, K]`, weights `[N, K]` -> `[R, N]`."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0], biases[0])
+    return torch.cat([F.linear(part, w, b) for part, w, b in zip(x.split(list(rows)), weights, biases)])
+
+
+def linear_gelu(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """`gelu(x W^T + b)` with the exact (erf) GELU; arguments as in `stream_linear`."""
+    return F.gelu(stream_linear(x, weights, biases, rows))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "eager") -> Tensor:
+    """`softmax(q k^T / sqrt(width)) v` for q `[..., Lq, width]`, k and v `[..., Lk, width]`.
+
+    `implementation`: 'eager' forms the matrix of probabilities, as the published code does; 'sdpa' calls PyTorch's
+    `scaled_dot_product_attention`.
+    """
+    if implementation == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ v
+
+
+def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int], lengths: Sequence[int], heads: int):
+    """Multi-head attention of packed streams, each sample of each stream on its own.
+
+    q `[batch * sum(q_lengths), D]`, kv `[batch * sum(lengths), 2 D]` (keys, then values) -> `[batch * sum(q_lengths), D]`.
+    """
+    width = q.shape[-1] // heads
+    outputs = []
+    q_parts = q.split([batch * n for n in q_lengths])
+    kv_parts = kv.split([batch * n for n in lengths])
+    for q_part, kv_part, q_length, length in zip(q_parts, kv_parts, q_lengths, lengths):
+        qs = q_part.reshape(batch, q_length, heads, width).transpose(1, 2)
+        ks, vs = kv_part.reshape(batch, length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        outputs.append(attention(qs, ks, vs).transpose(1, 2).reshape(batch * q_length, heads * width))
+    return torch.cat(outputs)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """images `[B, C, H, W]` -> patches `[B, (H/p) * (W/p), p * p * C]`, each patch in (row, column, channel) order."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    grid = images.reshape(batch, channels, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
+def unpatchify(patches: Tensor, channels: int, grid_height: int, grid_width: int, patch_size: int) -> Tensor:
+    """The inverse of `patchify`: `[B, grid_height * grid_width, p * p * C]` -> `[B, C, H, W]`."""
+    p = patch_size
+    grid = patches.reshape(patches.shape[0], grid_height, grid_width, p, p, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, grid_height * p, grid_width * p)
+
+
+def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """x `[B, L, D]`, ids `[B, M]` -> `[B, M, D]`: token `ids[b, m]` of sample `b`."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def embed_kept_patches(
+    images: Tensor, ids_keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, modality: Tensor
+) -> Tensor:
+    """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
+
+    images `[B, C, H, W]`, ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias and modality `[D]`,
+    pos `[L, D]` -> `[B * K, D]`.
+    """
+    tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    tokens = tokens + pos + modality
+    if ids_keep is not None:
+        tokens = take_tokens(tokens, ids_keep)
+    return tokens.reshape(-1, tokens.shape[-1])
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """x `[B * L, D]`, ids `[B, M]` -> `[B * M, D]`: row `ids[b, m]` of each sample."""
+    return take_tokens(x.unflatten(0, (ids.shape[0], -1)), ids).flatten(0, 1)
+
+
+def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    """Kept tokens at their places, the mask token elsewhere, + position.
+
+    x `[B * K, D]`, places `[B, L]` (which of the sample's K tokens stands at place l; negative: none),
+    mask_token `[D]`, pos `[L, D]` -> `[B * L, D]`.
+    """
+    tokens = take_tokens(x.unflatten(0, (places.shape[0], -1)), places.clamp(min=0))
+    tokens = torch.where((places >= 0).unsqueeze(-1), tokens, mask_token.to(tokens.dtype))
+    return (tokens + pos).flatten(0, 1)
+
+
+def masked_patch_mse(
+    pred: Tensor, images: Tensor, ids_removed: Tensor, patch_size: int, norm_pix_loss: bool
+) -> Tensor:
+    """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
+
+    pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]`. With `norm_pix_loss` each
+    true patch is normalised first: minus its mean, over the root of (its unbiased variance + 1e-6).
+    """
+    target = take_tokens(patchify(images, patch_size), ids_removed)
+    if norm_pix_loss:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return (pred - target).square().mean()
+
+
+def contrastive_loss(
+    audio: Tensor, video: Tensor, temperature: float = 0.05, bidirectional: bool = False
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE between matching rows of audio and video `[N, D]`, and the share of rows whose best match is their own.
+
+    One direction, as published: for each video a softmax over the audios. `bidirectional` takes the mean of both.
+    """
+    similarity = F.normalize(audio, dim=-1) @ F.normalize(video, dim=-1).T / temperature  # [audio, video]
+    own = torch.arange(similarity.shape[0], device=similarity.device)
+
+    def one_way(scores: Tensor) -> tuple[Tensor, Tensor]:
+        return F.cross_entropy(scores, own), (scores.argmax(dim=1) == own).to(torch.float32).mean()
+
+    loss, accuracy = one_way(similarity.T)
+    if bidirectional:
+        other_loss, other_accuracy = one_way(similarity)
+        loss, accuracy = (loss + other_loss) / 2, (accuracy + other_accuracy) / 2
+    return loss, accuracy

@@ -1,0 +1,125 @@
+"""Compiles what a launcher launches, for architectures that are not here: no GPU is needed.
+
+`capture(function)` runs a launcher on CPU tensors with every kernel launch recorded instead of run: arguments, their
+specialisation (divisible by 16, equal to 1) and the launch options are exactly those of the real call.
+`compile_launch(launch, capability)` compiles one of them and reads registers, spills and matrix instructions off the
+machine code. Kernels must be compiled ones: this file runs in a process of its own, without TRITON_INTERPRET.
+
+Run as a program it compiles the cases of `tests/ops/aot_cases.py` and prints one JSON line for each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+CAPABILITIES = (80, 90, 100)
+MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+POINTERS = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8", torch.int16: "i16", torch.bool: "i1",
+}  # fmt: skip
+
+
+def capture(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
+    """The kernel launches `(kernel, args, kwargs)` that calling `function` makes; none is run."""
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", record):
+        function()
+    return launches
+
+
+def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """The specialised source that Triton would compile for this launch, and the compiler options."""
+    options = {k: v for k, v in kwargs.items() if k in OPTIONS}
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (value is not True and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            raise TypeError(f"argument {parameter.name} of {kernel.__name__} is {type(value).__name__}")
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> dict:
+    """Compiles one launch for `sm_<capability>` -> registers, spilled bytes, shared bytes, whether matrix units are used."""
+    source, options = source_of(*launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    return {
+        "kernel": launch[0].__name__,
+        "capability": capability,
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["LOCAL"]) + int(found["STACK"]),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix": MATRIX_INSTRUCTIONS[capability] in compiled.asm["ptx"],
+    }
+
+
+def compile_case(name: str, capability: int) -> list[dict]:
+    """Every launch of the case `name`, compiled; an exception becomes a row with the key `error`."""
+    from aot_cases import CASES
+
+    rows = []
+    for launch in capture(CASES[name]):
+        try:
+            rows.append({"case": name, **compile_launch(launch, capability)})
+        except Exception as error:  # reported as this case's failure
+            text = f"{type(error).__name__}: {error}"[:2000]
+            rows.append({"case": name, "kernel": launch[0].__name__, "capability": capability, "error": text})
+    return rows
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from aot_cases import CASES
+
+    wanted = sys.argv[1:]
+    names = [name for name in CASES if not wanted or any(name.startswith(w) for w in wanted)]
+    with ProcessPoolExecutor(2) as pool:
+        jobs = [pool.submit(compile_case, name, capability) for name in names for capability in CAPABILITIES]
+        for job in jobs:
+            for row in job.result():
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

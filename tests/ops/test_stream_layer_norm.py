@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import assert_parity
+
+from cavmae_fast.ops import registry
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
+from cavmae_fast.reference import operators as reference
+
+SHAPES = [(1, (1,), 8), (2, (5, 7, 12), 97), (2, (128, 49, 177), 768), (3, (3, 70), 1023), (1, (65,), 512)]
+
+
+def inputs(layout: StreamLayout, width: int, dtype: torch.dtype, delta_dtype: torch.dtype | None):
+    generator = torch.Generator().manual_seed(width)
+
+    def draw(*shape, dtype=dtype, shift=0.0):
+        return (torch.randn(*shape, generator=generator) + shift).to(dtype).requires_grad_()
+
+    x = draw(layout.rows, width, shift=0.5)
+    delta = None if delta_dtype is None else draw(layout.rows, width, dtype=delta_dtype)
+    weights = [draw(width, dtype=torch.float32, shift=1.0) for _ in layout.lengths]
+    return [x, delta, weights, [draw(width, dtype=torch.float32) for _ in layout.lengths]]
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "delta_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float16), (torch.float32, None)],
+)
+def test_parity(mode, shape, dtype, delta_dtype):
+    layout = StreamLayout(*shape[:2])
+
+    def explicit(x, delta, weights, biases):
+        """fp32 arithmetic, rounded where a tensor is handed on."""
+        stream, y = reference.stream_layer_norm(
+            x.float(), None if delta is None else delta.float(), weights, biases, layout.rows_per_stream
+        )
+        return stream.to(dtype), y.to(dtype)
+
+    with registry.override(mode):
+        assert_parity(
+            lambda *args: stream_layer_norm(*args, layout),
+            lambda *args: reference.stream_layer_norm(*args, layout.rows_per_stream),
+            inputs(layout, shape[2], dtype, delta_dtype),
+            baseline=explicit,
+        )
