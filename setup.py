@@ -29,16 +29,16 @@ def find_nvcc() -> str | None:
 
 
 def compile_library(nvcc: str, sources: list[Path], output: Path) -> str:
-    """Compiles for what this nvcc knows of ARCHITECTURES, plus PTX of the newest for GPUs to come. Returns the names."""
+    """Compiles for what this nvcc knows of ARCHITECTURES, plus PTX of the newest for later GPUs; returns the names."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     targets = {virtual: real for virtual, real in ARCHITECTURES.items() if virtual.rstrip("a") in listed}
     newest = list(targets)[-1].rstrip("a")
     codes = [f"-gencode=arch={virtual},code={real}" for virtual, real in targets.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".tmp.so")
+    unfinished = output.with_suffix(".tmp")
     command = [
-        nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=4", *codes,
-        f"-gencode=arch={newest},code={newest}", f"-o={unfinished}", *map(str, sources),
+        nvcc, "-O3", "-std=c++17", "-ftz=true", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=4",
+        *codes, f"-gencode=arch={newest},code={newest}", f"-o={unfinished}", *map(str, sources),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
     unfinished.replace(output)
@@ -94,10 +94,12 @@ class Build(build):
 class BdistWheel(bdist_wheel):
     """A wheel with the library in it is for this platform; it is for any Python, because the library links none."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
+    def run(self) -> None:
         self.run_command("build_native")
-        self.root_is_pure = not (ROOT / LIBRARY).exists()
+        if (ROOT / LIBRARY).exists():
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

@@ -3,13 +3,14 @@
 //     dpre = dact * (Phi(pre) + pre * phi(pre)),    partial[b] = sum of dpre over the rows of block b
 //
 // Memory-bound: three 16-byte accesses for 8 elements of bf16. So the arithmetic has to fit under them, about 40
-// instructions an element on Hopper. erff and expf would take most of that; here one exponential serves both Phi and phi.
+// instructions an element on Hopper; erff and expf would take most of that, gelu_derivative takes half.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "cavmae.h"
+#include "gelu.cuh"
 
 namespace {
 
@@ -21,22 +22,9 @@ constexpr int UNROLL = 4;           // loads in flight: 2 * UNROLL * 16 bytes a 
 __device__ float load(float x) { return x; }
 __device__ float load(__half x) { return __half2float(x); }
 __device__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ T store(float x);
-template <> __device__ float store(float x) { return x; }
-template <> __device__ __half store(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 store(float x) { return __float2bfloat16_rn(x); }
-
-// Phi(z) + z phi(z). erfc(x) = exp(-x^2) t (a1 + t (a2 + ...)), t = 1 / (1 + p x), x = |z| / sqrt 2 is formula 7.1.26 of
-// Abramowitz & Stegun: |error| <= 1.5e-7, one unit in fp32's last place at 1; bf16 and fp16 resolve 4e-3 and 5e-4.
-__device__ float gelu_derivative(float z) {
-    const float gauss = __expf(-0.5f * z * z);
-    const float t = __fdividef(1.f, fmaf(0.3275911f * 0.70710678f, fabsf(z), 1.f));
-    float half_erfc = fmaf(t, 0.5f * 1.061405429f, 0.5f * -1.453152027f);
-    half_erfc = fmaf(t, half_erfc, 0.5f * 1.421413741f);
-    half_erfc = fmaf(t, half_erfc, 0.5f * -0.284496736f);
-    half_erfc = fmaf(t, half_erfc, 0.5f * 0.254829592f) * t * gauss;
-    return fmaf(z * 0.39894228f, gauss, z < 0.f ? half_erfc : 1.f - half_erfc);
-}
+__device__ void store(float& to, float x) { to = x; }
+__device__ void store(__half& to, float x) { to = __float2half_rn(x); }
+__device__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
 template <typename T> struct alignas(16) Vector {
     static constexpr int SIZE = 16 / sizeof(T);
@@ -47,7 +35,7 @@ template <typename T>
 __global__ __launch_bounds__(LANES* ROW_LANES) void dgelu_bias_kernel(T* dpre, float* partial, const T* dact,
                                                                       const T* pre, int64_t rows, int64_t width) {
     using Vec = Vector<T>;
-    __shared__ float sums[ROW_LANES][LANES * Vec::SIZE + 1];
+    __shared__ float sums[ROW_LANES][Vec::SIZE * (LANES + 1)];
     const int64_t column = (int64_t(blockIdx.y) * LANES + threadIdx.x) * Vec::SIZE;
     const int64_t first = int64_t(blockIdx.x) * ROWS_PER_BLOCK;
     float total[Vec::SIZE] = {};
@@ -71,7 +59,7 @@ __global__ __launch_bounds__(LANES* ROW_LANES) void dgelu_bias_kernel(T* dpre, f
                     for (int i = 0; i < Vec::SIZE; ++i) {
                         const float d = load(g[u].value[i]) * gelu_derivative(load(z[u].value[i]));
                         total[i] += d;
-                        result.value[i] = store<T>(d);
+                        store(result.value[i], d);
                     }
                     *reinterpret_cast<Vec*>(dpre + row * width + column) = result;
                 }
@@ -79,12 +67,12 @@ __global__ __launch_bounds__(LANES* ROW_LANES) void dgelu_bias_kernel(T* dpre, f
         }
     }
 #pragma unroll
-    for (int i = 0; i < Vec::SIZE; ++i) sums[threadIdx.y][i * LANES + threadIdx.x] = total[i];
+    for (int i = 0; i < Vec::SIZE; ++i) sums[threadIdx.y][i * (LANES + 1) + threadIdx.x] = total[i];
     __syncthreads();
     // Every thread adds up one column (or fewer), always in the order of the rows.
     for (int c = threadIdx.y * LANES + threadIdx.x; c < LANES * Vec::SIZE; c += LANES * ROW_LANES) {
         const int64_t out = int64_t(blockIdx.y) * LANES * Vec::SIZE + c;
-        const int slot = (c % Vec::SIZE) * LANES + c / Vec::SIZE;
+        const int slot = (c % Vec::SIZE) * (LANES + 1) + c / Vec::SIZE;
         float sum = 0.f;
 #pragma unroll
         for (int r = 0; r < ROW_LANES; ++r) sum += sums[r][slot];

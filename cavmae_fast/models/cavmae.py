@@ -88,12 +88,14 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
         mae_loss_weight: float = 1.0, contrast_loss_weight: float = 0.01, mask_mode: str = "unstructured",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        self.check_inputs(audio, imgs)
-        masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
+        self.check_inputs(audio=audio, imgs=imgs)
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"negatives is {self.negatives!r}; it must be one of {', '.join(NEGATIVES)}")
         reconstruct, contrast = mae_loss_weight != 0, contrast_loss_weight != 0
-        loss_mae = loss_mae_a = loss_mae_v = loss_c = c_acc = torch.zeros((), device=audio.device)
         if reconstruct:
-            self.check_removed(masking_a, masking_v)
+            self.check_removed(mask_ratio_a, mask_ratio_v)
+        masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
+        loss_mae = loss_mae_a = loss_mae_v = loss_c = c_acc = torch.zeros((), device=audio.device)
         if reconstruct or contrast:
             ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
             tokens = self.encode({"a": audio, "v": imgs}, ids_keep, single=contrast, joint=reconstruct)
@@ -105,8 +107,6 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         if contrast:
             statistics = torch.promote_types(self.norm.weight.dtype, torch.float32)
             means = [tokens[m].mean(dim=1, dtype=statistics) for m in ("a", "v")]
-            if self.negatives not in NEGATIVES:
-                raise ValueError(f"negatives is {self.negatives!r}; it must be one of {', '.join(NEGATIVES)}")
             if self.negatives == "all":
                 means = [gather_rows(mean) for mean in means]
             nce, c_acc = contrastive_loss(*means, bidirectional=self.bidirect_contrast)
@@ -117,9 +117,9 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
         mask_mode: str = "unstructured",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
+        self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
-        self.check_removed(masking_a, masking_v)
         ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
         joint = self.encode({"a": audio, "v": imgs}, ids_keep, single=False, joint=True)[None]
         pred_a, pred_v = self.decode(joint, masking_a, masking_v)
@@ -128,6 +128,6 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         return pred_a, pred_v, masking_a.mask, masking_v.mask, loss_a, loss_v
 
     def forward_feat(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_inputs(a, v)
+        self.check_inputs(a=a, v=v)
         tokens = self.encode({"a": a, "v": v}, None, single=True, joint=False)
         return tokens["a"], tokens["v"]

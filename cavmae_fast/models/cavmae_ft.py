@@ -16,7 +16,7 @@ class CAVMAEFT(Pretrained, PackedEncoder, reference.CAVMAEFT):
     def forward(self, a: Tensor | None, v: Tensor | None, mode: str) -> Tensor:
         reference.check_mode(mode, a, v)
         inputs = {m: x for m, x in (("a", a), ("v", v)) if mode == "multimodal" or _MODALITY[mode] == m}
-        self.check_inputs(inputs.get("a"), inputs.get("v"))
+        self.check_inputs(**inputs)
         single, joint = mode != "multimodal", mode == "multimodal" or mode.startswith("missing")
         tokens = self.encode(inputs, None, single=single, joint=joint)
         statistics = torch.promote_types(self.norm.weight.dtype, torch.float32)
@@ -26,7 +26,7 @@ class CAVMAEFT(Pretrained, PackedEncoder, reference.CAVMAEFT):
 
     def forward_feat(self, a: Tensor, v: Tensor | None = None, mode: str = "av") -> tuple[Tensor, Tensor] | Tensor:
         if mode == "av" and v is not None:
-            self.check_inputs(a, v)
+            self.check_inputs(a=a, v=v)
             tokens = self.encode({"a": a, "v": v}, None, single=True, joint=False)
             return tokens["a"], tokens["v"]
         return super().forward_feat(a, v, mode)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ PRETRAINED_TO_FINE_TUNED = {
     "allow_unexpected": ("decoder_*", "mask_token", "*_v", "*_v.*"),
 }
 "Arguments of `load_checkpoint` that take a pretraining checkpoint into `CAVMAEFT` or `CAVMAEFTAudio`."
+ALWAYS_TOLERATED = "cls_token*"
+"Class tokens: checkpoints of some published versions carry them, and no model ever used them."
 
 
 class CheckpointError(ValueError):
@@ -54,15 +54,27 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {reason}") from error
+    return _unwrapped(state, f"checkpoint {path}")
+
+
+def _unwrapped(state: object, origin: str) -> dict[str, Tensor]:
+    """The state dict in `state`, without the keys and prefixes that `read_state` documents."""
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"checkpoint {path} does not hold a state dict (a mapping of names to tensors)")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        raise CheckpointError(f"{origin} does not hold a state dict (a mapping of names to tensors)")
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _state_of(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The state dict of a file, folder or mapping, and how errors call it."""
+    if isinstance(source, Mapping):
+        return _unwrapped(source, "the state dict"), "the state dict"
+    return read_state(source), f"checkpoint {source}"
 
 
 def load_checkpoint(
@@ -75,18 +87,16 @@ def load_checkpoint(
     """Loads a checkpoint (a path, see `read_state`, or a state dict) into `model`.
 
     Names missing from the checkpoint or unexpected in it are an error unless they match a pattern (as in file names:
-    `decoder_*`) of `allow_missing` or `allow_unexpected`; a shape that differs is always an error. Nothing is loaded when
-    there is an error. Returns what was missing and unexpected. Raises CheckpointError.
+    `decoder_*`) of `allow_missing` or `allow_unexpected`, or are unexpected class tokens (`cls_token*`, which no model
+    uses); a shape that differs is always an error. Nothing is loaded when there is an error. Returns what was missing and unexpected. Raises CheckpointError.
     """
-    named = isinstance(source, Mapping)
-    state = {k.removeprefix("module."): v for k, v in source.items()} if named else read_state(source)
-    origin = "the state dict" if named else f"checkpoint {source}"
+    state, origin = _state_of(source)
     own = model.state_dict()
     report = LoadReport(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
     problems = []
     for kind, names, allowed in (
         ("missing", report.missing, list(allow_missing)),
-        ("unexpected", report.unexpected, list(allow_unexpected)),
+        ("unexpected", report.unexpected, [*allow_unexpected, ALWAYS_TOLERATED]),
     ):
         names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
         if names:
@@ -109,8 +119,7 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
     Position embeddings without class token are taken for video. Returns which of the model's names kept their own values
     and which of the checkpoint's were not used. Raises CheckpointError when a shape does not fit or no block is found.
     """
-    state = dict(source) if isinstance(source, Mapping) else read_state(source)
-    origin = "the state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+    state, origin = _state_of(source)
     own = model.state_dict()
     depth = len(model.blocks_a)
     new: dict[str, Tensor] = {}
@@ -151,14 +160,15 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
         elif key in ("pos_embed", "decoder_pos_embed"):
             name = f"{key}_v"
             if name in own:
-                put(name, key, value[:, value.shape[1] - own[name].shape[1] :])
+                put(name, key, value[:, 1:] if value.shape[1] == own[name].shape[1] + 1 else value)
         elif first == "decoder_pred" and hasattr(model, "decoder_pred_a"):
             put(f"decoder_pred_v.{rest}", key, value)
             put(f"decoder_pred_a.{rest}", key, value[: model.decoder_pred_a.out_features])
         elif first in ("decoder_blocks", "decoder_embed", "decoder_norm", "mask_token"):
             put(key, key, value)
-    if not any(name.startswith("blocks_u.") for name in new):
-        raise CheckpointError(f"{origin} is no image MAE checkpoint: it has no blocks.{depth} for the shared block")
+    stack = "blocks_u." if len(model.blocks_u) else "blocks_a."
+    if not any(name.startswith(stack) for name in new):
+        raise CheckpointError(f"{origin} is no image MAE checkpoint of this depth: it has no block for {stack}0")
     model.load_state_dict(new, strict=False)
     return LoadReport(sorted(own.keys() - new.keys()), sorted(state.keys() - used - {"cls_token"}))
 
@@ -167,18 +177,21 @@ class Pretrained:
     """`save_pretrained` and `from_pretrained`: a folder with `config.json` and `model.safetensors`."""
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
-        """Writes constructor arguments and weights into `folder` (made if absent); each file appears only when whole."""
+        """Writes constructor arguments and weights into `folder` (made if absent). Files that are there are replaced only
+        once both new ones are whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"class": type(self).__name__, **self.config}
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        for name, write in (
-            (WEIGHTS_FILE, lambda path: save_file(state, path)),
-            (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n")),
-        ):
-            partial = folder / f".{name}.partial"
-            write(partial)
-            partial.replace(folder / name)
+        partial = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+        try:
+            save_file(state, partial[WEIGHTS_FILE])
+            partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
+            for name, path in partial.items():
+                path.replace(folder / name)
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
         return folder
 
     @classmethod
@@ -190,12 +203,15 @@ class Pretrained:
             config = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; save_pretrained writes one") from error
-        except (ValueError, NotADirectoryError) as error:
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        name = config.pop("class", None)
+        name = config.pop("class", None) if isinstance(config, dict) else type(config).__name__
         if name != cls.__name__:
             raise CheckpointError(f"{path} describes a {name}; this is {cls.__name__}.from_pretrained")
         config["norm_layer"] = functools.partial(nn.LayerNorm, eps=config.pop("norm_eps", 1e-5))
-        model = cls(**config | overrides)
+        try:
+            model = cls(**config | overrides)
+        except TypeError as error:
+            raise CheckpointError(f"{path} and the overrides do not fit {cls.__name__}: {error}") from error
         load_checkpoint(model, folder)
         return model

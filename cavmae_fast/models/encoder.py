@@ -21,7 +21,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 class PackedEncoder(reference.Encoder):
     """Encoder whose streams lie packed in one buffer. Parameters, names and initialisation are the reference's."""
 
-    attentions = BACKENDS
+    attentions = ("auto", *BACKENDS)
 
     def embed_kept(self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, dtype: torch.dtype) -> State:
         """Inputs by modality -> packed tokens of their kept patches (None: all), one stream a modality, in order."""

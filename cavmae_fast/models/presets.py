@@ -14,6 +14,7 @@ class Preset:
 
     summary: str
     model: dict[str, Any] = field(default_factory=dict)
+    mask_ratio: float = 0.75
     mae_loss_weight: float = 1.0
     contrast_loss_weight: float = 0.01
     batch_size: int = 48
@@ -28,6 +29,16 @@ class Preset:
 
 
 PRESETS = {
+    "small": Preset(
+        "a small CAV-MAE for two-second clips and two CPU cores",
+        model={
+            "img_size": 96, "audio_length": 192, "embed_dim": 192, "num_heads": 3, "depth": 4,
+            "modality_specific_depth": 3, "decoder_embed_dim": 96, "decoder_num_heads": 3, "decoder_depth": 1,
+            "bidirect_contrast": True, "norm_pix_loss": False,
+        },
+        mask_ratio=0.5, contrast_loss_weight=0.3, batch_size=64, learning_rate=1e-3, epochs=50, decay_start=30,
+        decay_every=8,
+    ),
     "cav": Preset("contrastive learning alone: no decoder is run", mae_loss_weight=0.0),
     "vanilla-av-mae": Preset(
         "masked autoencoder with one joint encoder and no contrastive loss",

@@ -1,19 +1,19 @@
 """Multi-head self-attention of packed token streams, each sample of each stream on its own.
 
     out = softmax(q k^T / sqrt(W)) v          W = D / heads, for every (stream, sample, head)
-    lse = log sum exp of each row of q k^T / sqrt(W)
+    lse = log2 sum exp of each row of q k^T / sqrt(W)       kept for the backward, in base 2 as the kernels use it
 
-Two forms: `attention` reads one packed qkv `[R, 3 D]` and its backward writes one dqkv; `query_attention` reads queries
-`[Rq, D]` of one layout and keys and values `[R, 2 D]` of another. Either is one launch forward and two backward:
-dS = P * (dout v^T - rowsum(dout * out)), P recomputed from lse. Kernels: `attention_kernels.py`; CPU: `attention_cpu.py`.
-
-Other people's kernels can take their place by name (`backend=`): PyTorch's, flash-attn's, xformers'.
+Two forms: `attention` reads one packed qkv `[R, 3 D]`, and its backward writes one dqkv; `query_attention` reads the
+queries `[Rq, D]` of one layout, and keys and values `[R, 2 D]` of another. Either is one launch forward, two backward:
+dS = P * (dout v^T - rowsum(dout * out)), with P formed again from lse. The kernels are in `attention_kernels.py`, what
+the CPU runs in `attention_cpu.py`. Other people's kernels can take their place by name (`backend=`).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +27,7 @@ from .registry import interpreting, register, use_triton
 
 BACKENDS = ("torch", "triton", "sdpa", "flash_attn", "xformers")
 OPTIONAL_PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
+LOG2E = math.log2(math.e)
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = {"triton": (*_HALF, torch.float32), "flash_attn": _HALF, "xformers": (*_HALF, torch.float32)}
 
@@ -67,7 +68,7 @@ def _forward_torch(q, kv, batch, q_lengths, lengths, heads):
             scores = qs @ ks.mT * scale
             sums = scores.logsumexp(-1)
             out_s = ((scores - sums.unsqueeze(-1)).exp() @ vs).transpose(1, 2)
-        lse_s.copy_(sums)
+        torch.mul(sums, LOG2E, out=lse_s)
         outputs.append(out_s.reshape(-1, out_s[0, 0].numel()).to(q.dtype))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0], lse
 
@@ -83,9 +84,9 @@ def _backward_torch(dout, q, kv, out, lse, batch, q_lengths, lengths, heads):
         _lse_views(lse, batch, q_lengths),
     )
     for (qs, ks, vs), grads, (dout_s,), (out_s,), lse_s in parts:
-        scale = qs.shape[-1] ** -0.5
+        scale, lse_s = qs.shape[-1] ** -0.5, lse_s / LOG2E
         if q.device.type == "cpu":
-            attention_backward_cpu(dout_s.flatten(2), qs, ks, vs, out_s.flatten(2), lse_s, scale, *grads)
+            attention_backward_cpu(dout_s, qs, ks, vs, out_s, lse_s, scale, *grads)
             continue
         qs, ks, vs, g, o = (t.transpose(1, 2).to(lse.dtype) for t in (qs, ks, vs, dout_s, out_s))
         p = (qs @ ks.mT * scale - lse_s.unsqueeze(-1)).exp()
@@ -125,7 +126,7 @@ def _backward_fake(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, back
 
 
 # The argument `backend` is 'triton', 'torch' or 'auto', which asks the registry: so both implementations are the same.
-# With kv None, q is the packed qkv. lse [heads, Rq]: natural logarithm, float32 (float64 for float64).
+# With kv None, q is the packed qkv. lse [heads, Rq]: base 2, float32 (float64 for float64).
 _forward = register(
     "attention",
     "(Tensor q, Tensor? kv, SymInt batch, SymInt[] q_lengths, SymInt[] lengths, int heads, str backend)"
@@ -158,17 +159,23 @@ class _Attention(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------------- back ends
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _state(name: str, device: torch.device) -> str:
+    """'available', or why the back end `name` cannot run on `device`."""
+    if name in OPTIONAL_PACKAGES and not _installed(name):
+        return f"it is not installed: pip install {OPTIONAL_PACKAGES[name]}"
+    if name in ("torch", "sdpa") or device.type == "cuda" or (name == "triton" and interpreting()):
+        return "available"
+    return "it needs a CUDA device" + (" (or TRITON_INTERPRET=1)" if name == "triton" else "")
+
+
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """Back end -> 'available', or why it cannot run on `device`."""
-    cuda = torch.device(device).type == "cuda"
-    found = {"torch": "available", "sdpa": "available"}
-    found["triton"] = "available" if cuda or interpreting() else "it needs a CUDA device (or TRITON_INTERPRET=1)"
-    for name, package in OPTIONAL_PACKAGES.items():
-        if importlib.util.find_spec(name) is None:
-            found[name] = f"it is not installed: pip install {package}"
-        else:
-            found[name] = "available" if cuda else "it needs a CUDA device"
-    return {name: found[name] for name in BACKENDS}
+    return {name: _state(name, torch.device(device)) for name in BACKENDS}
 
 
 @torch.compiler.assume_constant_result
@@ -183,7 +190,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_wi
         return "torch" if device.type == "cpu" else "sdpa"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of auto, {', '.join(BACKENDS)}")
-    state = available_backends(device)[name]
+    state = _state(name, device)
     if state != "available":
         raise RuntimeError(f"backend {name!r} cannot run on {device}: {state}")
     if dtype not in _DTYPES.get(name, (dtype,)):

@@ -1,50 +1,53 @@
-"""Multi-head attention for the CPU, forward and backward, from plain aten operators.
+"""Multi-head attention on the CPU, forward and backward, from PyTorch's own operators.
 
-The forward is PyTorch's flash kernel: it reads strided views of a packed qkv as they are, and lays
-its output out as [B, L, H, W], so [B * L, H * W] is a free view of it. In float32 its backward is
-as fast as anything below, but in 16 bits it is 2 to 6 times slower than GEMMs on matrix units
-(AMX, through oneDNN's bmm), so there the backward is explicit, over groups of heads.
+The forward is PyTorch's flash kernel: it reads strided views of a packed qkv as they are, and lays its output out as
+`[B, L, H, W]`, so that `[B * L, H * W]` is a free view of it. In float32 its backward is as fast as anything below, but
+in 16 bits it took 2 to 5.5 times as long as the explicit chain of batched GEMMs (AMX in bfloat16) over groups of heads.
 """
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 
-# Bytes of one score matrix of a group; two are live. Without groups the [B, H, Lq, Lk] temporaries
-# exceed malloc's largest mmap threshold (32 MiB), are mapped afresh by every operator, and the page
-# faults alone cost several times the arithmetic. Flat from 4 to 16 MiB; below, overheads and
-# badly divided GEMMs show.
 GROUP_BYTES = 8 << 20
+"""Bytes of one score matrix of a group; two are live. Ungrouped, each operator of the chain allocates a fresh
+`[B, H, Lq, Lk]` result: forward and backward at 4 x 16 x 708 x 708 took 160 ms, most of it page faults; grouped 56.
+Measured flat from 4 to 16 MiB, slower below."""
 
 
-def attention_forward_cpu(q, k, v, scale):
-    """q [B, Lq, H, W], k and v [B, Lk, H, W], any strides -> out [B, Lq, H * W], lse [B, H, Lq]."""
+def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q `[B, Lq, H, W]`, k and v `[B, Lk, H, W]`, any strides -> out `[B, Lq, H, W]`, lse `[B, H, Lq]` (natural)."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
     )
-    return out.transpose(1, 2).reshape(*q.shape[:2], -1), lse
+    return out.transpose(1, 2), lse
 
 
-def attention_backward_cpu(dout, q, k, v, out, lse, scale, dq, dk, dv):
-    """Writes the gradients into dq, dk, dv (views of q's, k's and v's shapes, any strides).
+def attention_backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradients into dq, dk and dv, views of q's, k's and v's shapes and of any strides.
 
-    dout and out hold [B, Lq, H * W]. out and lse are read only in float32 and float64.
+    dout and out `[B, Lq, H, W]`; out and lse are read in float32 and float64 only.
     """
     samples, queries, heads, _ = q.shape
-    dout = dout.view(q.shape)
     if q.element_size() > 2:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x.transpose(1, 2) for x in (dout, q, k, v, out.view(q.shape))), lse, 0.0, False, scale=scale
+            *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, 0.0, False, scale=scale
         )
         for to, grad in zip((dq, dk, dv), grads):
             to.copy_(grad.transpose(1, 2))
         return
-    # A group is some heads of one sample, or all the heads of several samples.
+    # A group is some heads of one sample, or all heads of several samples.
     budget = max(1, GROUP_BYTES // (q.element_size() * queries * k.shape[1]))
     per_group = max(1, min(samples, budget // heads))
     size = per_group * heads if per_group > 1 else min(heads, budget)
-    scores = q.new_empty((2, size, queries, k.shape[1]))  # one allocation, used by every group
+    scores = q.new_empty((2, size, queries, k.shape[1]))  # one allocation for all groups
     for first in range(0, samples, per_group):
         part = slice(first, first + per_group)
-        # bmm copies any operand whose matrices are not densely packed: do it once, not per use.
+        # bmm copies an operand whose matrices are not densely packed: once here, not at each use.
         operands = [x[part].transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v, dout)]
         total = operands[0].shape[0]
         for start in range(0, total, size):
@@ -57,14 +60,16 @@ def attention_backward_cpu(dout, q, k, v, out, lse, scale, dq, dk, dv):
                     to[part].copy_(grad.unflatten(0, (-1, heads)).transpose(1, 2))
 
 
-def _group_backward(q, k, v, dout, p, ds, scale):
-    """[n, L, W] operands, [n, Lq, Lk] scratch p and ds -> dq, dk, dv.
+def _group_backward(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, p: Tensor, ds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands `[n, L, W]`, scratch p and ds `[n, Lq, Lk]` -> dq, dk, dv.
 
-    Recomputing the softmax costs one pass more than exp(S - lse), and it makes up for it: it needs
-    neither lse nor dout * out, and it normalises the rounded scores, so each row of p sums to one.
+    The softmax is formed anew: one pass more than exp(scores - lse), made up for by needing neither lse nor
+    dout * out, and each row of p sums to 1 although the scores are rounded.
     """
-    torch.baddbmm(p, q, k.mT, beta=0, alpha=scale, out=p)  # beta=0: p's old content is not read
+    torch.baddbmm(p, q, k.mT, beta=0, alpha=scale, out=p)  # beta 0: what p held is not read
     torch._softmax(p, -1, False, out=p)
-    torch.baddbmm(ds, dout, v.mT, beta=0, alpha=scale, out=ds)  # dq and dk get their scale here
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)  # rowwise: in place is safe
+    torch.baddbmm(ds, dout, v.mT, beta=0, alpha=scale, out=ds)  # the scale of dq and dk, for nothing
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)  # row by row: in place is safe
     return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, dout)

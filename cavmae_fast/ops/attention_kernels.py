@@ -4,7 +4,7 @@ A program takes one block of rows of one (stream, sample, head); the blocks of a
 that they share its keys and values in the L2 cache. With c = log2(e) / sqrt(W) the probabilities are
 
     p = exp2(c * q k^T - c * max)        forward, max and sum kept while the keys pass ("online softmax")
-    p = exp2(c * q k^T - lse * log2(e))  backward
+    p = exp2(c * q k^T - lse)            backward, from the forward's lse in base 2
 
 The backward launch holds two kinds of program, which differ in what stays in registers while the rest passes by:
 
@@ -26,25 +26,49 @@ import triton.language as tl
 from .stream_layer_norm import _pick, _stream_of_tile, _three
 
 MAX_HEAD_WIDTH = 128
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
-DELTA_ROWS = 64
+DELTA_ROWS = 32
 
-# Rows a program keeps (outer), rows that pass by at a time (inner), num_warps, num_stages, by padded head width.
+# Rows a program keeps (outer), rows that pass by at a time (inner), num_warps, num_stages, PEEL; by padded head width.
 #
 # Short: up to 256 tokens. Outer 64 wastes least of 49, 128 and 177 tokens, and 4 warps of 16 rows are one wgmma tile.
 # The rows' tail goes through the (masked) loop, whose loads are pipelined: these launches wait for memory.
 #
 # Long: outer 128, because a block re-reads all keys from L2: at width 32 that is 2048 / outer bytes a clock and SM when
 # exponentials (16 a clock and SM) are the bound, and L2 gives about 24. Exponentials are the bound there (a product
-# takes half their time), so whole blocks run without masks, and the tail is peeled off into a block just long enough:
-# 708 = 11 * 64 + 4 costs 720 columns of exponentials, not 768.
+# takes half their time, all other instructions of the loop 5/6 of it), so whole blocks run without masks, and the tail
+# is peeled off into a block just long enough: 708 = 11 * 64 + 4 costs 720 columns of exponentials, not 768. At width
+# 128 products are the bound, and the second copy of the loop's body makes the compiler spill on sm_80.
 SHORT = 256
-FORWARD_SHORT = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2)}
-FORWARD_LONG = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}
-BACKWARD_SHORT = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2)}
-BACKWARD_LONG = {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 32, 8, 2)}
-FLOAT32 = {16: (32, 32, 4, 1), 32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1)}
+FORWARD_SHORT = {
+    16: (64, 64, 4, 3, False),
+    32: (64, 64, 4, 3, False),
+    64: (64, 64, 4, 2, False),
+    128: (64, 32, 4, 2, False),
+}
+FORWARD_LONG = {
+    16: (128, 64, 4, 3, True),
+    32: (128, 64, 4, 3, True),
+    64: (128, 64, 8, 3, True),
+    128: (128, 64, 8, 2, False),
+}
+BACKWARD_SHORT = {
+    16: (64, 64, 4, 3, False),
+    32: (64, 64, 4, 3, False),
+    64: (64, 32, 4, 3, False),
+    128: (64, 32, 8, 2, False),
+}
+BACKWARD_LONG = {
+    16: (128, 32, 4, 3, True),
+    32: (128, 32, 4, 3, True),
+    64: (128, 32, 8, 3, True),
+    128: (64, 32, 8, 2, False),
+}
+FLOAT32 = {
+    16: (32, 32, 4, 1, False),
+    32: (32, 32, 4, 1, False),
+    64: (32, 32, 4, 1, False),
+    128: (16, 16, 4, 1, False),
+}
 "float32 runs without matrix units, exact; small blocks keep it in registers."
 
 
@@ -108,7 +132,7 @@ def _forward_step(
     if MASK:
         scores = tl.where((rows < count)[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * c)
-    p = tl.exp2(scores * c - new_peak[:, None])
+    p = tl.exp2(tl.fma(scores, c, -new_peak[:, None]))
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, axis=1)
     v = _load_rows(v_start, rows, count, STRIDE, W, BLOCK_W, MASK)
@@ -120,7 +144,7 @@ def _forward_step(
 def attention_forward_kernel(
     q, k, v,  # [Rq, ...], [Rk, ...]: the columns of one operand in rows of Q_STRIDE and K_STRIDE elements
     out,  # [Rq, HEADS * W]
-    lse,  # [HEADS, Rq] fp32
+    lse,  # [HEADS, Rq] fp32, base 2
     batch, q0, q1, q2, k0, k1, k2, q_rows, c,
     HEADS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
@@ -143,7 +167,7 @@ def attention_forward_kernel(
             queries, acc, total, peak, k_start, v_start, first, k_count, c,
             K_STRIDE, W, BLOCK_W, BLOCK_K, TAIL == 0,
         )  # fmt: skip
-    if TAIL > 0:
+    if TAIL > 0:  # noqa: SIM102 (this one is decided when the kernel is compiled)
         if whole < k_count:
             acc, total, peak = _forward_step(
                 queries, acc, total, peak, k_start, v_start, whole, k_count, c, K_STRIDE, W, BLOCK_W, TAIL, True
@@ -151,7 +175,7 @@ def attention_forward_kernel(
     out_start = out + q_first * (HEADS * W) + head * W
     _store_rows(out_start, rows, q_count, acc / total[:, None], HEADS * W, W, BLOCK_W)
     lse_start = lse + head.to(tl.int64) * q_rows + q_first
-    tl.store(lse_start + rows, (peak + tl.log2(total)) * LN2, mask=rows < q_count)
+    tl.store(lse_start + rows, peak + tl.log2(total), mask=rows < q_count)
 
 
 @triton.jit
@@ -182,7 +206,7 @@ def _backward_keys_step(
     else:
         lse = tl.load(lse_start + rows)
         delta = tl.load(delta_start + rows)
-    p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * c - (lse * LOG2E)[None, :])  # [keys, BLOCK]
+    p = tl.exp2(tl.fma(tl.dot(k, q.T, input_precision="ieee"), c, -lse[None, :]))  # [keys, BLOCK]
     dp = tl.dot(v, dout.T, input_precision="ieee")
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     ds = p * (dp - delta[None, :])
@@ -195,11 +219,11 @@ def _backward_queries_step(
     q, dout, lse, delta, dq, k_start, v_start, first, count, c, STRIDE: tl.constexpr,
     W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """What one block of keys adds to a block's dq; `lse` in base 2."""
+    """What one block of keys adds to a block's dq."""
     rows = first + tl.arange(0, BLOCK)
     k = _load_rows(k_start, rows, count, STRIDE, W, BLOCK_W, MASK)
     v = _load_rows(v_start, rows, count, STRIDE, W, BLOCK_W, MASK)
-    p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * c - lse[:, None])  # [queries, BLOCK]
+    p = tl.exp2(tl.fma(tl.dot(q, k.T, input_precision="ieee"), c, -lse[:, None]))  # [queries, BLOCK]
     if MASK:
         p = tl.where((rows < count)[None, :], p, 0.0)  # exp2(0 - lse) may be infinite
     ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
@@ -239,7 +263,7 @@ def attention_backward_kernel(
                 keys, values, acc, acc_v, q_start, dout_start, lse_start, delta_start, first, q_count, c,
                 Q_STRIDE, D, W, BLOCK_W, INNER, Q_TAIL == 0,
             )  # fmt: skip
-        if Q_TAIL > 0:
+        if Q_TAIL > 0:  # noqa: SIM102
             if whole < q_count:
                 acc, acc_v = _backward_keys_step(
                     keys, values, acc, acc_v, q_start, dout_start, lse_start, delta_start, whole, q_count, c,
@@ -251,7 +275,7 @@ def attention_backward_kernel(
         rows = (block - key_blocks) * OUTER + tl.arange(0, OUTER)
         queries = _load_rows(q_start, rows, q_count, Q_STRIDE, W, BLOCK_W, True)
         gradient = _load_rows(dout_start, rows, q_count, D, W, BLOCK_W, True)
-        lse_rows = tl.load(lse_start + rows, mask=rows < q_count, other=0.0) * LOG2E
+        lse_rows = tl.load(lse_start + rows, mask=rows < q_count, other=0.0)
         delta_rows = tl.load(delta_start + rows, mask=rows < q_count, other=0.0)
         whole = k_count if K_TAIL == 0 else k_count // INNER * INNER
         for first in range(0, whole, INNER):
@@ -259,7 +283,7 @@ def attention_backward_kernel(
                 queries, gradient, lse_rows, delta_rows, acc, k_start, v_start, first, k_count, c,
                 K_STRIDE, W, BLOCK_W, INNER, K_TAIL == 0,
             )  # fmt: skip
-        if K_TAIL > 0:
+        if K_TAIL > 0:  # noqa: SIM102
             if whole < k_count:
                 acc = _backward_queries_step(
                     queries, gradient, lse_rows, delta_rows, acc, k_start, v_start, whole, k_count, c,
@@ -278,9 +302,9 @@ def _columns(q, kv):
     return q, *kv.chunk(2, dim=1)
 
 
-def _tail(lengths, block):
-    """Width of the block that takes what whole blocks leave of every length (0: short, the masked loop takes it)."""
-    if max(lengths) <= SHORT:
+def _tail(lengths, block, peel):
+    """Width of the block that takes what whole blocks leave of every length; 0: the loop takes it, masked."""
+    if not peel:
         return 0
     rest = max(length % block for length in lengths)
     return max(16, triton.next_power_of_2(rest))
@@ -295,14 +319,14 @@ def attention_forward_triton(q, kv, batch, q_lengths, lengths, heads):
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    block_q, block_k, warps, stages = _configuration(q.dtype, block_w, lengths, FORWARD_SHORT, FORWARD_LONG)
+    block_q, block_k, warps, stages, peel = _configuration(q.dtype, block_w, lengths, FORWARD_SHORT, FORWARD_LONG)
     out = q.new_empty(rows, heads * width)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     blocks = sum(triton.cdiv(length, block_q) for length in q_lengths)
     attention_forward_kernel[(blocks * batch * heads,)](
         qs, ks, vs, out, lse, batch, *_three(q_lengths), *_three(lengths), rows, math.log2(math.e) * width**-0.5,
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0),
-        BLOCK_Q=block_q, BLOCK_K=block_k, TAIL=_tail(lengths, block_k), num_warps=warps, num_stages=stages,
+        BLOCK_Q=block_q, BLOCK_K=block_k, TAIL=_tail(lengths, block_k, peel), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -311,7 +335,7 @@ def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, 
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    outer, inner, warps, stages = _configuration(
+    outer, inner, warps, stages, peel = _configuration(
         q.dtype, block_w, (*q_lengths, *lengths), BACKWARD_SHORT, BACKWARD_LONG
     )
     delta = torch.empty_like(lse)
@@ -325,6 +349,6 @@ def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, 
         qs, ks, vs, *_columns(dq, None if kv is None else dkv), dout, lse, delta,
         batch, *_three(q_lengths), *_three(lengths), rows, math.log2(math.e) * width**-0.5, width**-0.5,
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0), OUTER=outer, INNER=inner,
-        Q_TAIL=_tail(q_lengths, inner), K_TAIL=_tail(lengths, inner), num_warps=warps, num_stages=stages,
+        Q_TAIL=_tail(q_lengths, inner, peel), K_TAIL=_tail(lengths, inner, peel), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, dkv

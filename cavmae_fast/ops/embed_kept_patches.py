@@ -24,13 +24,93 @@ from .gather_tokens import _backward as gather_tokens_backward
 from .gather_tokens import check_ids, slots
 from .registry import register
 
-BLOCK_R = 4
-BLOCK_C = 256
-BLOCK_D = 128
-BACKWARD_SAMPLES = 16
+BLOCK_R = 8
+BLOCK_D = 256
+BACKWARD_D = 256
+BACKWARD_SAMPLES = 8
+"Samples whose rows one program of the backward kernel has in flight at once."
 
 
-# -------------------------------------------------------------------------------------------------------- launchers
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def take_patches_kernel(
+    images,  # [B, C, H, W], any strides
+    ids,  # [B * K]
+    patches,  # [B * K, C * P * P]
+    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    sample = row // kept
+    if HAS_IDS:
+        patch = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
+    else:
+        patch = (row - sample * kept).to(tl.int64)
+    y, x = patch // grid_width * P, patch % grid_width * P
+    corner = sample.to(tl.int64) * stride_b + y * stride_h + x * stride_w
+    pixel = (column // (P * P)).to(tl.int64) * stride_c + column // P % P * stride_h + column % P * stride_w
+    value = tl.load(images + corner[:, None] + pixel[None, :], mask=valid, other=0.0)
+    offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(patches + offset, value.to(patches.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def add_position_kernel(
+    projected,  # [B * K, D]
+    ids,  # [B * K]
+    bias, modality,  # [D]
+    pos,  # [L, D]
+    out,  # [B * K, D]
+    rows, kept,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid = (row < rows)[:, None] & (column < D)[None, :]
+    if HAS_IDS:
+        patch = tl.load(ids + row, mask=row < rows, other=0)
+    else:
+        patch = row % kept
+    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    value = tl.load(projected + offset, mask=valid, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+    shift += tl.load(modality + column, mask=column < D, other=0.0).to(tl.float32)
+    value += tl.load(pos + patch[:, None] * D + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + offset, (value + shift[None, :]).to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def embed_kept_patches_backward_kernel(
+    dout, low,  # [B * K, D]
+    slot,  # [B * L]
+    dpos,  # [L, D] fp32
+    batch, kept, length,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, HAS_IDS: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Sums over the samples that kept the patch of this program; every row of dout belongs to one program."""
+    patch = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    for start in range(0, batch, BLOCK_B):
+        sample = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
+        if HAS_IDS:
+            place = tl.load(slot + sample * length + patch, mask=sample < batch, other=-1)
+        else:
+            place = tl.where(sample < batch, patch, -1)
+        valid = (place >= 0)[:, None] & (column < D)[None, :]
+        offset = (sample * kept + place)[:, None] * D + column[None, :]
+        g = tl.load(dout + offset, mask=valid, other=0.0)
+        if CAST:
+            tl.store(low + offset, g.to(low.dtype.element_ty), mask=valid)
+        total += g.to(tl.float32)
+    tl.store(dpos + patch * D + column, tl.sum(total, axis=0), mask=column < D)
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
 
 
 def patch_grid(images: Tensor, patch_size: int) -> Tensor:
@@ -46,6 +126,38 @@ def take_patches(images: Tensor, ids: Tensor | None, patch_size: int, dtype: tor
         grid = grid[sample, ids // grid.shape[2], ids % grid.shape[2]]
     patches = torch.empty(grid.shape, dtype=dtype, device=grid.device).copy_(grid)
     return patches.view(-1, images.shape[1] * patch_size**2)
+
+
+def _forward_triton(images, ids, weight, bias, pos, modality):
+    batch, p, width = images.shape[0], weight.shape[-1], weight.shape[0]
+    kept = pos.shape[0] if ids is None else ids.shape[1]
+    rows, patch_width = batch * kept, weight[0].numel()
+    patches = weight.new_empty(rows, patch_width)
+    take_patches_kernel[(triton.cdiv(rows, BLOCK_R), triton.cdiv(patch_width, BLOCK_D))](
+        images, ids, patches, rows, kept, images.shape[3] // p, *images.stride(),
+        WIDTH=patch_width, P=p, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_D, HAS_IDS=ids is not None, num_warps=4,
+    )  # fmt: skip
+    projected = patches @ weight.flatten(1).t()
+    out = pos.new_empty(rows, width)
+    add_position_kernel[(triton.cdiv(rows, BLOCK_R), triton.cdiv(width, BLOCK_D))](
+        projected, ids, bias, modality, pos, out, rows, kept,
+        D=width, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, HAS_IDS=ids is not None, num_warps=4,
+    )  # fmt: skip
+    return out, patches
+
+
+def _backward_triton(dout, patches, ids, length, need_weight, need_pos):
+    width = dout.shape[1]
+    kept = length if ids is None else ids.shape[1]
+    cast = need_weight and dout.dtype != patches.dtype
+    low = torch.empty_like(dout, dtype=patches.dtype) if cast else dout
+    dpos = dout.new_empty(length, width, dtype=torch.float32)
+    embed_kept_patches_backward_kernel[(length, triton.cdiv(width, BACKWARD_D))](
+        dout, low, None if ids is None else slots(ids, length), dpos, dout.shape[0] // kept, kept, length,
+        D=width, BLOCK_B=BACKWARD_SAMPLES, BLOCK_D=BACKWARD_D, HAS_IDS=ids is not None, CAST=cast, num_warps=4,
+    )  # fmt: skip
+    dweight = low.t() @ patches if need_weight else patches.new_empty(0)
+    return dweight, dpos.sum(0), dpos if need_pos else dpos.new_empty(0)
 
 
 def _forward_torch(images, ids, weight, bias, pos, modality):
@@ -95,13 +207,13 @@ _forward = register(
     "embed_kept_patches",
     "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality)"
     " -> (Tensor out, Tensor patches)",
-    reference=_forward_torch, fake=_forward_fake,
+    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "embed_kept_patches_backward",
     "(Tensor dout, Tensor patches, Tensor? ids, SymInt length, bool need_weight, bool need_pos)"
     " -> (Tensor dweight, Tensor dbias, Tensor dpos)",
-    reference=_backward_torch, fake=_backward_fake,
+    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
 )  # fmt: skip
 
 
@@ -160,10 +272,10 @@ def embed_kept_patches(
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` with any strides, ids_keep `[B, K]` int64 in 0..L-1, unique in each sample (neither is checked:
-    that would wait for the device), or None for all L patches in order; weight `[D, C, p, p]`, bias and modality `[D]`,
-    pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the weight's dtype. Raises ValueError or TypeError
-    when a shape or dtype does not fit.
+    images `[B, C, H, W]` with any strides, ids_keep `[B, K]` int64 in 0..L-1, unique in each sample (neither is
+    checked: that would wait for the device), or None for all L patches in order; weight `[D, C, p, p]`, bias and
+    modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the weight's dtype. Raises
+    ValueError or TypeError when a shape or dtype does not fit.
     """
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p]")

@@ -126,7 +126,7 @@ def check_ids(name: str, ids: Tensor, batch: int | None = None) -> None:
 
 
 def check_rows(name: str, x: Tensor, batch: int) -> None:
-    """Raises unless `x` is a floating-point `[rows, width]` tensor whose rows are as many for each of `batch` samples."""
+    """Raises unless `x` is a floating-point `[rows, width]` tensor with the same number of rows for each sample."""
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; it must be floating-point")
     if x.dim() != 2 or x.shape[0] < 1 or x.shape[0] % batch or x.shape[1] < 1:

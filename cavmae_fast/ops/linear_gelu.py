@@ -12,8 +12,8 @@ second small kernel adds them up in a fixed order: no atomics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import native
 from .layout import StreamLayout
 from .registry import register
 from .stream_layer_norm import _pick, _stream_of_tile, _three, stream_sum_kernel
@@ -32,11 +33,23 @@ BLOCK_R = 8
 "Rows of a tile: 16 elements, two 16-byte loads of each input, a thread with 4 warps."
 ROWS_PER_PROGRAM = 128
 "Rows whose bias gradients one program sums before it writes them: the partial sums are 1/64 of a bf16 input's bytes."
-SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-INVERSE_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _gelu_derivative(z):
+    """Phi(z) + z phi(z) with one exponential for both. erfc(x) = exp(-x^2) t (a1 + t (a2 + ...)), t = 1 / (1 + p x),
+    x = |z| / sqrt 2 is formula 7.1.26 of Abramowitz & Stegun: |error| <= 1.5e-7, about the spacing of fp32 at 1. The
+    loop has about 33 instructions an element on sm_90, against 50 with erf and exp; some 40 fit under its traffic."""
+    gauss = tl.exp2(z * z * (-0.5 * 1.4426950408889634))
+    t = 1.0 / (0.3275911 * 0.7071067811865476 * tl.abs(z) + 1.0)
+    half_erfc = t * (0.5 * 1.061405429) - 0.5 * 1.453152027
+    half_erfc = t * half_erfc + 0.5 * 1.421413741
+    half_erfc = t * half_erfc - 0.5 * 0.284496736
+    half_erfc = (t * half_erfc + 0.5 * 0.254829592) * t * gauss
+    return z * 0.3989422804014327 * gauss + tl.where(z < 0, half_erfc, 1.0 - half_erfc)
 
 
 @triton.jit
@@ -59,7 +72,7 @@ def dgelu_bias_kernel(
         offset = (first + row).to(tl.int64)[:, None] * N + column[None, :]
         z = tl.load(pre + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_N]
         g = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
-        g *= 0.5 + 0.5 * tl.erf(z * SQRT_HALF) + z * tl.exp(-0.5 * z * z) * INVERSE_SQRT_2PI
+        g *= _gelu_derivative(z)
         tl.store(dpre + offset, g.to(dpre.dtype.element_ty), mask=valid)
         total += g
     tl.store(partial + program.to(tl.int64) * N + column, tl.sum(total, axis=0), mask=inside)
@@ -84,9 +97,20 @@ def _dgelu_bias_triton(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype:
     return dpre, db.to(bias_dtype)
 
 
-def _backward_triton(dy, pre, x, weights, rows, bias_dtype, needs_dx):
-    dpre, db = _dgelu_bias_triton(dy, pre, rows, bias_dtype)
-    return *linear_backward(dpre, x, weights, rows, needs_dx), db
+def _dgelu_bias_native(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As above, in CUDA C++ (csrc/dgelu_bias.cu)."""
+    dpre = torch.empty_like(pre)
+    db = torch.empty(len(rows), pre.shape[1], dtype=bias_dtype, device=pre.device)
+    rows_per_block = native.library().cavmae_dgelu_bias_rows_per_block()
+    with torch.cuda.device(pre.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for dy_s, pre_s, dpre_s, db_s in zip(dy.split(rows), pre.split(rows), dpre.split(rows), db):
+            count, width = pre_s.shape
+            partial = torch.empty(triton.cdiv(count, rows_per_block), width, dtype=torch.float32, device=pre.device)
+            pointers = [t.data_ptr() for t in (dpre_s, partial, dy_s, pre_s)]
+            native.call("cavmae_dgelu_bias", *pointers, count, width, native.DTYPES[pre.dtype], stream)
+            db_s.copy_(partial.sum(0))
+    return dpre, db
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre):
@@ -96,9 +120,16 @@ def _forward_torch(x, weights, biases, rows, keep_pre):
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
 
 
-def _backward_torch(dy, pre, x, weights, rows, bias_dtype, needs_dx):
+def _dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dpre = torch.ops.aten.gelu_backward(dy, pre)
-    return *linear_backward(dpre, x, weights, rows, needs_dx), bias_gradient(dpre, rows, bias_dtype)
+    return dpre, bias_gradient(dpre, rows, bias_dtype)
+
+
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx):
+    if native.selected(pre):
+        dgelu_bias = _dgelu_bias_native
+    dpre, db = dgelu_bias(dy, pre, rows, bias_dtype)
+    return *linear_backward(dpre, x, weights, rows, needs_dx), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -109,18 +140,18 @@ def _forward_fake(x, weights, biases, rows, keep_pre):
     return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
 
 
-_forward = register(
+_forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     reference=_forward_torch,
     fake=_forward_fake,
 )
-_backward = register(
+_backward_operator = register(
     "linear_gelu_backward",
     "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
-    reference=_backward_torch,
-    triton=_backward_triton,
+    reference=partial(_backward, _dgelu_bias_torch),
+    triton=partial(_backward, _dgelu_bias_triton),
     fake=lambda dy, pre, *rest: backward_fake(dy, *rest),
 )
 
@@ -130,7 +161,7 @@ class _LinearGelu(torch.autograd.Function):
     def forward(ctx, x, rows, keep_pre, *parameters):
         count = len(parameters) // 2
         weights, biases = list(parameters[:count]), list(parameters[count:])
-        y, pre = _forward(x, weights, biases, rows, keep_pre)
+        y, pre = _forward_operator(x, weights, biases, rows, keep_pre)
         ctx.save_for_backward(pre, x, *weights)
         ctx.rows, ctx.bias_dtypes = rows, [b.dtype for b in biases]
         return y
@@ -139,7 +170,7 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx, dy):
         pre, x, *weights = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
-        dx, dw, db = _backward(dy.contiguous(), pre, x, weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
+        dx, dw, db = _backward_operator(dy.contiguous(), pre, x, weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
         dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
         return dx if needs_dx else None, None, None, *dw.unbind(0), *dbs
 

@@ -29,6 +29,9 @@ MODES = ("auto", "triton", "torch")
 PROVEN_FILE = Path(__file__).with_name("proven.json")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 _override: str | None = None
 #: operator name -> True when it has a Triton implementation
 operators: dict[str, bool] = {}
@@ -98,9 +101,11 @@ def register(
     operators[operator] = triton is not None
 
     def run(*args):
-        if triton is not None and use_triton(operator, _device(args)):
-            return triton(*args)
-        return reference(*args)
+        # Operators compute in the dtypes they are given: autocast, which modules alone read, must not change them.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            if triton is not None and use_triton(operator, _device(args)):
+                return triton(*args)
+            return reference(*args)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")

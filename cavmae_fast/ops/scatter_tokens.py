@@ -22,12 +22,71 @@ from .gather_tokens import check_ids, check_rows
 from .registry import register
 
 FORWARD_ROWS = 8
-BLOCK_D = 128
-BACKWARD_SAMPLES = 16
+FORWARD_D = 256
+BACKWARD_D = 256
+BACKWARD_SAMPLES = 8
 "Samples whose rows one program of the backward kernel has in flight at once."
 
 
-# -------------------------------------------------------------------------------------------------------- launchers
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def scatter_tokens_forward_kernel(
+    x,  # [B * K, D]
+    places,  # [B * L]
+    mask_token,  # [D]
+    pos,  # [L, D]
+    out,  # [B * L, D]
+    rows, kept, length,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid = (row < rows)[:, None] & (column < D)[None, :]
+    sample = row // length
+    place = tl.load(places + row, mask=row < rows, other=-1)
+    standing = (place >= 0)[:, None]
+    source = (sample.to(tl.int64) * kept + place)[:, None] * D + column[None, :]
+    token = tl.load(x + source, mask=valid & standing, other=0.0).to(tl.float32)
+    masked = tl.load(mask_token + column, mask=column < D, other=0.0).to(tl.float32)
+    position = tl.load(pos + (row - sample * length)[:, None] * D + column[None, :], mask=valid, other=0.0)
+    value = tl.where(standing, token, masked[None, :]) + position.to(tl.float32)
+    tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def scatter_tokens_backward_kernel(
+    dout,  # [B * L, D]
+    places,  # [B * L]
+    dx,  # [B * K, D]
+    dpos, dmask_partial,  # [L, D] fp32
+    batch, kept, length,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (column < D)[None, :]
+    total = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    masked = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    for start in range(0, batch, BLOCK_B):
+        sample = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
+        row = sample * length + here
+        place = tl.load(places + row, mask=sample < batch, other=-1)
+        standing = (place >= 0)[:, None]
+        valid = (sample < batch)[:, None] & inside
+        g = tl.load(dout + row[:, None] * D + column[None, :], mask=valid, other=0.0)
+        target = (sample * kept + place)[:, None] * D + column[None, :]
+        tl.store(dx + target, g.to(dx.dtype.element_ty), mask=standing & inside)
+        if SUMS:
+            total += g.to(tl.float32)
+            masked += tl.where(standing, 0.0, g.to(tl.float32))
+    if SUMS:
+        tl.store(dpos + here * D + column, tl.sum(total, axis=0), mask=column < D)
+        tl.store(dmask_partial + here * D + column, tl.sum(masked, axis=0), mask=column < D)
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
 
 
 def kept_rows(places: Tensor, kept: int) -> Tensor:
@@ -37,6 +96,29 @@ def kept_rows(places: Tensor, kept: int) -> Tensor:
     # Masked places all go to an extra column, which is cut off.
     target = torch.where(places < 0, kept, places)
     return places.new_empty(batch, kept + 1).scatter_(1, target, rows)[:, :kept].flatten()
+
+
+def _forward_triton(x, places, mask_token, pos):
+    (batch, length), width = places.shape, x.shape[1]
+    rows = batch * length
+    out = pos.new_empty(rows, width)
+    grid = (triton.cdiv(rows, FORWARD_ROWS), triton.cdiv(width, FORWARD_D))
+    scatter_tokens_forward_kernel[grid](
+        x, places, mask_token, pos, out, rows, x.shape[0] // batch, length,
+        D=width, BLOCK_R=FORWARD_ROWS, BLOCK_D=FORWARD_D, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _backward_triton(dout, places, kept, dtype, sums):
+    (batch, length), width = places.shape, dout.shape[1]
+    dx = dout.new_empty(batch * kept, width, dtype=dtype)
+    dpos, dmask = (dout.new_empty((length, width) if sums else (0,), dtype=torch.float32) for _ in range(2))
+    scatter_tokens_backward_kernel[(length, triton.cdiv(width, BACKWARD_D))](
+        dout, places, dx, dpos, dmask, batch, kept, length,
+        D=width, BLOCK_B=BACKWARD_SAMPLES, BLOCK_D=BACKWARD_D, SUMS=sums, num_warps=4,
+    )  # fmt: skip
+    return dx, dmask.sum(0) if sums else dmask, dpos
 
 
 def _forward_torch(x, places, mask_token, pos):
@@ -78,13 +160,13 @@ def _backward_fake(dout, places, kept, dtype, sums):
 
 _forward = register(
     "scatter_tokens", "(Tensor x, Tensor places, Tensor mask_token, Tensor pos) -> Tensor",
-    reference=_forward_torch, fake=_forward_fake,
+    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "scatter_tokens_backward",
     "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums)"
     " -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
-    reference=_backward_torch, fake=_backward_fake,
+    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
 )  # fmt: skip
 
 
@@ -99,19 +181,18 @@ class _ScatterTokens(torch.autograd.Function):
     def backward(ctx, dout):
         _, _, need_mask, need_pos = ctx.needs_input_grad
         x_dtype, mask_dtype, pos_dtype = ctx.dtypes
-        dx, dmask, dpos = _backward(
-            dout.contiguous(), ctx.saved_tensors[0], ctx.kept, x_dtype, need_mask or need_pos
-        )  # fmt: skip
+        (places,) = ctx.saved_tensors
+        dx, dmask, dpos = _backward(dout.contiguous(), places, ctx.kept, x_dtype, need_mask or need_pos)
         return dx, None, dmask.to(mask_dtype) if need_mask else None, dpos.to(pos_dtype) if need_pos else None
 
 
 def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
     """Kept tokens at their places, the mask token elsewhere, + position.
 
-    x `[B * K, D]`, places `[B, L]` int64, mask_token `[D]`, pos `[L, D]` -> `[B * L, D]` in pos' dtype. `places[b, l]` is
-    the index, 0..K-1, of the token of sample b that stands at place l, negative where none does; each kept token must
-    stand at exactly one place (not checked: that would wait for the device). Raises ValueError or TypeError when a shape
-    or dtype does not fit.
+    x `[B * K, D]`, places `[B, L]` int64, mask_token `[D]`, pos `[L, D]` -> `[B * L, D]` in pos' dtype. `places[b, l]`
+    is the index, 0..K-1, of the token of sample b that stands at place l, negative where none does; each kept token
+    must stand at exactly one place (not checked: that would wait for the device). Raises ValueError or TypeError when a
+    shape or dtype does not fit.
     """
     check_ids("places", places)
     check_rows("x", x, places.shape[0])

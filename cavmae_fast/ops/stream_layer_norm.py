@@ -183,18 +183,18 @@ def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
     ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
     programs = _three([triton.cdiv(n, BACKWARD_ROWS_PER_PROGRAM) for n in rows])
     partial = torch.empty(2, sum(programs), width, dtype=torch.float32, device=dx.device)
-    total = torch.empty(2, len(rows), width, dtype=torch.float32, device=dx.device)
+    dw, db = (torch.empty(len(rows), width, dtype=torch.float32, device=dx.device) for _ in range(2))
     stream_layer_norm_backward_kernel[(sum(programs),)](
         dy, dx_new, x_new, dx, ddelta, mean, rstd, *_three(weights), partial[0], partial[1], *_three(rows),
         programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=BACKWARD_ROWS,
         ROWS_PER_PROGRAM=BACKWARD_ROWS_PER_PROGRAM, HAS_DX_NEW=dx_new is not None, HAS_DDELTA=delta_dtype is not None,
         num_warps=4,
     )  # fmt: skip
-    for part, out in zip(partial, total):
+    for part, out in zip(partial, (dw, db)):
         stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](
             part, out, *programs, D=width, BLOCK_D=64, BLOCK_P=32, num_warps=4
         )
-    return dx, ddelta, *total.unbind(0)
+    return dx, ddelta, dw, db
 
 
 def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import operators
 from .blocks import Block, NormLayer, PatchEmbed
-from .masking import Masking, random_masking
+from .masking import Masking, kept_tokens, random_masking
 from .positions import sincos_positions
 
 MEL_BINS = 128
@@ -43,8 +43,9 @@ class Encoder(nn.Module):
             raise ValueError(f"modality_specific_depth is {modality_specific_depth}; it must lie in 0..depth ({depth})")
         if attention not in self.attentions:
             raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(self.attentions)}")
-        if not isinstance(norm_layer(embed_dim), nn.LayerNorm):
-            raise ValueError("norm_layer must build torch.nn.LayerNorm modules")
+        norm = norm_layer(embed_dim) if callable(norm_layer) else None
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            raise ValueError(f"norm_layer is {norm_layer!r}; it must build torch.nn.LayerNorm modules with weight and bias")
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
             "v": (height // patch_size, width // patch_size),
@@ -92,22 +93,21 @@ class Encoder(nn.Module):
     def patch_size(self) -> int:
         return self.patch_embed_a.patch_size[0]
 
-    def check_inputs(self, audio: Tensor | None, imgs: Tensor | None) -> None:
-        """Raises ValueError or TypeError unless audio is `[B, T, 128]` and imgs `[B, C, H, W]`, floating, of one B."""
+    def check_inputs(self, **inputs: Tensor) -> None:
+        """Raises TypeError or ValueError, naming the argument, unless audio (`audio` or `a`) is `[B, T, 128]` and images
+        (`imgs` or `v`) are `[B, C, H, W]`, floating-point, all of one B."""
         height, time = self.patch_embed_a.img_size
-        wanted = {"audio": (audio, (time, height))}
-        if "v" in self.modalities:
-            wanted["imgs"] = (imgs, (self.in_chans, *self.patch_embed_v.img_size))
-        for name, (x, shape) in wanted.items():
-            if x is None:
-                continue
+        for name, x in inputs.items():
+            shape = (time, height) if name in ("audio", "a") else (self.in_chans, *self.patch_embed_v.img_size)
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"{name} is {kind}; it must be a floating-point tensor")
             if tuple(x.shape[1:]) != shape or x.dim() != len(shape) + 1 or x.shape[0] < 1:
                 raise ValueError(f"{name} has shape {list(x.shape)}; this model takes [B, {', '.join(map(str, shape))}]")
-        if audio is not None and imgs is not None and audio.shape[0] != imgs.shape[0]:
-            raise ValueError(f"audio holds {audio.shape[0]} samples and imgs {imgs.shape[0]}; they must be as many")
+        counts = [(name, x.shape[0]) for name, x in inputs.items()]
+        if counts[0][1] != counts[-1][1]:
+            (name, count), (other, other_count) = counts
+            raise ValueError(f"{name} holds {count} samples and {other} {other_count}; they must be as many")
 
     @staticmethod
     def spectrogram(audio: Tensor) -> Tensor:
@@ -199,16 +199,17 @@ class CAVMAE(Encoder):
         self, batch: int, device: torch.device, mask_ratio_a: float, mask_ratio_v: float, mask_mode: str
     ) -> tuple[Masking, Masking]:
         """The masks of audio and video. Audio's noise is drawn first; video is always masked without structure."""
+        kept_tokens(self.patch_embed_v.num_patches, mask_ratio_v, "mask_ratio_v")  # raises before anything is drawn
         masking_a = random_masking(batch, self.patch_embed_a.grid, mask_ratio_a, device, mask_mode, "mask_ratio_a")
         masking_v = random_masking(batch, self.patch_embed_v.grid, mask_ratio_v, device, name="mask_ratio_v")
         return masking_a, masking_v
 
-    @staticmethod
-    def check_removed(masking_a: Masking, masking_v: Masking) -> None:
-        """ValueError when nothing is removed, so that there is nothing to reconstruct."""
-        for name, masking in (("mask_ratio_a", masking_a), ("mask_ratio_v", masking_v)):
-            if masking.ids_removed.shape[1] == 0:
-                raise ValueError(f"{name} removes no patch, so there is nothing to reconstruct; it must remove one")
+    def check_removed(self, mask_ratio_a: float, mask_ratio_v: float) -> None:
+        """ValueError when nothing would be removed, so that there is nothing to reconstruct."""
+        for m, ratio in (("a", mask_ratio_a), ("v", mask_ratio_v)):
+            name, length = f"mask_ratio_{m}", getattr(self, f"patch_embed_{m}").num_patches
+            if kept_tokens(length, ratio, name) == length:
+                raise ValueError(f"{name} is {ratio}, which removes none of {length} patches; it must remove at least one")
 
     def encode_kept(self, audio: Tensor, imgs: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
         """The kept tokens `[B, K, D]` of audio and video after their modality-specific blocks."""
@@ -248,12 +249,13 @@ class CAVMAE(Encoder):
         Returns `loss, loss_mae, loss_mae_a, loss_mae_v, loss_c, mask_a, mask_v, c_acc`: `loss = loss_mae + loss_c`, both
         already weighted; masks `[B, L]` float, 1 = removed; `c_acc` the share of videos whose audio ranks first.
         """
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
+        if mae_loss_weight != 0:
+            self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
         a, v = self.encode_kept(audio, imgs, masking_a, masking_v)
         loss_mae = loss_mae_a = loss_mae_v = loss_c = c_acc = torch.zeros((), device=audio.device)
         if mae_loss_weight != 0:
-            self.check_removed(masking_a, masking_v)
             pred_a, pred_v = self.decode(self.shared(torch.cat([a, v], dim=1)), masking_a, masking_v)
             loss_mae_a = self.reconstruction_loss("a", audio, pred_a, masking_a)
             loss_mae_v = self.reconstruction_loss("v", imgs, pred_v, masking_v)
@@ -269,9 +271,9 @@ class CAVMAE(Encoder):
         mask_mode: str = "unstructured",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Predictions for every patch: `pred_a [B, La, p*p], pred_v [B, Lv, p*p*C], mask_a, mask_v, loss_a, loss_v`."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
+        self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
-        self.check_removed(masking_a, masking_v)
         a, v = self.encode_kept(audio, imgs, masking_a, masking_v)
         pred_a, pred_v = self.decode(self.shared(torch.cat([a, v], dim=1)), masking_a, masking_v)
         loss_a = self.reconstruction_loss("a", audio, pred_a, masking_a)
@@ -280,7 +282,7 @@ class CAVMAE(Encoder):
 
     def forward_feat(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Unmasked inputs -> normed tokens of each stream seen alone, audio `[B, La, D]` and video `[B, Lv, D]`."""
-        self.check_inputs(a, v)
+        self.check_inputs(a=a, v=v)
         return self.features("a", a), self.features("v", v)
 
 
@@ -311,11 +313,12 @@ class CAVMAEFT(Encoder):
         'missingaudioonly' or 'missingvideoonly' (only that modality is *there*: the mean of the joint-norm and the
         own-norm passes). The input that a mode does not use may be None."""
         check_mode(mode, a, v)
-        self.check_inputs(None if "video" in mode else a, None if "audio" in mode else v)
         if mode == "multimodal":
+            self.check_inputs(a=a, v=v)
             a, v = self.specific("a", self.embed("a", a)), self.specific("v", self.embed("v", v))
             return self.mlp_head(self.shared(torch.cat([a, v], dim=1)).mean(dim=1))
         m, x = ("a", a) if "audio" in mode else ("v", v)
+        self.check_inputs(**{m: x})
         tokens = self.specific(m, self.embed(m, x))
         mean = self.shared(tokens, m).mean(dim=1)
         if mode.startswith("missing"):
@@ -326,7 +329,7 @@ class CAVMAEFT(Encoder):
         """Normed tokens of each stream seen alone: both for mode 'av', audio's for 'a'."""
         if mode not in ("av", "a"):
             raise ValueError(f"mode is {mode!r}; it must be 'av' or 'a'")
-        self.check_inputs(a, v if mode == "av" else None)
+        self.check_inputs(**({"a": a, "v": v} if mode == "av" else {"a": a}))
         return (self.features("a", a), self.features("v", v)) if mode == "av" else self.features("a", a)
 
 
@@ -354,7 +357,7 @@ class CAVMAEFTAudio(Encoder):
 
     def forward(self, a: Tensor) -> Tensor:
         """Audio `[B, audio_length, 128]` -> normed tokens `[B, La, D]`."""
-        self.check_inputs(a, None)
+        self.check_inputs(a=a)
         return self.features("a", a)
 
     def forward_feat(self, a: Tensor, v: Tensor | None = None, mode: str = "a") -> Tensor:
@@ -386,6 +389,9 @@ def check_mode(mode: str, a: Tensor | None, v: Tensor | None) -> None:
 
 
 def check_heads(name: str, heads: int, width_name: str, width: int) -> None:
+    """ValueError unless `heads` divide `width` and 4 does, as sine-cosine positions need."""
+    if width < 4 or width % 4:
+        raise ValueError(f"{width_name} is {width}; it must be a multiple of 4")
     if heads < 1 or width % heads:
         raise ValueError(f"{name} is {heads}, which does not divide {width_name} ({width})")
 

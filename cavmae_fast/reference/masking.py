@@ -49,13 +49,13 @@ def random_masking(
     keep = kept_tokens(rows * columns, ratio, name)
     noise = torch.rand(batch, rows * columns, device=device)
     if mode != "unstructured":
-        share = 0.7 * ratio if mode == "tf" else ratio
+        factor = 0.7 if mode == "tf" else 1.0
         noise = noise.view(batch, rows, columns)
         if mode in ("time", "tf"):
-            chosen = _choose(batch, columns, int(columns * share), device)
+            chosen = _choose(batch, columns, int(columns * ratio * factor), device)
             noise = noise.masked_fill(chosen.unsqueeze(1), 1.1)
         if mode in ("freq", "tf"):
-            chosen = _choose(batch, rows, int(rows * share), device)
+            chosen = _choose(batch, rows, int(rows * ratio * factor), device)
             noise = noise.masked_fill(chosen.unsqueeze(2), 1.1)
         noise = noise.flatten(1)
     ids_shuffle = noise.argsort(dim=1)

@@ -11,7 +11,16 @@ from functools import partial
 
 import torch
 
-from cavmae_fast.ops import attention_kernels, linear_gelu, stream_layer_norm
+from cavmae_fast.ops import (
+    attention_kernels,
+    contrastive_loss,
+    embed_kept_patches,
+    gather_tokens,
+    linear_gelu,
+    masked_patch_mse,
+    scatter_tokens,
+    stream_layer_norm,
+)
 
 CASES: dict[str, Callable[[], object]] = {}
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +53,9 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"dgelu_bias-ones-{_name}"] = partial(_dgelu_bias, _dtype, 1, [1])
 
 
-def _attention(dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None = None) -> None:
+def _attention(
+    dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None = None
+) -> None:
     queries = q_lengths or lengths
     q = torch.empty(sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
     kv = torch.empty(sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
@@ -62,3 +73,52 @@ CASES["attention-wide-long-bf16"] = partial(_attention, torch.bfloat16, 128, 8, 
 CASES["attention-ones-fp16"] = partial(_attention, torch.float16, 16, 1, [1])
 CASES["attention-odd-fp16"] = partial(_attention, torch.float16, 24, 3, [300])
 CASES["attention-fp32"] = partial(_attention, torch.float32, 64, 12, [708])
+
+
+def _tokens(dtype: torch.dtype, length: int, kept: int, width: int) -> None:
+    batch = 1 if length == 1 else 2
+    ids = torch.zeros(batch, kept, dtype=torch.int64)
+    places = torch.zeros(batch, length, dtype=torch.int64)
+    x, whole = (torch.empty(batch * n, width, dtype=dtype) for n in (kept, length))
+    gather_tokens._forward_triton(whole, ids)
+    gather_tokens._backward_triton(x, ids, length)
+    for pos_dtype in {dtype, torch.float32}:
+        pos = torch.empty(length, width, dtype=pos_dtype)
+        scatter_tokens._forward_triton(x, places, torch.empty(width), pos)
+        dout = torch.empty(batch * length, width, dtype=pos_dtype)
+        for sums in (True, False):
+            scatter_tokens._backward_triton(dout, places, kept, dtype, sums)
+
+
+def _patches(dtype: torch.dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype) -> None:
+    length = (height // p) * (width // p)
+    images = torch.empty(2, width, height, channels).permute(0, 3, 2, 1)
+    ids, removed = (torch.zeros(2, n, dtype=torch.int64) for n in (kept, length - kept or 1))
+    weight, bias, pos = torch.empty(dim, channels, p, p, dtype=dtype), torch.empty(dim), torch.empty(length, dim)
+    for chosen in (ids, None):
+        out, patches = embed_kept_patches._forward_triton(images, chosen, weight, bias, pos.to(out_dtype), bias)
+        embed_kept_patches._backward_triton(out, patches, chosen, length, True, True)
+    pred = torch.empty(2, removed.shape[1], p * p * channels, dtype=dtype)
+    for norm in (True, False):
+        loss, mean, rstd = masked_patch_mse._forward_triton(pred, images, removed, p, norm)
+        masked_patch_mse._backward_triton(loss, pred, images, removed, mean, rstd, p, norm)
+
+
+def _contrastive(dtype: torch.dtype, count: int, width: int, both: bool) -> None:
+    x = torch.empty(count, width, dtype=dtype)
+    loss, _, *saved = contrastive_loss._forward_triton(x, x, 0.05, both)
+    contrastive_loss._backward_triton(loss, x, x, *saved, 0.05)
+
+
+for _name, _dtype in LOW_PRECISION.items():
+    CASES[f"tokens-decoder-{_name}"] = partial(_tokens, _dtype, 708, 177, 512)
+    CASES[f"tokens-ones-{_name}"] = partial(_tokens, _dtype, 1, 1, 1)
+    CASES[f"patches-video-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32)
+    CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32)
+    CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype)
+    CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype)
+    for _both in (False, True):
+        CASES[f"contrastive-{1 + _both}-{_name}"] = partial(_contrastive, _dtype, 256, 768, _both)
+    CASES[f"contrastive-odd-{_name}"] = partial(_contrastive, _dtype, 97, 33, True)
+    CASES[f"contrastive-ones-{_name}"] = partial(_contrastive, _dtype, 1, 1, False)
+CASES["contrastive-fp32"] = partial(_contrastive, torch.float32, 256, 768, True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 #: kernels whose products must run on the matrix units
-MATRIX_KERNELS: set[str] = set()
+MATRIX_KERNELS: set[str] = {"attention_forward_kernel", "attention_backward_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def test_all_kernels_compile_without_spills(rows):
 
 
 def test_matrix_instructions(rows):
-    compiled = [row for row in rows if row["kernel"] in MATRIX_KERNELS]
+    # float32 products are exact ("ieee"), which no matrix unit offers
+    compiled = [row for row in rows if row["kernel"] in MATRIX_KERNELS and not row["case"].endswith("fp32")]
     assert {row["kernel"] for row in compiled} == MATRIX_KERNELS
     failures = [row for row in compiled if not row["matrix"]]
     assert not failures, "\n".join(map(str, failures))

@@ -1,0 +1,98 @@
+"""`cavmae-fast doctor`: the device, the versions, and which implementation each operator uses here, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from .ops import attention, native, registry
+
+OPTIONAL = {
+    "flash-attn": "attention back end flash_attn",
+    "xformers": "attention back end xformers",
+    "nvidia-dali-cuda130": "decoding on the GPU",
+    "av": "reading clips",
+    "tyro": "the command line",
+    "matplotlib": "figures",
+    "safetensors": "checkpoints",
+}
+
+
+def report() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Sections of (name, what is so) lines."""
+    return [
+        ("machine", _machine()),
+        ("packages", _packages()),
+        ("operators", _operators()),
+        ("attention back ends", list(attention.available_backends(_device()).items())),
+        ("csrc", [("libcavmae.so", native.status())]),
+    ]
+
+
+def render() -> str:
+    """The report as text."""
+    lines = []
+    for title, rows in report():
+        lines.append(title)
+        lines += [f"  {name:<28}{value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _machine() -> list[tuple[str, str]]:
+    rows = [("python", platform.python_version()), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    rows.append(("triton", _version("triton") or "missing"))
+    if not torch.cuda.is_available():
+        amx = "with" if torch.cpu._is_amx_tile_supported() else "without"
+        rows.append(("device", f"CPU {amx} bf16 matrix units (AMX); PyTorch finds no CUDA device"))
+        return rows
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        architecture = registry.architecture(index)
+        rows.append((f"cuda:{index}", f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"))
+    return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[tuple[str, str]]:
+    rows = [(name, f"{_version(name) or 'not installed'} ({use})") for name, use in OPTIONAL.items()]
+    # The package called apex on PyPI is another project: NVIDIA's is known by its optimizers.
+    found = importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+    rows.append(("apex (NVIDIA's)", "installed" if found else "not installed (FusedAdam; torch's fused Adam is used)"))
+    return rows
+
+
+def _operators() -> list[tuple[str, str]]:
+    device, mode = _device(), registry.mode()
+    rows = []
+    for name, has_triton in sorted(registry.operators.items()):
+        if not has_triton:
+            rows.append((name, "PyTorch: it has no Triton kernel"))
+        elif registry.use_triton(name, device):
+            why = f"CAVMAE_OPS={mode}" if mode != "auto" else f"its kernels passed the GPU suite on {_here(device)}"
+            rows.append((name, f"Triton: {why}"))
+        elif mode != "auto":
+            rows.append((name, f"PyTorch: CAVMAE_OPS={mode}"))
+        elif device.type == "cpu":
+            rows.append((name, "PyTorch: the device is a CPU"))
+        else:
+            rows.append((name, f"PyTorch: its Triton kernels have not passed the GPU suite on {_here(device)}"))
+    backend = attention.resolve_backend("auto", device, torch.bfloat16)
+    rows.append(("attention='auto' in bf16", backend))
+    return rows
+
+
+def _here(device: torch.device) -> str:
+    return registry.architecture(device.index or 0)

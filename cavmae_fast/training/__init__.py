@@ -1,0 +1,1 @@
+"""Training loops, what they record, and the figures they leave."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import assert_parity
+
+from cavmae_fast.ops import registry
+from cavmae_fast.ops.contrastive_loss import contrastive_loss
+from cavmae_fast.reference import operators as reference
+
+SHAPES = [(2, 3), (97, 33), (33, 97), (40, 768), (17, 1023)]
+
+
+def inputs(count, width, dtype, related=0.1):
+    generator = torch.Generator().manual_seed(count)
+    audio = torch.randn(count, width, generator=generator)
+    video = related * audio + torch.randn(count, width, generator=generator)
+    return [x.to(dtype).requires_grad_() for x in (audio, video)]
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_parity(mode, shape, dtype, bidirectional):
+    def explicit(audio, video):
+        """fp32 arithmetic on normalised rows that are rounded to the inputs' dtype."""
+        units = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype).float() for x in (audio, video))
+        return reference.contrastive_loss(*units, bidirectional=bidirectional)
+
+    with registry.override(mode):
+        assert_parity(
+            lambda *args: contrastive_loss(*args, bidirectional=bidirectional),
+            lambda *args: reference.contrastive_loss(*args, bidirectional=bidirectional),
+            inputs(*shape, dtype),
+            baseline=explicit,
+        )
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_single_pair_costs_nothing(mode, bidirectional):
+    values = inputs(1, 64, torch.float32)
+    with registry.override(mode):
+        loss, accuracy = contrastive_loss(*values, bidirectional=bidirectional)
+        gradients = torch.autograd.grad(loss, values)
+    assert loss == 0 and accuracy == 1
+    assert all(g.abs().max() < 1e-6 for g in gradients)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_first_of_equal_similarities_counts(mode):
+    audio, video = inputs(70, 16, torch.float32)
+    with torch.no_grad():
+        for x in (audio, video):
+            x[40] = x[3]  # in different tiles
+            x[6] = x[5]  # in the same tile
+    with registry.override(mode):
+        _, got = contrastive_loss(audio, audio)
+    assert got == torch.tensor(68 / 70)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_rows_of_zeros(mode):
+    values = inputs(40, 16, torch.float32)
+    with torch.no_grad():
+        values[0][7] = 0
+    with registry.override(mode):
+        got = torch.autograd.grad(contrastive_loss(*values)[0], values)
+    want = torch.autograd.grad(reference.contrastive_loss(*values)[0], values)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_nan_reaches_the_loss(mode, bidirectional):
+    values = inputs(40, 16, torch.float32)
+    with torch.no_grad():
+        values[0][7, 3] = float("nan")
+    with registry.override(mode):
+        assert contrastive_loss(*values, bidirectional=bidirectional)[0].isnan()
+
+
+def test_errors():
+    audio, video = inputs(5, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"video has shape \[4, 8\]; audio has \[5, 8\]"):
+        contrastive_loss(audio, video[:4])
+    with pytest.raises(ValueError, match=r"audio has shape \[40\]; it must be \[N, D\]"):
+        contrastive_loss(audio.flatten(), video)
+    with pytest.raises(TypeError, match=r"video is torch.float16; audio is torch.float32"):
+        contrastive_loss(audio, video.half())
+    with pytest.raises(TypeError, match=r"audio is torch.int64; it must be floating-point"):
+        contrastive_loss(audio.long(), video)
+    with pytest.raises(ValueError, match=r"temperature is 0; it must be positive"):
+        contrastive_loss(audio, video, 0)

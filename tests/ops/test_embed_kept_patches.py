@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import assert_parity
+
+from cavmae_fast.ops import registry
+from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.reference import operators as reference
+
+CASES = {
+    "one pixel": ((1, 1, 1, 1), 1, 1, 1),
+    "one patch an image": ((2, 3, 4, 4), 4, None, 5),
+    "odd": ((3, 2, 15, 21), 3, 11, 97),
+    "patch 14": ((2, 3, 28, 42), 14, 4, 33),
+    "video": ((2, 3, 224, 224), 16, 49, 96),
+    "all video": ((1, 3, 112, 112), 16, None, 768),
+    "audio": ((2, 1, 128, 256), 16, 32, 96),
+}
+"images, patch size, kept, width"
+
+
+def inputs(case, dtype, pos_dtype=torch.float32):
+    (batch, channels, height, width), p, kept, dim = CASES[case]
+    generator = torch.Generator().manual_seed(dim)
+
+    def draw(*size, dtype=torch.float32):
+        return torch.randn(*size, generator=generator).to(dtype).requires_grad_()
+
+    images = draw(batch, channels, height, width, dtype=torch.float32).detach()
+    length = (height // p) * (width // p)
+    ids = None if kept is None else torch.rand(batch, length, generator=generator).argsort(1)[:, :kept]
+    weight, pos = draw(dim, channels, p, p, dtype=dtype), draw(length, dim, dtype=pos_dtype)
+    return [images, ids, weight, draw(dim), pos, draw(dim)]
+
+
+def transposed(function):
+    """As the audio comes: the same image, its columns far apart in memory."""
+    return lambda images, *rest: function(images.transpose(2, 3).contiguous().transpose(2, 3), *rest)
+
+
+def explicit(images, ids, weight, bias, pos, modality):
+    """fp32 arithmetic; the pixels, the projection and its gradient are rounded to the weight's dtype."""
+    p = weight.shape[-1]
+    pixels = images.to(weight.dtype).float().unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    projected = (pixels.flatten(2) @ weight.float().flatten(1).t()).to(weight.dtype).float()
+    tokens = projected + pos.float() + (bias.float() + modality.float())
+    if ids is not None:
+        tokens = reference.take_tokens(tokens, ids)
+    return tokens.flatten(0, 1).to(pos.dtype)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "pos_dtype"),
+    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
+)
+def test_parity(mode, case, dtype, pos_dtype):
+    operator = transposed(embed_kept_patches) if case == "audio" else embed_kept_patches
+    with registry.override(mode):
+        assert_parity(operator, reference.embed_kept_patches, inputs(case, dtype, pos_dtype), baseline=explicit)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("case", ["odd", "one patch an image"])
+def test_images_gradient_and_frozen_weight(mode, case):
+    values = inputs(case, torch.float32)
+    values[0].requires_grad_()
+    values[2].requires_grad_(False)
+    values[4].requires_grad_(False)
+    with registry.override(mode):
+        assert_parity(embed_kept_patches, reference.embed_kept_patches, values, baseline=explicit)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_repeats_bitwise(mode):
+    values = inputs("odd", torch.float32)
+    leaves = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
+    with registry.override(mode):
+        first, second = (torch.autograd.grad(embed_kept_patches(*values).square().sum(), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_errors():
+    images, ids, weight, bias, pos, modality = inputs("odd", torch.float32)
+    with pytest.raises(ValueError, match=r"patch size 3 does not divide images of 14 x 21 pixels"):
+        embed_kept_patches(images[:, :, 1:], ids, weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"images has shape \[2, 15, 21\]; it must be \[B, C, H, W\]"):
+        embed_kept_patches(images[0], ids, weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"images has 1 channels; weight takes 2"):
+        embed_kept_patches(images[:, :1], ids, weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"weight has shape \[97, 2, 9\]; it must be \[D, C, p, p\]"):
+        embed_kept_patches(images, ids, weight.flatten(2), bias, pos, modality)
+    with pytest.raises(ValueError, match=r"ids_keep has shape \[2, 11\]; it must be \[3, tokens\]"):
+        embed_kept_patches(images, ids[:2], weight, bias, pos, modality)
+    with pytest.raises(TypeError, match=r"ids_keep is torch.int32; it must be torch.int64"):
+        embed_kept_patches(images, ids.int(), weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"pos has shape \[34, 97\]; images and weight need \[35, 97\]"):
+        embed_kept_patches(images, ids, weight, bias, pos[1:], modality)
+    with pytest.raises(ValueError, match=r"modality has shape \[1, 97\]; images and weight need \[97\]"):
+        embed_kept_patches(images, ids, weight, bias, pos, modality.unsqueeze(0))
+    with pytest.raises(TypeError, match=r"images is torch.int64; it must be floating-point"):
+        embed_kept_patches(images.long(), ids, weight, bias, pos, modality)

@@ -1,0 +1,116 @@
+"""Every operator's kernels on a CUDA device, at the models' shapes: right, repeatable, and fit for a CUDA graph.
+
+`CAVMAE_GPU_DRY_RUN=1` runs the same code without a device, at small shapes on the CPU (kernels in Triton's interpreter,
+which has no bf16), so that the tests themselves can be tested; what needs a device is left out.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from harness import assert_parity, flatten, run
+from samples import Sample, samples
+
+from cavmae_fast.ops import native, registry
+
+CUDA = torch.cuda.is_available()
+DRY_RUN = not CUDA and os.environ.get("CAVMAE_GPU_DRY_RUN") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+SAMPLES = samples("small") if DRY_RUN else samples("real") + samples("small")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not CUDA and not DRY_RUN, reason="needs a CUDA device"),
+]
+on_device = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Triton's kernels; fp32 products in fp32, the reference's too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with registry.override("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def skip_without_bf16(dtype: torch.dtype) -> None:
+    if DRY_RUN and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bf16")
+
+
+def check_parity(sample: Sample, dtype: torch.dtype) -> None:
+    skip_without_bf16(dtype)
+    inputs = sample.inputs(dtype, DEVICE)
+    assert_parity(sample.function, sample.reference, inputs, baseline=sample.baseline(dtype))
+
+
+def cotangents_of(sample: Sample, inputs: list) -> list[torch.Tensor]:
+    """Random gradients of the outputs, where backward takes them: nothing is copied while a graph is captured."""
+    outputs = sample.function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs if o.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_parity(sample, dtype):
+    check_parity(sample, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_repeats_bitwise(sample, dtype):
+    skip_without_bf16(dtype)
+    inputs = sample.inputs(dtype, DEVICE)
+    cotangents = cotangents_of(sample, inputs)
+    first, first_gradients, _ = run(sample.function, inputs, cotangents)
+    for _ in range(3):
+        again, again_gradients, _ = run(sample.function, inputs, cotangents)
+        for a, b in zip([*first, *first_gradients], [*again, *again_gradients]):
+            assert torch.equal(a, b)
+
+
+@on_device
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_cuda_graph(sample):
+    """Forward and backward, captured once and replayed on new numbers, give what they give eagerly."""
+    inputs = sample.inputs(torch.bfloat16, DEVICE)
+    cotangents = cotangents_of(sample, inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels and fills caches, which capture forbids
+        for _ in range(2):
+            run(sample.function, inputs, cotangents)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_gradients, _ = run(sample.function, inputs, cotangents)
+
+    with torch.no_grad():
+        for leaf in flatten(inputs):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.mul_(-0.75)
+        for value in (*captured, *captured_gradients):
+            value.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    eager, eager_gradients, _ = run(sample.function, inputs, cotangents)
+    for a, b in zip([*captured, *captured_gradients], [*eager, *eager_gradients]):
+        assert torch.equal(a, b)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.operator == "linear_gelu"], ids=str)
+def test_native_parity(sample, dtype, monkeypatch):
+    """The same with the kernel of the CUDA library (rows that are no multiples of 16 bytes go to Triton's)."""
+    if native.library() is None:
+        pytest.skip(f"the CUDA library is {native.status()}")
+    monkeypatch.setenv("CAVMAE_NATIVE", "1")
+    check_parity(sample, dtype)
