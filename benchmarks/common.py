@@ -95,11 +95,12 @@ def provenance(device: torch.device, command: list[str], commit: str | None = No
     import triton
 
     git = ("git", "-C", str(ROOT))
-    head, changes = run_tool(*git, "rev-parse", "HEAD"), run_tool(*git, "status", "--porcelain", "--untracked-files=no")
+    head = run_tool(*git, "rev-parse", "HEAD")
+    changes = run_tool(*git, "status", "--porcelain", "--", str(ROOT), f":!{RESULTS.relative_to(ROOT)}")
     gpu = clocks(device)
     return {
         "commit": commit or head,
-        "dirty": None if commit or head is None else bool(changes),
+        "dirty": None if commit or changes is None else bool(changes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *_without_out(command)]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),

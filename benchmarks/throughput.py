@@ -29,13 +29,11 @@ from common import (
     error_text,
     find_device,
     first_line,
-    number,
-    percent,
     provenance,
-    table,
     write_json,
 )
 from flops import step_flops
+from render import step_table
 from timing import ceilings, elapsed, spin, summary, synchronize
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -58,10 +56,11 @@ PROBES = (
     "decoder_blocks.0.mlp.fc1.weight", "decoder_blocks.-1.attn.qkv.weight", "decoder_pred_a.weight",
 )  # fmt: skip
 "Parameters whose gradients are compared; -1 is the last block."
-LOSS_TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "fp32": 1e-5}
-"Relative error of the loss against float32. Measured here: a fifth of these, or less."
-GRADIENT_TOLERANCE = {"bf16": 0.1, "fp16": 0.03, "fp32": 1e-3}
-"Distance of a gradient's direction from the float32 gradient's (both of norm 1), in the worst of the probes."
+LOSS_TOLERANCE = {"bf16": 2e-3, "fp16": 1e-3, "fp32": 1e-5}
+"Relative error of the loss against float32. The published model on a CPU is off by 2e-4 in bf16."
+GRADIENT_TOLERANCE = {"bf16": 0.06, "fp16": 0.03, "fp32": 1e-3}
+"""Distance of a gradient's direction from the float32 gradient's (both of norm 1), in the worst of the probes. The
+published model on a CPU is off by 0.014 in bf16."""
 
 
 @dataclass(frozen=True)
@@ -395,29 +394,6 @@ def dtypes_of(settings: Settings, device: torch.device) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ output
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table of one measurement."""
-    published = {row["name"]: row for row in result["variants"]}.get("published", {}).get("samples_per_s")
-    rows = []
-    for row in result["variants"]:
-        if row["status"] != "ok":
-            rows.append([row["name"], row["status"], *["-"] * 7])
-            continue
-        time, peak, rate = row["time"], row["peak_bytes"], row["samples_per_s"]
-        rows.append([
-            row["name"], row["dtype"], number(rate, 1 if rate < 100 else 0),
-            f"{time['median_ms']:,.1f} ({time['min_ms']:,.1f}-{time['max_ms']:,.1f})",
-            number(None if peak is None else peak / 1e9, 1), number(row["tflops"], 2 if row["tflops"] < 10 else 0),
-            percent(row["gemm_share"]), f"{max(row['check']['loss_errors']):.0e}",
-            "-" if published is None else f"{rate / published:.2f}x",
-        ])  # fmt: skip
-    headings = [
-        "variant", "dtype", "samples/s", "ms a step (spread)", "peak GB", "TFLOP/s", "of GEMM rate", "loss error",
-        "to published",
-    ]  # fmt: skip
-    return table(headings, rows)
-
-
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings, torch.device]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
@@ -454,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = f"throughput-{settings.model}-b{settings.batch}-{settings.dtype}.json"
     path: Path = args.out / device_name(device) / name
     write_json(path, record)
-    print(markdown(record))
+    print(step_table(record))
     bad = [row for row in record["variants"] if row["status"] == "wrong" or unexpected(row)]
     for row in bad:
         print(f"throughput: {row['name']} was not timed: {row['reason']}", file=sys.stderr)

@@ -56,7 +56,6 @@ BAD = {
     "batch-norm": ({"norm_layer": nn.BatchNorm1d}, "norm_layer | BatchNorm1d | torch.nn.LayerNorm"),
     "rms-norm": ({"norm_layer": nn.RMSNorm}, "norm_layer | RMSNorm | torch.nn.LayerNorm"),
     "no-norm": ({"norm_layer": None}, "norm_layer is None | torch.nn.LayerNorm"),
-    "norm-instance": ({"norm_layer": nn.LayerNorm(48)}, "norm_layer | torch.nn.LayerNorm"),
     "norm-without-weight": (
         {"norm_layer": functools.partial(nn.LayerNorm, elementwise_affine=False)}, "norm_layer | weight and bias",
     ),
@@ -68,10 +67,6 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_constructor(implementation, name):
     change, message = BAD[name]
-    if name == "norm-instance":
-        with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)):
-            implementation.CAVMAE(**TINY | change)
-        return
     refused(message, implementation.CAVMAE, **TINY | change)
     if not any(key.startswith("decoder") for key in change):
         for kind in ("CAVMAEFT", "CAVMAEFTAudio"):
@@ -309,8 +304,8 @@ def test_nan_reaches_the_logits(implementation, mode):
 @both
 def test_nan_weights_reach_the_loss(implementation):
     """As a diverged training would have them, wherever the NaN is."""
-    for name, _ in model(implementation).named_parameters():
-        if "_pos" in name or "norm" in name and ("blocks_a" in name or "blocks_v" in name or "decoder_blocks" in name):
+    for name, parameter in model(implementation).named_parameters():
+        if not parameter.requires_grad:
             continue
         broken = implementation.CAVMAE(**TINY)
         with torch.no_grad():

@@ -81,8 +81,8 @@ def load_checkpoint(
     model: nn.Module,
     source: str | os.PathLike | Mapping[str, Tensor],
     *,
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
+    allow_missing: str | Iterable[str] = (),
+    allow_unexpected: str | Iterable[str] = (),
 ) -> LoadReport:
     """Loads a checkpoint (a path, see `read_state`, or a state dict) into `model`.
 
@@ -95,8 +95,8 @@ def load_checkpoint(
     report = LoadReport(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
     problems = []
     for kind, names, allowed in (
-        ("missing", report.missing, list(allow_missing)),
-        ("unexpected", report.unexpected, [*allow_unexpected, ALWAYS_TOLERATED]),
+        ("missing", report.missing, _patterns(allow_missing)),
+        ("unexpected", report.unexpected, [*_patterns(allow_unexpected), ALWAYS_TOLERATED]),
     ):
         names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
         if names:
@@ -108,6 +108,11 @@ def load_checkpoint(
         raise CheckpointError(f"{origin} does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict({name: state[name] for name in own.keys() & state.keys()}, strict=False)
     return report
+
+
+def _patterns(allow: str | Iterable[str]) -> list[str]:
+    """A single pattern is one pattern, not its letters: one of them may be '*'."""
+    return [allow] if isinstance(allow, str) else list(allow)
 
 
 def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:

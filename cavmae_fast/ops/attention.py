@@ -178,7 +178,6 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
     return {name: _state(name, torch.device(device)) for name in BACKENDS}
 
 
-@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_width: int = 64) -> str:
     """The back end that `name` stands for: 'auto' gives 'triton' where its kernels are proven, else 'torch' (CPU) or
     'sdpa'. Raises ValueError for an unknown name or a dtype or width that the back end does not take, RuntimeError for
@@ -199,6 +198,10 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_wi
     if name == "triton" and head_width > MAX_HEAD_WIDTH:
         raise ValueError(f"backend 'triton' got heads of width {head_width}; it takes at most {MAX_HEAD_WIDTH}")
     return name
+
+
+# What `torch.compiler.assume_constant_result` sets: a decorator here would import all of dynamo with this module.
+resolve_backend._dynamo_marked_constant = True
 
 
 def _sdpa(q, kv, batch, q_lengths, lengths, heads):

@@ -38,6 +38,10 @@ DELTA_ROWS = 32
 # takes half their time, all other instructions of the loop 5/6 of it), so whole blocks run without masks, and the tail
 # is peeled off into a block just long enough: 708 = 11 * 64 + 4 costs 720 columns of exponentials, not 768. At width
 # 128 products are the bound, and the second copy of the loop's body makes the compiler spill on sm_80.
+#
+# Backward: read off the sm_90 machine code, not measured on a GPU. At width 32, (128, 32) with 4 warps has the fewest
+# instructions a score (16 in both loops) and 2 programs an SM; at width 64, (64, 64) has 22 against 28 of (64, 32), but
+# 2 programs an SM against 3, and it spills on sm_80.
 SHORT = 256
 FORWARD_SHORT = {
     16: (64, 64, 4, 3, False),

@@ -9,9 +9,8 @@ Backward, with p[i, j] = exp(s[i, j] - logsumexp_i s[i, j]) (bidirectional: the 
     ds = (p - identity) * dloss / N,   d(a / |a|) = ds (v / |v|) / temperature,   and likewise for v
 
 No kernel keeps the N x N matrix: forward writes what the softmax needs of each tile of it (maximum, sum, argmax) and a
-second kernel combines these in a fixed order; backward forms the tiles again. Of each softmax three numbers are kept, so
-that a model that is nearly always right keeps its bits: maximum and log of the sum apart, and p - 1 of the own pair, which is
-minus the share of all others.
+second kernel combines these in a fixed order; backward forms the tiles again. So that gradients keep their bits when
+nearly all is right, p - 1 of the own pair is not a difference: forward keeps minus the share of all others.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from .registry import register
 NORM_EPS = 1e-12
 "As in torch.nn.functional.normalize."
 BLOCK_R = 4
-BACKWARD_D = 128
 COMBINE_N = 64
+BACKWARD_D = 128
+"Columns of the gradient a program of the backward kernel owns; the similarities are formed again for each such tile."
 
 
 # --------------------------------------------------------------------------------------------------------- kernels

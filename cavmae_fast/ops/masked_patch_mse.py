@@ -197,9 +197,7 @@ class _MaskedPatchMSE(torch.autograd.Function):
         return _backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def masked_patch_mse(
-    pred: Tensor, images: Tensor, ids_removed: Tensor, patch_size: int, norm_pix_loss: bool
-) -> Tensor:
+def masked_patch_mse(pred: Tensor, images: Tensor, ids_removed: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` (int64 in 0..L-1; not checked: that would wait for the

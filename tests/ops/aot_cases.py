@@ -90,7 +90,7 @@ def _tokens(dtype: torch.dtype, length: int, kept: int, width: int) -> None:
             scatter_tokens._backward_triton(dout, places, kept, dtype, sums)
 
 
-def _patches(dtype: torch.dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype) -> None:
+def _patches(dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype) -> None:
     length = (height // p) * (width // p)
     images = torch.empty(2, width, height, channels).permute(0, 3, 2, 1)
     ids, removed = (torch.zeros(2, n, dtype=torch.int64) for n in (kept, length - kept or 1))

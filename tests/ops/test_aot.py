@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 #: kernels whose products must run on the matrix units
-MATRIX_KERNELS: set[str] = {"attention_forward_kernel", "attention_backward_kernel"}
+MATRIX_KERNELS: set[str] = {
+    "attention_forward_kernel", "attention_backward_kernel", "contrastive_tile_kernel", "contrastive_backward_kernel",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

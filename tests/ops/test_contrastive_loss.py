@@ -8,7 +8,7 @@ from cavmae_fast.ops import registry
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference import operators as reference
 
-SHAPES = [(2, 3), (97, 33), (33, 97), (40, 768), (17, 1023)]
+SHAPES = [(2, 3), (97, 33), (33, 97)]
 
 
 def inputs(count, width, dtype, related=0.1):
@@ -18,11 +18,7 @@ def inputs(count, width, dtype, related=0.1):
     return [x.to(dtype).requires_grad_() for x in (audio, video)]
 
 
-@pytest.mark.parametrize("mode", ["torch", "triton"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_parity(mode, shape, dtype, bidirectional):
+def check(mode, shape, dtype, bidirectional):
     def explicit(audio, video):
         """fp32 arithmetic on normalised rows that are rounded to the inputs' dtype."""
         units = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype).float() for x in (audio, video))
@@ -38,6 +34,20 @@ def test_parity(mode, shape, dtype, bidirectional):
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_parity(mode, shape, dtype, bidirectional):
+    check(mode, shape, dtype, bidirectional)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(40, 768), (17, 1023)], ids=str)
+def test_wide_rows(mode, shape):
+    check(mode, shape, torch.float16, True)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_single_pair_costs_nothing(mode, bidirectional):
     values = inputs(1, 64, torch.float32)
@@ -45,7 +55,7 @@ def test_a_single_pair_costs_nothing(mode, bidirectional):
         loss, accuracy = contrastive_loss(*values, bidirectional=bidirectional)
         gradients = torch.autograd.grad(loss, values)
     assert loss == 0 and accuracy == 1
-    assert all(g.abs().max() < 1e-6 for g in gradients)
+    assert all(g.abs().max() == 0 for g in gradients)
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])

@@ -1,0 +1,180 @@
+"""Everything there is to know about a GPU in one command: what is right on it, and how fast.
+
+    python benchmarks/gpu_suite.py                       # all sections, less than 9 minutes on an H200
+    python benchmarks/gpu_suite.py --sections parity --write-proven
+    python benchmarks/gpu_suite.py --device cpu --tiny   # a dry run of the code, without a GPU
+
+Each section is a process of its own, so that a fault of the device in one does not reach the others; it writes
+`results/<device>/<section>.json` as it goes. Needs torch, triton, numpy and pytest. The exit code is 1 when a section
+failed, was wrong or ran out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import (
+    BenchmarkError,
+    add_arguments,
+    device_name,
+    error_text,
+    find_device,
+    first_line,
+    provenance,
+    strip_paths,
+    write_json,
+)
+from render import render
+from report import Report
+
+
+def _section(module: str, function: str) -> Callable[[Report], None]:
+    """A section's function, imported when it runs: the parent process needs none of it."""
+
+    def run(report: Report) -> None:
+        getattr(__import__(module), function)(report)
+
+    return run
+
+
+SECTIONS: dict[str, Callable[[Report], None]] = {
+    "parity": _section("parity", "run"),
+    "steps": _section("sections", "steps"),
+    "attention": _section("sections", "attention_backends"),
+    "operators": _section("sections", "operators"),
+    "breakdown": _section("sections", "breakdown"),
+    "pytest": _section("sections", "pytest"),
+}
+"In the order in which they run."
+LIMITS = {"parity": 120.0, "steps": 200.0, "attention": 90.0, "operators": 110.0, "breakdown": 40.0, "pytest": 120.0}
+"Seconds a section may take; the last ones have what is left of the budget."
+LEAST, START = 20.0, 10.0
+"Seconds below which a section is not begun; those of its process that go into starting."
+
+
+def run_section(name: str, report: Report) -> bool:
+    """Runs a section in this process -> whether it went well. What it raises goes into its record."""
+    try:
+        SECTIONS[name](report)
+    except BenchmarkError as error:
+        report.finish("failed", str(error))
+    except Exception as error:
+        report.data["error"] = error_text(error)
+        report.finish("failed", first_line(error))
+        print(report.data["error"], file=sys.stderr, flush=True)
+    else:
+        report.finish("ok")
+    return report.data["status"] == "ok"
+
+
+def supervise(command: list[str], path: Path, seconds: float, environment: dict[str, str]) -> bool:
+    """Runs a section as a process, for `seconds` at most -> whether it went well. `path` is the record that it writes;
+    one that says "running" after the process ended was cut short, and is completed here."""
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)
+        try:
+            code: int | None = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        errors.seek(0)
+        tail = errors.read()[-6000:]
+    sys.stderr.write(tail)
+    record = json.loads(path.read_text())
+    if record["status"] == "running":
+        reason = f"it took more than {seconds:.0f} s" if code is None else f"its process ended with exit code {code}"
+        record |= {"status": "timed out" if code is None else "crashed", "reason": reason, "error": strip_paths(tail)}
+        write_json(path, record)
+    return record["status"] == "ok"
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], torch.device]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: tries the code, measures nothing")
+    parser.add_argument("--budget", type=float, default=530.0, help="seconds for all sections")
+    parser.add_argument("--write-proven", action="store_true", help="mark the operators that parity showed to be right")
+    parser.add_argument("--in-process", action="store_true", help="run the sections in this process")
+    args = parser.parse_args(arguments)
+    device = find_device(parser, args.device)
+    chosen = args.sections.split(",")
+    for name in chosen:
+        if name not in SECTIONS:
+            parser.error(f"--sections names {name!r}; it must be of {', '.join(SECTIONS)}")
+    if args.write_proven and ("parity" not in chosen or device.type != "cuda" or args.tiny):
+        parser.error("--write-proven needs the section parity on a CUDA device, without --tiny")
+    return args, [name for name in SECTIONS if name in chosen], device
+
+
+def child_command(args: argparse.Namespace, name: str, seconds: float) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the process of one section."""
+    command = [sys.executable, __file__, "--in-process", "--sections", name, "--budget", f"{seconds:.0f}"]
+    command += ["--device", args.device, "--out", str(args.out)]
+    command += ["--tiny"] if args.tiny else []
+    command += ["--commit", args.commit] if args.commit else []
+    environment = dict(os.environ)
+    if args.device == "cpu":
+        environment.setdefault("TRITON_INTERPRET", "1")
+    return command, environment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, chosen, device = parse(arguments)
+    command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
+    folder: Path = args.out / device_name(device)
+    begin, good = time.monotonic(), {}
+    for name in chosen:
+        left = args.budget - (time.monotonic() - begin)
+        seconds = min(left, LIMITS.get(name, left))
+        path = folder / f"{name}.json"
+        report = Report(path, name, device, args.tiny, seconds, provenance(device, command, args.commit))
+        if args.in_process:
+            good[name] = run_section(name, report)
+        elif left < LEAST:
+            report.finish("not run", f"the budget of {args.budget:.0f} s was spent")
+            good[name] = False
+        else:
+            child, environment = child_command(args, name, seconds - START)
+            good[name] = supervise(child, path, seconds, environment)
+            print(_line(path), flush=True)
+    if args.write_proven and not args.in_process:
+        good["proven"] = write_proven(folder / "parity.json")
+    if not args.in_process:
+        print(render(folder))
+    return 0 if all(good.values()) else 1
+
+
+def _line(path: Path) -> str:
+    record = json.loads(path.read_text())
+    reason = f": {record['reason']}" if "reason" in record else ""
+    return f"{record['kind']}: {record['status']} after {record['seconds']:.0f} s{reason}"
+
+
+def write_proven(path: Path) -> bool:
+    """Marks what the record `path` shows to be right; an operator that it shows to be wrong loses its mark."""
+    from prove import update
+
+    try:
+        print(f"proven: {', '.join(update(json.loads(path.read_text())))}")
+    except BenchmarkError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

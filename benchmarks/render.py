@@ -1,0 +1,189 @@
+"""Tables of a device's folder, from the JSON files in it: writes `results/<device>/README.md`.
+
+python benchmarks/render.py [nvidia-h200 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, number, percent, table
+
+Record = dict[str, Any]
+ORDER = ("parity", "pytest", "throughput", "steps", "attention", "operators", "breakdown")
+TITLES = {
+    "parity": "Correctness of the operators and models on this device",
+    "pytest": "Tests on this device",
+    "throughput": "Full training step",
+    "steps": "Full training step by batch size",
+    "attention": "Attention",
+    "operators": "Operators",
+    "breakdown": "Time by kernel of one step",
+}
+
+
+def step_table(result: Record) -> str:
+    """Variants of one measurement of the training step."""
+    published = {row["name"]: row for row in result["variants"]}.get("published", {}).get("samples_per_s")
+    rows = []
+    for row in result["variants"]:
+        if row["status"] != "ok":
+            rows.append([row["name"], row["status"], *["-"] * 7])
+            continue
+        time, peak, rate = row["time"], row["peak_bytes"], row["samples_per_s"]
+        rows.append([
+            row["name"], row["dtype"], number(rate, 1 if rate < 100 else 0),
+            f"{time['median_ms']:,.1f} ({time['min_ms']:,.1f}-{time['max_ms']:,.1f})",
+            number(None if peak is None else peak / 1e9, 1), number(row["tflops"], 2 if row["tflops"] < 10 else 0),
+            percent(row["gemm_share"]), f"{max(row['check']['loss_errors']):.0e}",
+            "-" if published is None else f"{rate / published:.2f}x",
+        ])  # fmt: skip
+    headings = [
+        "variant", "dtype", "samples/s", "ms a step (spread)", "peak GB", "TFLOP/s", "of GEMM rate", "loss error",
+        "to published",
+    ]  # fmt: skip
+    return table(headings, rows)
+
+
+def _steps(record: Record) -> str:
+    parts = []
+    for result in record.get("steps", [record] if "variants" in record else []):
+        settings = result["settings"]
+        parts.append(f"Model {settings['model']}, batch {settings['batch']}:\n\n{step_table(result)}")
+    return "\n\n".join(parts)
+
+
+def _parity(record: Record) -> str:
+    """Worst error over allowed error of each operator and dtype."""
+    worst: dict[str, dict[str, str]] = {}
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for row in record.get("operators", []):
+        cells.setdefault((row["operator"], row["dtype"]), []).append(row)
+    for (operator, dtype), rows in cells.items():
+        wrong = [row["case"] for row in rows if row["right"] is False]
+        results = [result for row in rows for result in row.get("results", [])]
+        share = max((r["error"] / r["allowed"] for r in results), default=None)
+        text = "not tried" if share is None else f"{share:.2f}"
+        worst.setdefault(operator, {})[dtype] = f"**wrong: {', '.join(wrong)}**" if wrong else text
+    dtypes = ["bf16", "fp16", "fp32"]
+    rows = [[operator, *(found.get(dtype, "-") for dtype in dtypes)] for operator, found in worst.items()]
+    parts = ["Largest error of any output or gradient, as a share of what is allowed:"]
+    parts.append(table(["operator", *dtypes], rows))
+    models = []
+    for row in record.get("models", []):
+        if row["right"] is None:
+            models.append([row["model"], row["dtype"], "not tried", "-"])
+        else:
+            models.append([row["model"], row["dtype"], *(f"{row[k]['error']:.1e}" for k in ("loss", "gradient"))])
+    if models:
+        parts.append(table(["model", "dtype", "error of the loss", "of the gradient"], models))
+    return "\n\n".join(parts)
+
+
+def _race(record: Record, key: str) -> str:
+    """Contenders' times at each shape, forward and forward with backward, with ours' share of the bound."""
+    rows, names = record.get(key, []), []
+    for row in rows:
+        names += [name for name in row["times"] if name not in names]
+    parts = []
+    for direction, title in (("forward", "Forward"), ("both", "Forward and backward")):
+        body = []
+        for row in rows:
+            if not any(direction in times for times in row["times"].values()):
+                continue
+            label = f"{row['operator']} {row['case']}" if "operator" in row else f"{row['case']}, batch {row['batch']}"
+            best = next((row["times"][n] for n in ("triton", "torch") if direction in row["times"].get(n, {})), {})
+            floor = row["floors"][direction]
+            cells = [_ms(row["times"].get(name, {}).get(direction)) for name in names]
+            body.append([label, *cells, floor["bound"], percent(best.get(direction, {}).get("share"))])
+        parts.append(f"{title}, microseconds:\n\n" + table(["shape", *names, "bound by", "ours, of the bound"], body))
+    return "\n\n".join(parts)
+
+
+def _ms(times: Record | None) -> str:
+    return "-" if times is None else number(1e3 * times["median_ms"], 1)
+
+
+def _breakdown(record: Record) -> str:
+    if "kernels" not in record:
+        return ""
+    total = record["kernels_ms"]
+    rows = [
+        [f"`{k['name'][:90].replace('|', '/')}`", str(k["calls"]), number(k["ms"], 3), percent(k["ms"] / total)]
+        for k in record["kernels"]
+    ]
+    text = (
+        f"Batch {record['settings']['batch']}: {total:,.1f} ms in {record['launches']} launches, of a step of"
+        f" {record['step_ms']:,.1f} ms; kernels not listed: {record['others_ms']:,.1f} ms."
+    )
+    return f"{text}\n\n" + table(["kernel", "calls", "ms", "share"], rows)
+
+
+def _pytest(record: Record) -> str:
+    return record.get("summary", "")
+
+
+RENDERERS: dict[str, Callable[[Record], str]] = {
+    "parity": _parity,
+    "pytest": _pytest,
+    "throughput": _steps,
+    "steps": _steps,
+    "attention": lambda record: _race(record, "attention"),
+    "operators": lambda record: _race(record, "operators"),
+    "breakdown": _breakdown,
+}
+
+
+def _source(path: Path, record: Record) -> str:
+    """The line under a table that says where it came from."""
+    p = record["provenance"]
+    commit = (p["commit"] or "unknown")[:12] + (" with uncommitted changes" if p["dirty"] else "")
+    parts = [f"commit {commit}", f"torch {p['torch']}", f"triton {p['triton']}"]
+    if p["driver"]:
+        parts.append(f"driver {p['driver']}")
+    limits = record.get("ceilings")
+    if limits:
+        rates = ", ".join(f"{dtype} {rate:,.4g}" for dtype, rate in limits["gemm_tflops"].items())
+        parts.append(f"measured here: products {rates} TFLOP/s, copy {limits['copy_gb_per_s']:,.0f} GB/s")
+    return f"`{path.name}`, {p['date'][:10]}, `{p['command']}`: {'; '.join(parts)}."
+
+
+def render(folder: Path) -> str:
+    """Writes README.md into `folder` from the JSON files there, and returns its text."""
+    records = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    known = sorted((r for r in records.items() if r[1].get("kind") in ORDER), key=lambda r: ORDER.index(r[1]["kind"]))
+    device = next((record["provenance"]["device"] for _, record in known), folder.name)
+    parts = [f"# {device}", "Written by `benchmarks/render.py` from the JSON files beside this one."]
+    for path, record in known:
+        parts.append(f"## {TITLES[record['kind']]}")
+        if record.get("tiny") or record.get("settings", {}).get("model") == "tiny":
+            parts.append("**A dry run at small shapes: the times mean nothing.**")
+        if record.get("status", "ok") != "ok":
+            parts.append(f"**{record['status']}**: {record.get('reason', '')}")
+        parts += [RENDERERS[record["kind"]](record), _source(path, record)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "README.md").write_text(text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("devices", nargs="*", help="folders of results (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder that holds the devices' folders")
+    args = parser.parse_args(arguments)
+    folders = [args.out / name for name in args.devices] or sorted(p for p in args.out.glob("*") if p.is_dir())
+    for folder in folders:
+        if not folder.is_dir():
+            parser.error(f"{folder.name!r} is not among the results")
+        render(folder)
+        print(folder.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
