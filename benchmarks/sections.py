@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cases
 import torch
@@ -40,18 +40,28 @@ PUBLISHED_SDPA = {
 # -------------------------------------------------------------------------------------------- one race of contenders
 
 
+class Contender(NamedTuple):
+    """A function, and the mode of the operators in which it and its backward run."""
+
+    function: Callable
+    mode: str = "auto"
+
+
 class Race:
     """Several functions of the same result on the same rotating inputs, forward and forward with backward."""
 
-    def __init__(self, drawn: list[cases.Case], device: torch.device, dtype: str) -> None:
-        self.cases, self.device = drawn, device
+    def __init__(self, drawn: list[cases.Case], device: torch.device, dtype: str, rounds: int) -> None:
+        self.cases, self.device, self.rounds = drawn, device, rounds
         self.agree = AGREE if dtype != "fp32" else AGREE / 1000
         self.cotangents: list[list[Tensor]] = []
         self.want: list[Tensor] | None = None
 
-    def call(self, function: Callable, index: int, backward: bool) -> list[Tensor]:
+    def call(self, contender: Contender, index: int, backward: bool) -> list[Tensor]:
         """Outputs and, with `backward`, the gradients of all leaves."""
-        case = self.cases[index]
+        with registry.override(contender.mode):
+            return self._call(contender.function, self.cases[index], index, backward)
+
+    def _call(self, function: Callable, case: cases.Case, index: int, backward: bool) -> list[Tensor]:
         outputs = cases.outputs_of(function(*case.inputs))
         if not backward:
             return outputs
@@ -63,9 +73,9 @@ class Race:
             ])  # fmt: skip
         return outputs + list(torch.autograd.grad(differentiable, case.leaves, self.cotangents[index]))
 
-    def check(self, function: Callable) -> float | None:
-        """Largest relative difference from the first function checked; raises BenchmarkError when it is too large."""
-        results = [t.detach().float() for t in self.call(function, 0, bool(self.cases[0].leaves))]
+    def check(self, contender: Contender) -> float | None:
+        """Largest relative difference from the first one checked; raises BenchmarkError when it is too large."""
+        results = [t.detach().float() for t in self.call(contender, 0, bool(self.cases[0].leaves))]
         if self.want is None:
             self.want = results
             return None
@@ -74,34 +84,39 @@ class Race:
             raise BenchmarkError(f"it differs from PyTorch eager by {worst:.1e}, and {self.agree:.0e} is allowed")
         return worst
 
-    def run(self, contenders: dict[str, Callable]) -> dict[str, dict[str, Any]]:
+    def run(self, contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
         """Contender -> difference, times of forward and of both, or why there are none."""
         rows: dict[str, dict[str, Any]] = {}
-        for name, function in contenders.items():
+        for name, contender in contenders.items():
             try:
-                rows[name] = {"difference": self.check(function)}
+                rows[name] = {"difference": self.check(contender)}
             except Exception as error:  # a library that does not take these inputs is a finding
                 rows[name] = {"reason": first_line(error)}
-            release(self.device)
         self.want = None
-        able = {name: function for name, function in contenders.items() if "reason" not in rows[name]}
+        release(self.device)
+        able = {name: contender for name, contender in contenders.items() if "reason" not in rows[name]}
         for key, backward in (("forward", False), ("both", True)):
             if backward and not self.cases[0].leaves:
                 continue
             runs, clocks = {}, {}
-            for name, function in able.items():
-                runs[name], clocks[name] = self.clocked(function, backward)
-            for name, times in interleave(runs, self.device, 5).items():
+            for name, contender in able.items():
+                try:
+                    runs[name], clocks[name] = self.clocked(contender, backward)
+                except Exception as error:
+                    rows[name]["reason"] = first_line(error)
+            for name, times in interleave(runs, self.device, self.rounds).items():
                 per_call = {k: v / len(self.cases) if k.endswith("_ms") else v for k, v in times.items()}
                 rows[name][key] = per_call | {"clock": clocks[name]}
             runs.clear()
             release(self.device)
         return rows
 
-    def clocked(self, function: Callable, backward: bool) -> tuple[Callable[[], object], str]:
+    def clocked(self, contender: Contender, backward: bool) -> tuple[Callable[[], object], str]:
+        """What to time, all inputs once over, and by which clock."""
+
         def run() -> None:
             for index in range(len(self.cases)):
-                self.call(function, index, backward)
+                self.call(contender, index, backward)
 
         return captured(run, self.device) if self.cases[0].capture else (run, "events" if self.on_gpu else "host")
 
@@ -141,14 +156,6 @@ def add_floor(rows: dict[str, dict[str, Any]], case: cases.Case, limits: dict[st
 # -------------------------------------------------------------------------------------------------------- operators
 
 
-def _in_mode(mode: str, function: Callable) -> Callable:
-    def run(*inputs):
-        with registry.override(mode):
-            return function(*inputs)
-
-    return run
-
-
 def operators(report: Report) -> None:
     """Every operator at the models' shapes: our kernels, our PyTorch path, plain PyTorch eager and compiled."""
     device, tiny = report.device, report.tiny
@@ -159,12 +166,12 @@ def operators(report: Report) -> None:
     for name in cases.builders(batch, sizes):
         drawn = draw_set(name, batch, dtype, device, sizes)
         case = drawn[0]
-        contenders = {"eager": case.eager, "torch": _in_mode("torch", case.ours)}
+        contenders = {"eager": Contender(case.eager), "torch": Contender(case.ours, "torch")}
         if registry.operators.get(case.operator) and (report.on_gpu or registry.interpreting()):
-            contenders["triton"] = _in_mode("triton", case.ours)
+            contenders["triton"] = Contender(case.ours, "triton")
         if not tiny:  # compiling takes minutes
-            contenders["compile"] = torch.compile(case.eager, dynamic=False)
-        rows = Race(drawn, device, dtype).run(contenders)
+            contenders["compile"] = Contender(torch.compile(case.eager, dynamic=False))
+        rows = Race(drawn, device, dtype, 1 if tiny else 5).run(contenders)
         floors = add_floor(rows, case, limits, dtype)
         report.add("operators", {"operator": case.operator, "case": case.name, "floors": floors, "times": rows})
         torch._dynamo.reset()
@@ -173,7 +180,7 @@ def operators(report: Report) -> None:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def _attend(case: cases.Case, backend: str, sdpa: SDPBackend | None = None) -> Callable:
+def _attend(case: cases.Case, backend: str, sdpa: SDPBackend | None = None) -> Contender:
     queries, layout, heads = case.attention_of
 
     def run(*inputs):
@@ -182,7 +189,7 @@ def _attend(case: cases.Case, backend: str, sdpa: SDPBackend | None = None) -> C
                 return attention(*inputs, layout, heads, backend=backend)
             return query_attention(*inputs, queries, layout, heads, backend=backend)
 
-    return run
+    return Contender(run)
 
 
 def attention_backends(report: Report) -> None:
@@ -196,14 +203,14 @@ def attention_backends(report: Report) -> None:
         for name in [n for n in cases.builders(batch, sizes) if n.startswith("attention")]:
             drawn = draw_set(name, batch, dtype, device, sizes)
             case = drawn[0]
-            contenders = {"eager": case.eager}
+            contenders = {"eager": Contender(case.eager)}
             packages = [n for n in ("triton", "flash_attn", "xformers") if states[n] == "available"]
             contenders |= {n: _attend(case, n) for n in packages}
             if report.on_gpu:
                 contenders |= {n: _attend(case, "sdpa", backend) for n, backend in PUBLISHED_SDPA.items()}
             else:
                 contenders |= {"torch": _attend(case, "torch"), "sdpa": _attend(case, "sdpa")}
-            rows = Race(drawn, device, dtype).run(contenders)
+            rows = Race(drawn, device, dtype, 1 if tiny else 5).run(contenders)
             floors = add_floor(rows, case, limits, dtype)
             report.add("attention", {"case": case.name, "batch": batch, "floors": floors, "times": rows})
             del drawn, case, contenders

@@ -63,7 +63,8 @@ def _closing(config, summary: dict) -> str:
     if summary["rejected_clips"]:
         lines.append(f"{summary['rejected_clips']} clips could not be used: see {out / 'rejects.jsonl'}")
     if "A->V R@1" in summary:
-        lines.append(f"retrieval among {summary['held_out_clips']} held-out clips (chance R@1 {summary['chance R@1']:.1f} %):")
+        count, chance = summary["held_out_clips"], summary["chance R@1"]
+        lines.append(f"retrieval among {count} held-out clips (chance R@1 {chance:.1f} %):")
         for way in ("A->V", "V->A"):
             recalls = ", ".join(f"R@{k} {summary[f'{way} R@{k}']:.1f} %" for k in (1, 5, 10))
             lines.append(f"  {way}  {recalls}, median rank {summary[f'{way} median rank']:g}")

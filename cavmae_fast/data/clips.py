@@ -24,6 +24,14 @@ class Reject:
     reason: str
 
 
+class NoUsableClipError(MediaError):
+    """Not a single clip can be used; `rejects` says why, clip by clip."""
+
+    def __init__(self, rejects: list[Reject]) -> None:
+        super().__init__(f"none of the {len(rejects)} clips can be used; the first: {rejects[0].reason}")
+        self.rejects = rejects
+
+
 class Item(TypedDict):
     """One clip: `id` (its path), `frame` uint8 `[3, S, S]`, `waveform` int16 `[samples]`, `num_samples`."""
 
@@ -176,7 +184,7 @@ def load_clips(
     Raises:
         ValueError: a number is out of range, or `cache` together with `workers` (each worker would keep its own copy
             and lose it at the end of the epoch).
-        MediaError: not a single clip of `paths` can be used.
+        NoUsableClipError: not a single clip of `paths` can be used.
     """
     if not paths:
         raise ValueError("paths is empty; allowed: at least one media file")
@@ -216,4 +224,4 @@ def _batches(dataset: ClipDataset, batch_size: int, workers: int, drop_last: boo
     elif good:
         yield collate(gathered)
     else:
-        raise MediaError(f"none of the {len(rejects)} clips can be used; the first: {rejects[0].reason}")
+        raise NoUsableClipError(rejects)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -51,6 +50,8 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,7 +89,8 @@ def load_checkpoint(
 
     Names missing from the checkpoint or unexpected in it are an error unless they match a pattern (as in file names:
     `decoder_*`) of `allow_missing` or `allow_unexpected`, or are unexpected class tokens (`cls_token*`, which no model
-    uses); a shape that differs is always an error. Nothing is loaded when there is an error. Returns what was missing and unexpected. Raises CheckpointError.
+    uses); a shape that differs is always an error. Nothing is loaded when there is an error. Returns what was missing and
+    unexpected. Raises CheckpointError.
     """
     state, origin = _state_of(source)
     own = model.state_dict()
@@ -184,6 +186,8 @@ class Pretrained:
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes constructor arguments and weights into `folder` (made if absent). Files that are there are replaced only
         once both new ones are whole."""
+        from safetensors.torch import save_file
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"class": type(self).__name__, **self.config}

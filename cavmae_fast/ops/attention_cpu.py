@@ -21,7 +21,13 @@ def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
     )
-    return out.transpose(1, 2), lse
+    out = out.transpose(1, 2)
+    # PyTorch's kernel gives 0 for a row of scores that are all NaN, which would hide a model that has diverged.
+    statistics = torch.promote_types(q.dtype, torch.float32) if q.dtype == torch.float16 else q.dtype
+    if not torch.isfinite(q.sum(dtype=statistics) + k.sum(dtype=statistics)):
+        rows = q.isnan().any(dim=-1) | k.isnan().any(dim=-1).any(dim=1, keepdim=True)  # [B, Lq, H]
+        out.masked_fill_(rows.unsqueeze(-1), float("nan"))
+    return out, lse
 
 
 def attention_backward_cpu(

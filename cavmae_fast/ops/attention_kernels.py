@@ -20,9 +20,8 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 
+from ._triton import tl, triton
 from .stream_layer_norm import _pick, _stream_of_tile, _three
 
 MAX_HEAD_WIDTH = 128

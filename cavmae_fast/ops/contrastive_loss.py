@@ -16,10 +16,9 @@ nearly all is right, p - 1 of the own pair is not a difference: forward keeps mi
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .registry import register
 
 NORM_EPS = 1e-12

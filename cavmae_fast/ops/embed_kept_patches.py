@@ -16,10 +16,9 @@ and sums over the batch in a fixed order, without atomics.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .gather_tokens import _backward as gather_tokens_backward
 from .gather_tokens import check_ids, slots
 from .registry import register

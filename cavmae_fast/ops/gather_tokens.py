@@ -12,10 +12,9 @@ The backward kernel owns destination rows, so it writes every element of dx once
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .registry import register
 
 BLOCK_R = 8

@@ -17,11 +17,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import native
+from ._triton import tl, triton
 from .layout import StreamLayout
 from .registry import register
 from .stream_layer_norm import _pick, _stream_of_tile, _three, stream_sum_kernel

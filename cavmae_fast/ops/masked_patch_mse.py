@@ -11,10 +11,9 @@ the saved mean and rstd. The sum is in two stages, a patch first, then all patch
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .embed_kept_patches import check_images, patch_grid
 from .gather_tokens import check_ids
 from .registry import register

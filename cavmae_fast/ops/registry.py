@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import _triton
+
 NAMESPACE = "cavmae_fast"
 MODES = ("auto", "triton", "torch")
 PROVEN_FILE = Path(__file__).with_name("proven.json")
@@ -78,6 +80,10 @@ def interpreting() -> bool:
 
 def use_triton(name: str, device: torch.device) -> bool:
     """Whether the operator `name` runs its Triton kernels on `device`."""
+    if not _triton.AVAILABLE:
+        if mode() == "triton":
+            raise RuntimeError("CAVMAE_OPS=triton, but Triton is not installed: pip install triton (Linux)")
+        return False
     match mode():
         case "torch":
             return False

@@ -14,10 +14,9 @@ written once, and the sums over the batch are in a fixed order, without atomics.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .gather_tokens import check_ids, check_rows
 from .registry import register
 

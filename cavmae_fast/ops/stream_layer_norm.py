@@ -17,10 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ._triton import tl, triton
 from .layout import StreamLayout
 from .registry import register
 

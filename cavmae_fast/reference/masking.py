@@ -53,10 +53,10 @@ def random_masking(
         noise = noise.view(batch, rows, columns)
         if mode in ("time", "tf"):
             chosen = _choose(batch, columns, int(columns * ratio * factor), device)
-            noise = noise.masked_fill(chosen.unsqueeze(1), 1.1)
+            noise = noise + chosen.unsqueeze(1)
         if mode in ("freq", "tf"):
             chosen = _choose(batch, rows, int(rows * ratio * factor), device)
-            noise = noise.masked_fill(chosen.unsqueeze(2), 1.1)
+            noise = noise + chosen.unsqueeze(2)
         noise = noise.flatten(1)
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)

@@ -73,13 +73,14 @@ def reconstructions(
         low, high = float(pictures["a"][0][row].min()), float(pictures["a"][0][row].max())
         for column, title in enumerate(("sound", "masked", "filled in")):
             axis = axes[row, column]
-            axis.imshow(pictures["a"][column][row, 0], origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma")
+            spectrogram = pictures["a"][column][row, 0].numpy()
+            axis.imshow(spectrogram, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="magma")
             axis.set_title(title if row == 0 else "")
             axis.set(xticks=[], yticks=[])
         for column, title in enumerate(("picture", "masked", "filled in")):
             image = pictures["v"][column][row] * image_std.view(3, 1, 1).cpu() + image_mean.view(3, 1, 1).cpu()
             axis = axes[row, 3 + column]
-            axis.imshow(image.clamp(0, 1).permute(1, 2, 0))
+            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
             axis.set_title(title if row == 0 else "")
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110)

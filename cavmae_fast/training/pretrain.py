@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.clips import load_clips
+from ..data.clips import NoUsableClipError, Reject, load_clips
 from ..data.features import IMAGE_MEAN, IMAGE_STD, audio_features, image_features
 from ..data.media import find_media
 from ..data.synthetic import generate_clips
@@ -75,7 +75,7 @@ class PretrainConfig:
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
-    """`config` with every default filled in from the system's recipe and the machine. Raises ValueError naming a bad value."""
+    """`config` with every default filled in from the system's recipe and the machine. ValueError names a bad value."""
     name = ALIASES.get(config.model, config.model)
     if name not in PRESETS:
         raise ValueError(f"--model is {config.model!r}; it must be one of {', '.join([*ALIASES, *PRESETS])}")
@@ -130,19 +130,27 @@ class ClipSource:
         )  # fmt: skip
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except NoUsableClipError as error:
+                self.name_rejects(error.rejects)
+                raise
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
-            for reject in batch["rejects"]:
-                if reject.path not in self.named:
-                    self.named.add(reject.path)
-                    self.rejects.write({"path": reject.path, "reason": reject.reason})
+            self.name_rejects(batch["rejects"])
             device = torch.device(config.device)
             waveform, samples, image = (
                 batch[key].to(device, non_blocking=True) for key in ("waveform", "num_samples", "image")
             )
             yield batch["ids"], audio_features(waveform, samples, self.audio_length), image_features(image)
+
+    def name_rejects(self, rejects: list[Reject]) -> None:
+        """Writes each clip that could not be used to the run's rejects, once."""
+        for reject in rejects:
+            if reject.path not in self.named:
+                self.named.add(reject.path)
+                self.rejects.write({"path": reject.path, "reason": reject.reason})
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How operators are tested: poisoned and guarded memory, an fp64 reference, tolerances relative to a low-precision baseline."""
+"""How operators are tested: poisoned and guarded memory, an fp64 reference, tolerances relative to a baseline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def poisoned_allocations() -> Iterator[None]:
     """Within, `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return poisoned memory between guards, which must
     be whole at the end: an element that is not written shows as NaN, a store outside raises AssertionError."""
     buffers: list[Tensor] = []
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+    empty = torch.empty
 
     def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         count = int(torch.Size(shape).numel())

@@ -1,0 +1,245 @@
+"""The benchmarks' own code: what they count, what they refuse to time, and that a crash is recorded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import common  # noqa: E402
+import flops  # noqa: E402
+import gpu_suite  # noqa: E402
+import prove  # noqa: E402
+import render  # noqa: E402
+import throughput  # noqa: E402
+import timing  # noqa: E402
+
+from cavmae_fast.reference.cavmae import CAVMAE  # noqa: E402
+
+TINY = ["--device", "cpu", "--model", "tiny", "--batch", "2", "--rounds", "1"]
+PROVENANCE = {"commit", "dirty", "date", "command", "device", "driver", "clocks", "torch", "triton", "cpu", "threads"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def only_record(folder: Path) -> dict:
+    (path,) = folder.glob("*/*.json")
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------- counts
+
+
+def test_flops_of_vit_b():
+    with torch.device("meta"):
+        model = CAVMAE()
+    parts = {name: macs / 1e9 for name, macs in flops.forward_macs(model).items()}
+    assert flops.step_flops(model) == pytest.approx(229.5e9, rel=0.005)
+    assert parts["encoders"] == pytest.approx(13.78 + 0.317, rel=0.005)  # products with weights, and attention
+    assert parts["shared"] == pytest.approx(2.506 + 0.077, rel=0.005)
+    assert parts["decoder"] == pytest.approx(17.354 + 3.978 + 0.070, rel=0.005)
+    assert flops.step_flops(model, published=True) > 1.01 * flops.step_flops(model)
+
+
+def test_flops_match_what_pytorch_counts():
+    """The published count is what PyTorch's counter sees in a forward pass of the reference."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = CAVMAE(**throughput.MODELS["tiny"])
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.randn(2, 64, 128), torch.randn(2, 3, 64, 64), contrast_loss_weight=0.01)
+    similarity = 2 * 2 * 2 * model.norm.weight.numel()
+    wanted = 2 * 2 * sum(flops.forward_macs(model, published=True).values()) + similarity
+    assert counter.get_total_flops() == pytest.approx(wanted, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- throughput
+
+
+def test_throughput_writes_times_with_provenance(tmp_path, capsys):
+    command = [*TINY, "--variants", "published,sdpa,fast-torch,fast-graph", "--out", str(tmp_path)]
+    assert throughput.main(command) == 0
+    record = only_record(tmp_path)
+    assert record["provenance"].keys() >= PROVENANCE
+    assert str(tmp_path) not in json.dumps(record)
+    rows = {row["name"]: row for row in record["variants"]}
+    assert rows["fast-graph"]["status"] == "not available"
+    for name in ("published", "sdpa", "fast-torch"):
+        assert rows[name]["status"] == "ok"
+        assert rows[name]["peak_bytes"] is None
+        seconds = rows[name]["time"]["median_ms"] / 1e3
+        assert rows[name]["samples_per_s"] == pytest.approx(2 / seconds)
+        assert rows[name]["tflops"] == pytest.approx(2e-12 * record["flops_per_sample"]["useful"] / seconds)
+    assert "| fast-torch | bf16 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_wrong_variant_is_not_timed(tmp_path, monkeypatch, capsys, fault):
+    class Wrong(throughput.CAVMAE):
+        def forward(self, *args, **kwargs):
+            loss, *others = super().forward(*args, **kwargs)
+            if fault == "loss":
+                return 1.01 * loss, *others
+            return loss + (self.mask_token - self.mask_token.detach()).sum(), *others  # the right loss
+
+    monkeypatch.setattr(throughput, "CAVMAE", Wrong)
+    assert throughput.main([*TINY, "--variants", "sdpa,fast-torch", "--out", str(tmp_path)]) == 1
+    assert "'fast-torch' gives losses" in capsys.readouterr().err
+    rows = {row["name"]: row for row in only_record(tmp_path)["variants"]}
+    assert rows["fast-torch"]["status"] == "wrong"
+    assert "time" not in rows["fast-torch"]
+    assert "time" in rows["sdpa"]
+
+
+def test_a_variant_that_crashes_is_recorded(tmp_path, monkeypatch):
+    class Broken(throughput.CAVMAE):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(throughput, "CAVMAE", Broken)
+    assert throughput.main([*TINY, "--variants", "fast-torch,sdpa", "--out", str(tmp_path)]) == 1
+    broken, good = only_record(tmp_path)["variants"]
+    assert (broken["status"], broken["reason"]) == ("failed", "RuntimeError: no such kernel")
+    assert "Traceback" in broken["error"] and str(BENCHMARKS.parent) not in broken["error"]
+    assert good["status"] == "ok"
+
+
+def test_out_of_memory_is_recorded(tmp_path, monkeypatch):
+    class Large(throughput.CAVMAE):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(throughput, "CAVMAE", Large)
+    assert throughput.main([*TINY, "--variants", "fast-torch", "--out", str(tmp_path)]) == 0
+    assert only_record(tmp_path)["variants"][0]["status"] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--variants", "fastest"], ["--batch", "0"], ["--device", "tpu"], ["--device", "cuda:99"]], ids=str
+)
+def test_usage_errors(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main(arguments)
+    assert stopped.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ suite
+
+
+def test_a_crash_of_one_section_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def crash(report):
+        report.add("rows", {"before": "the crash"})
+        raise ZeroDivisionError("in a section")
+
+    monkeypatch.setattr(gpu_suite, "SECTIONS", {"parity": crash, "steps": lambda report: report.add("rows", {})})
+    arguments = ["--in-process", "--device", "cpu", "--tiny", "--sections", "parity,steps", "--out", str(tmp_path)]
+    assert gpu_suite.main(arguments) == 1
+    (folder,) = tmp_path.iterdir()
+    crashed, good = (json.loads((folder / f"{name}.json").read_text()) for name in ("parity", "steps"))
+    assert (crashed["status"], crashed["reason"]) == ("failed", "ZeroDivisionError: in a section")
+    assert "in crash" in crashed["error"] and crashed["rows"] == [{"before": "the crash"}]
+    assert good["status"] == "ok" and good["provenance"].keys() >= PROVENANCE
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reason"),
+    [
+        ("import os, sys; print('a fault', file=sys.stderr, flush=True); os._exit(7)", "crashed", "exit code 7"),
+        ("import time; time.sleep(60)", "timed out", "more than 2 s"),
+    ],
+)
+def test_a_section_whose_process_dies(tmp_path, code, status, reason):
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"kind": "steps", "status": "running", "steps": ["a row"]}))
+    assert not gpu_suite.supervise([sys.executable, "-c", code], path, 2.0, {})
+    record = json.loads(path.read_text())
+    assert record["status"] == status and reason in record["reason"] and record["steps"] == ["a row"]
+    assert ("a fault" in record["error"]) == (status == "crashed")
+
+
+def test_one_section_as_a_process_and_its_table(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu", "--tiny", "--sections", "breakdown"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert only_record(tmp_path)["status"] == "ok"
+    (readme,) = tmp_path.glob("*/README.md")
+    assert "Time by kernel of one step" in readme.read_text()
+    assert "dry run" in readme.read_text()
+
+
+def test_sections_are_checked():
+    with pytest.raises(SystemExit) as stopped:
+        gpu_suite.main(["--device", "cpu", "--sections", "everything"])
+    assert stopped.value.code == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- proven
+
+
+def test_proven_operators(tmp_path):
+    path = tmp_path / "proven.json"
+    path.write_text(json.dumps({"attention": ["sm_80", "sm_90"], "gather_tokens": ["sm_90"], "other": ["sm_80"]}))
+    right = {"attention": False, "gather_tokens": False, "linear_gelu": True}
+    record = {"kind": "parity", "architecture": "sm_90", "right": right, "tiny": False}
+    assert prove.update(record, path) == ["linear_gelu"]
+    assert json.loads(path.read_text()) == {"attention": ["sm_80"], "linear_gelu": ["sm_90"], "other": ["sm_80"]}
+
+
+@pytest.mark.parametrize(
+    "change", [{"architecture": None}, {"tiny": True}, {"kind": "steps"}, {"right": None}], ids=str
+)
+def test_a_dry_run_proves_nothing(tmp_path, change):
+    path = tmp_path / "proven.json"
+    path.write_text("{}")
+    record = {"kind": "parity", "architecture": "sm_90", "right": {"attention": True}, "tiny": False}
+    with pytest.raises(common.BenchmarkError, match="proves nothing"):
+        prove.update(record | change, path)
+    assert path.read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------------------------ tools
+
+
+def test_interleaved_times():
+    device = torch.device("cpu")
+    called = []
+    times = timing.interleave({name: lambda name=name: called.append(name) for name in "ab"}, device, 3, 0.0)
+    assert called == ["a", "a", "b", "b", *"ababab"]
+    assert all(t["rounds"] == 3 and t["min_ms"] <= t["median_ms"] <= t["max_ms"] for t in times.values())
+
+
+def test_device_names(monkeypatch):
+    monkeypatch.setattr(common, "processor_name", lambda: "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz")
+    assert common.device_name(torch.device("cpu")) == "cpu-intel-xeon-platinum-8488c-cpu-2-40ghz"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert common.device_name(torch.device("cuda", 0)) == "nvidia-h200"
+
+
+def test_a_written_file_is_whole(tmp_path):
+    path = tmp_path / "folder" / "record.json"
+    common.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        common.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_render_refuses_an_unknown_device(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        render.main(["no-such-device", "--out", str(tmp_path)])
+    assert stopped.value.code == 2

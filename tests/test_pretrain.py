@@ -1,0 +1,129 @@
+"""The main job, end to end on small runs, as a user starts it: the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cavmae_fast import CAVMAE
+from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.training import pretrain as job
+
+MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
+
+
+def cli(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from cavmae_fast.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> tuple[list[Path], list[Path]]:
+    return generate_clips(tmp_path_factory.mktemp("clips"), num_train=136, num_test=8)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_with_bad_clips(clips, tmp_path):
+    train, held_out = clips
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in train[:10]:
+        shutil.copy(path, folder)
+    (folder / "text.mp4").write_text("no film")
+    (folder / "empty.mkv").touch()
+    out = tmp_path / "out"
+    run = cli(
+        "pretrain", "--data", folder, "--eval-data", *held_out, "--out", out, "--steps", 4, "--batch-size", 4,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "2 clips could not be used" in run.stdout and "A->V" in run.stdout and "--init" in run.stdout
+    assert "clips/s" in run.stderr and "data wait" in run.stderr  # the progress bar
+    steps = [row for row in rows(out / "metrics.jsonl") if "learning_rate" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(0 <= row["data_wait"] <= 1 and row["clips_per_s"] > 0 for row in steps)
+    assert {Path(row["path"]).name for row in rows(out / "rejects.jsonl")} == {"text.mp4", "empty.mkv"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out_clips"] == 8 and summary["rejected_clips"] == 2
+    for figure in ("loss.png", "reconstruction.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+    model = CAVMAE.from_pretrained(out / "model")
+    again = cli("pretrain", "--data", folder, "--out", tmp_path / "b", "--steps", 1, "--init", out / "model")
+    assert again.returncode == 0, again.stderr
+    assert "not evaluated" in again.stdout
+    assert model.config["img_size"] == 96
+
+
+def test_training_learns_and_repeats(clips, tmp_path):
+    config = job.PretrainConfig(
+        data=tuple(clips[0][:32]), steps=12, batch_size=16, device="cpu", dtype="float32", out=tmp_path / "a"
+    )
+    first = job.pretrain(config)
+    losses = [row["loss_mae"] for row in rows(tmp_path / "a" / "metrics.jsonl")[:12]]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    second = job.pretrain(job.replace(config, out=tmp_path / "b"))
+    assert first["loss"] == second["loss"]
+
+
+def test_all_clips_bad(tmp_path):
+    (tmp_path / "a.mp4").write_text("no film")
+    run = cli("pretrain", "--data", tmp_path, "--out", tmp_path / "out", "--steps", 1)
+    assert run.returncode == 1
+    assert "a.mp4" in run.stderr and "Traceback" not in run.stderr
+    assert [Path(row["path"]).name for row in rows(tmp_path / "out" / "rejects.jsonl")] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model", "nonsense"], 2, "--model is 'nonsense'"),
+        (["--steps", "0"], 2, "--steps is 0"),
+        (["--learning-rate", "-1"], 2, "--learning-rate is -1"),
+        (["--device", "tpu"], 2, "--device is 'tpu'"),
+        (["--mask-ratio", "1.0"], 2, "mask_ratio_a is 1.0"),
+        (["--mask-ratio", "0"], 2, "removes none of"),
+        (["--data", "not/there"], 1, "not/there"),
+        (["--init", "not/there.pth"], 1, "not/there.pth"),
+        (["--no-such-option", "1"], 2, "no-such-option"),
+    ],
+)
+def test_bad_options(clips, tmp_path, arguments, code, words):
+    data = [] if "--data" in arguments else ["--data", clips[0][0], clips[0][1]]
+    run = cli("pretrain", *data, "--out", tmp_path, *arguments)
+    assert run.returncode == code, run.stderr
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
+    features = job.image_features
+    monkeypatch.setattr(job, "image_features", lambda image: features(image) * float("nan"))
+    config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=2, batch_size=2, device="cpu", out=tmp_path)
+    with pytest.raises(job.TrainingError, match=r"step 1: loss.* because the imgs of .*train"):
+        job.pretrain(config)
+
+
+@pytest.mark.skipif(not MEDIA.exists(), reason="the folder of real clips is not beside this checkout")
+def test_full_size_on_real_clips(tmp_path):
+    run = cli("pretrain", "--data", MEDIA, "--model", "base", "--steps", 1, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["rejected_clips"] == 0 and 0 < summary["loss_mae_a"] < 5
+    assert sum(p.numel() for p in CAVMAE.from_pretrained(tmp_path / "model").parameters()) == 191_036_160
+
+
+def test_doctor():
+    run = cli("doctor")
+    assert run.returncode == 0, run.stderr
+    assert torch.__version__ in run.stdout
+    for name in ("attention", "stream_layer_norm", "contrastive_loss", "flash_attn", "xformers", "libcavmae.so"):
+        assert name in run.stdout
