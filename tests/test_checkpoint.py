@@ -512,7 +512,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, trained, monkeypatch
         if moment == "config":
             patch.setattr(checkpoint.json, "dumps", lambda *_, **__: interrupted(None, None))
         else:
-            patch.setattr(checkpoint, "save_file", interrupted)
+            patch.setattr("safetensors.torch.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             other.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

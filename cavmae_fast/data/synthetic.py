@@ -39,7 +39,7 @@ TEST_COMBINATIONS = 64
 MANIFEST = "manifest.jsonl"
 _FPS, _RATE = 8, 16000
 _DIRECTIONS = {"still": (0, 0), "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y is downward
-_VERSION = 1  # of the drawing and the sound: part of the parameters, so that an older set is not taken for a new one
+_VERSION = 2  # of the drawing and the sound: part of the parameters, so that an older set is not taken for a new one
 
 Combination = tuple[int, int, int]  # indices into (SHAPES, TIMBRES), (HUES, PITCHES) and (MOTIONS, RHYTHMS)
 
@@ -185,14 +185,14 @@ def _draw(row: dict[str, Any], count: int, size: int, rng: np.random.Generator) 
     grey = rng.uniform(30, 130) + rng.normal(0, 4, 3)  # nearly colourless: the hue belongs to the shape
     background = Image.fromarray(np.clip(grey + noise + 8 * patches, 0, 255).astype(np.uint8))
 
-    radius = size * rng.uniform(0.11, 0.17)
+    radius = size * rng.uniform(0.17, 0.23)
     mask = _mask(row["shape"], radius, rng.uniform(-0.2, 0.2))
     hue = (row["hue"] + rng.uniform(-8, 8)) % 360
     colour = tuple(int(x) for x in _rgb(hue, rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)))
 
     direction = np.array(_DIRECTIONS[row["motion"]])
-    path = size * rng.uniform(0.12, 0.2) * direction  # from the first to the last frame
-    gap = 0.55 * radius * rng.uniform(0.85, 1.15) * direction  # between the copies behind it
+    path = size * rng.uniform(0.06, 0.12) * direction  # from the first to the last frame
+    gap = 0.5 * radius * rng.uniform(0.85, 1.15) * direction  # between the copies behind it
     # Everything that is ever drawn, tail included, stays in the picture.
     corners = np.array([p - tail for p in (0 * path, path) for tail in (0 * gap, 3 * gap)])
     low, high = radius - corners.min(0), size - radius - corners.max(0)
