@@ -8,7 +8,8 @@ import platform
 
 import torch
 
-from .ops import attention, native, registry
+from .ops import native, registry
+from .ops.attention import available_backends, resolve_backend
 
 OPTIONAL = {
     "flash-attn": "attention back end flash_attn",
@@ -27,7 +28,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         ("machine", _machine()),
         ("packages", _packages()),
         ("operators", _operators()),
-        ("attention back ends", list(attention.available_backends(_device()).items())),
+        ("attention back ends", list(available_backends(_device()).items())),
         ("csrc", [("libcavmae.so", native.status())]),
     ]
 
@@ -89,7 +90,7 @@ def _operators() -> list[tuple[str, str]]:
             rows.append((name, "PyTorch: the device is a CPU"))
         else:
             rows.append((name, f"PyTorch: its Triton kernels have not passed the GPU suite on {_here(device)}"))
-    backend = attention.resolve_backend("auto", device, torch.bfloat16)
+    backend = resolve_backend("auto", device, torch.bfloat16)
     rows.append(("attention='auto' in bf16", backend))
     return rows
 

@@ -1,5 +1,7 @@
 """What the models take: normalised log-mel spectrograms and normalised images, from integers, on any device."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,13 @@ def audio_features(
     return features.sub_(mean).div_(std)
 
 
+@lru_cache(maxsize=8)
+def _image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation `[3, 1, 1]`, kept: to copy them for each batch would wait for the device."""
+    mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
+
+
 @torch.no_grad()
 def image_features(image: Tensor) -> Tensor:
     """Images normalised with ImageNet's mean and standard deviation.
@@ -82,6 +91,5 @@ def image_features(image: Tensor) -> Tensor:
         raise ValueError(
             f"image is {image.dtype} {list(image.shape)}; allowed: torch.uint8 of shape [batch, 3, height, width]"
         )
-    mean = torch.tensor(IMAGE_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, device=image.device)[:, None, None]
+    mean, std = _image_statistics(image.device)
     return (image.float() / 255).sub_(mean).div_(std)

@@ -5,13 +5,13 @@ A clip shows one shape on a noisy background and plays one sound. What is seen d
 | seen   | values                                | heard  | values                                       |
 | ------ | ------------------------------------- | ------ | -------------------------------------------- |
 | shape  | circle, square, triangle, cross, star | timbre | sine, square, saw, bell (FM), noise band     |
-| colour | 8 hues                                | pitch  | 8 pitches, 220 to 1661 Hz                    |
+| colour | 16 hues                               | pitch  | 16 pitches, 220 to 2960 Hz                   |
 | motion | still, right, left, up, down          | rhythm | held, 2, 4 or 8 notes a second, long-short   |
 
 Motion is visible in a single frame: a moving shape drags fading copies of itself behind it. Position, size, speed,
 background, texture, loudness, phase, tempo, a slight detuning and noise differ from clip to clip and mean nothing.
 
-Of the 200 combinations 64 are kept for the test clips and never occur in training, while every value, and every pair of
+Of the 400 combinations 64 are kept for the test clips and never occur in training, while every value, and every pair of
 values, does: to match the test clips a model must have learned the three rules, not the combinations.
 """
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 TIMBRES = ("sine", "square", "saw", "bell", "noise")
-HUES = tuple(45 * i for i in range(8))  # degrees
-PITCHES = tuple(round(220 * 2 ** (5 * i / 12), 1) for i in range(8))  # Hz, five semitones apart
+HUES = tuple(22.5 * i for i in range(16))  # degrees
+PITCHES = tuple(round(220 * 2 ** (i / 4), 1) for i in range(16))  # Hz, three semitones apart
 MOTIONS = ("still", "right", "left", "up", "down")
 RHYTHMS = ("held", "2/s", "4/s", "8/s", "long-short")
 TEST_COMBINATIONS = 64
@@ -39,13 +39,13 @@ TEST_COMBINATIONS = 64
 MANIFEST = "manifest.jsonl"
 _FPS, _RATE = 8, 16000
 _DIRECTIONS = {"still": (0, 0), "right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x, y; y is downward
-_VERSION = 2  # of the drawing and the sound: part of the parameters, so that an older set is not taken for a new one
+_VERSION = 4  # of the drawing and the sound: part of the parameters, so that an older set is not taken for a new one
 
 Combination = tuple[int, int, int]  # indices into (SHAPES, TIMBRES), (HUES, PITCHES) and (MOTIONS, RHYTHMS)
 
 
 def combinations(seed: int = 0) -> tuple[list[Combination], list[Combination]]:
-    """The training combinations (136) and the test combinations (64), both shuffled by `seed`.
+    """The training combinations (336) and the test combinations (64), both shuffled by `seed`.
 
     Of the five shapes that go with a (colour, motion) at most two are held out, and likewise for the other pairs, so
     that every pair of values is left in training.
@@ -65,7 +65,7 @@ def combinations(seed: int = 0) -> tuple[list[Combination], list[Combination]]:
 def generate_clips(
     out_dir: str | Path,
     *,
-    num_train: int = 536,
+    num_train: int = 672,
     num_test: int = 64,
     seconds: float = 2.0,
     size: int = 128,
@@ -185,18 +185,19 @@ def _draw(row: dict[str, Any], count: int, size: int, rng: np.random.Generator) 
     grey = rng.uniform(30, 130) + rng.normal(0, 4, 3)  # nearly colourless: the hue belongs to the shape
     background = Image.fromarray(np.clip(grey + noise + 8 * patches, 0, 255).astype(np.uint8))
 
-    radius = size * rng.uniform(0.17, 0.23)
+    radius = size * rng.uniform(0.19, 0.25)
     mask = _mask(row["shape"], radius, rng.uniform(-0.2, 0.2))
-    hue = (row["hue"] + rng.uniform(-8, 8)) % 360
+    hue = (row["hue"] + rng.uniform(-4, 4)) % 360
     colour = tuple(int(x) for x in _rgb(hue, rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)))
 
     direction = np.array(_DIRECTIONS[row["motion"]])
     path = size * rng.uniform(0.06, 0.12) * direction  # from the first to the last frame
-    gap = 0.5 * radius * rng.uniform(0.85, 1.15) * direction  # between the copies behind it
+    gap = 0.45 * radius * rng.uniform(0.85, 1.15) * direction  # between the copies behind it
     # Everything that is ever drawn, tail included, stays in the picture.
     corners = np.array([p - tail for p in (0 * path, path) for tail in (0 * gap, 3 * gap)])
     low, high = radius - corners.min(0), size - radius - corners.max(0)
-    start = low + (high - low) * rng.uniform(0, 1, 2)
+    # About the middle of where it may be: a few minutes of training go to what the shape is, not to where.
+    start = (low + high) / 2 + np.clip(high - low, 0, 0.2 * size) * rng.uniform(-0.5, 0.5, 2)
 
     frames = []
     for i in range(count):

@@ -36,8 +36,8 @@ PRESETS = {
             "modality_specific_depth": 3, "decoder_embed_dim": 96, "decoder_num_heads": 3, "decoder_depth": 1,
             "bidirect_contrast": True, "norm_pix_loss": False,
         },
-        mask_ratio=0.5, contrast_loss_weight=0.3, batch_size=64, learning_rate=1e-3, epochs=50, decay_start=30,
-        decay_every=8,
+        mask_ratio=0.5, contrast_loss_weight=1.0, batch_size=32, learning_rate=6e-4, epochs=30, decay_start=20,
+        decay_every=4,
     ),
     "cav": Preset("contrastive learning alone: no decoder is run", mae_loss_weight=0.0),
     "vanilla-av-mae": Preset(

@@ -168,7 +168,9 @@ def contrastive_backward_kernel(
             top = tl.load(softmax_x + row, mask=row < count, other=0.0)
             log_sum = tl.load(softmax_x + count + row, mask=row < count, other=0.0)
             own = tl.load(softmax_x + 2 * count + row, mask=row < count, other=0.0)
-            p += tl.where(is_own, own[:, None], tl.exp(s - top[:, None] - log_sum[:, None]))
+            # Outside, s is 0 and top may be far below: infinity, which times 0 is no 0.
+            others = tl.where((column < count)[None, :], s - top[:, None] - log_sum[:, None], float("-inf"))
+            p += tl.where(is_own, own[:, None], tl.exp(others))
         if PER_Y:
             top = tl.load(softmax_y + column, mask=column < count, other=0.0)
             log_sum = tl.load(softmax_y + count + column, mask=column < count, other=0.0)
@@ -204,7 +206,7 @@ def normalise_backward_kernel(
     g = tl.load(dunit + offset, mask=valid, other=0.0)
     along = tl.sum(unit * g, axis=1)[:, None]
     # A row shorter than eps is only scaled.
-    along = tl.where(r * eps < 1.0, along, 0.0)
+    along = tl.where(r < 1.0 / eps, along, 0.0)  # the same division as in inverse_norm_kernel, whose result it is
     tl.store(dx + offset, ((g - unit * along) * r).to(dx.dtype.element_ty), mask=valid)
 
 

@@ -100,26 +100,23 @@ def register(
 
     `schema` is the part after the name, `(Tensor x, float eps) -> Tensor`. `reference` and `triton` take the schema's
     arguments and return new tensors that alias no input; `fake` returns empty tensors of the same shapes and strides.
-    The first tensor among the arguments decides the device; float64 always runs `reference`.
+    The first tensor among the arguments decides the device; with a float64 tensor among them `reference` runs always.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = name.removesuffix("_backward")
     operators[operator] = triton is not None
 
     def run(*args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
         # Operators compute in the dtypes they are given: autocast, which modules alone read, must not change them.
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            first = _first_tensor(args)
+        # Triton launches on the current device, wherever its tensors are.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST), torch.cuda.device_of(tensors[0]):
             # Kernels count in float32: float64 is for oracles, and PyTorch's.
-            if triton is not None and first.dtype != torch.float64 and use_triton(operator, first.device):
-                return triton(*args)
-            return reference(*args)
+            exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+            run_triton = triton is not None and not exact and use_triton(operator, tensors[0].device)
+            return (triton if run_triton else reference)(*args)
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def _first_tensor(args: tuple) -> Tensor:
-    return next(arg for arg in args if isinstance(arg, Tensor))

@@ -21,6 +21,7 @@ from ..data.media import find_media
 from ..data.synthetic import generate_clips
 from ..evaluation.retrieval import embed, retrieval_metrics
 from ..models import CAVMAE, PRESETS
+from .cpu_memory import keep_freed_memory
 from .figures import loss_curve, reconstructions
 from .metrics import JsonLines
 
@@ -95,7 +96,8 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         raise ValueError(f"--device is {config.device!r}; here it must be auto, cpu{_cuda_choices()}")
     dtype = config.dtype
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_amx_tile_supported()
+        on_cuda, on_cpu = torch.cuda.is_bf16_supported, torch.cpu._is_amx_tile_supported
+        fast = on_cuda(including_emulation=False) if kind == "cuda" else on_cpu()
         dtype = "bfloat16" if fast else "float32"
     defaults = {
         "model": name, "device": device, "dtype": dtype, "epochs": preset.epochs, "batch_size": preset.batch_size,
@@ -162,6 +164,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     from tqdm import tqdm
 
     config = resolve(config)
+    if torch.device(config.device).type == "cpu":
+        keep_freed_memory()
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[config.model]

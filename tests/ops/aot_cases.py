@@ -1,18 +1,21 @@
 """Launcher calls whose kernels are compiled ahead of time: name -> a function that calls the launcher on CPU tensors.
 
-The shapes are the real ones (they decide how arguments are specialised), with a batch of 1 where the batch does not
-matter, and once with everything that can be 1 equal to 1.
+The shapes are the real ones (they decide how arguments are specialised), with a batch of 2 where the batch is an
+argument, and once with everything that can be 1 equal to 1.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from cavmae_fast.ops import (
-    attention_kernels,
+from cavmae_fast.ops import attention_kernels
+
+# The files, not the public functions that `cavmae_fast.ops` has under the same names.
+(
     contrastive_loss,
     embed_kept_patches,
     gather_tokens,
@@ -20,7 +23,13 @@ from cavmae_fast.ops import (
     masked_patch_mse,
     scatter_tokens,
     stream_layer_norm,
-)
+) = (
+    importlib.import_module(f"cavmae_fast.ops.{name}")
+    for name in (
+        "contrastive_loss", "embed_kept_patches", "gather_tokens", "linear_gelu", "masked_patch_mse", "scatter_tokens",
+        "stream_layer_norm",
+    )
+)  # fmt: skip
 
 CASES: dict[str, Callable[[], object]] = {}
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,11 +65,11 @@ for _name, _dtype in LOW_PRECISION.items():
 def _attention(
     dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None = None
 ) -> None:
-    queries = q_lengths or lengths
-    q = torch.empty(sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
-    kv = torch.empty(sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
-    out, lse = attention_kernels.attention_forward_triton(q, kv, 1, queries, lengths, heads)
-    attention_kernels.attention_backward_triton(out, q, kv, out, lse, 1, queries, lengths, heads)
+    queries, batch = q_lengths or lengths, 1 if lengths == [1] else 2
+    q = torch.empty(batch * sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
+    kv = torch.empty(batch * sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
+    out, lse = attention_kernels.attention_forward_triton(q, kv, batch, queries, lengths, heads)
+    attention_kernels.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads)
 
 
 for _name, _dtype in LOW_PRECISION.items():

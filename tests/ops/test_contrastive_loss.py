@@ -84,6 +84,19 @@ def test_rows_of_zeros(mode):
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 @pytest.mark.parametrize("bidirectional", [False, True])
+def test_every_similarity_far_below_zero(mode, bidirectional):
+    """A tile beyond the last row holds exp(0 - maximum), here infinite: it must not count."""
+    audio = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
+    values = [audio.requires_grad_(), (-audio.detach().flip(0)).requires_grad_()]
+    with registry.override(mode):
+        got = torch.autograd.grad(contrastive_loss(*values, 0.01, bidirectional)[0], values)
+    want = torch.autograd.grad(reference.contrastive_loss(*values, 0.01, bidirectional)[0], values)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("bidirectional", [False, True])
 def test_nan_reaches_the_loss(mode, bidirectional):
     values = inputs(40, 16, torch.float32)
     with torch.no_grad():

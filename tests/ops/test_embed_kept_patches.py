@@ -73,6 +73,16 @@ def test_images_gradient_and_frozen_weight(mode, case):
         assert_parity(embed_kept_patches, reference.embed_kept_patches, values, baseline=explicit)
 
 
+def test_float64_parameters_keep_their_digits():
+    """Kernels count in float32: with float64 parameters PyTorch does it, whatever the pixels are."""
+    images, ids, *parameters = inputs("odd", torch.float32)
+    parameters = [p.double() for p in parameters]
+    with registry.override("triton"):
+        got = embed_kept_patches(images, ids, *parameters)
+    want = reference.embed_kept_patches(images.double(), ids, *parameters)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 def test_repeats_bitwise(mode):
     values = inputs("odd", torch.float32)

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 from unittest import mock
 
 import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import linear_gelu as linear_gelu_file
 from cavmae_fast.ops import native, registry
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.reference import operators as reference
+
+linear_gelu_file = importlib.import_module("cavmae_fast.ops.linear_gelu")
 
 FUNCTIONS = {
     "stream_linear": (stream_linear, reference.stream_linear),

@@ -47,3 +47,20 @@ def test_parity(mode, shape, dtype, delta_dtype):
             inputs(layout, shape[2], dtype, delta_dtype),
             baseline=explicit,
         )
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_strided_parameters(mode):
+    layout = StreamLayout(2, (3, 4))
+    x, _, weights, biases = inputs(layout, 24, torch.float32, None)
+
+    def strided(x, weights, biases):
+        columns = [torch.stack([p, -p], dim=1)[:, 0] for p in (*weights, *biases)]
+        return stream_layer_norm(x, None, columns[:2], columns[2:], layout)[1]
+
+    with registry.override(mode):
+        assert_parity(
+            strided,
+            lambda x, *args: reference.stream_layer_norm(x, None, *args, layout.rows_per_stream)[1],
+            [x, weights, biases],
+        )
