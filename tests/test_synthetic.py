@@ -35,7 +35,7 @@ def digests(paths):
 def test_split(seed):
     train, test = synthetic.combinations(seed)
     assert len(test) == len(set(test)) == 64 and len(train) == 336
-    assert set(train) | set(test) == set(product(range(5), range(8), range(5)))
+    assert set(train) | set(test) == set(product(range(5), range(16), range(5)))
     sizes = (len(SHAPES), len(HUES), len(MOTIONS))
     for a, b in choose(range(3), 2):
         assert {(c[a], c[b]) for c in train} == set(product(range(sizes[a]), range(sizes[b])))
