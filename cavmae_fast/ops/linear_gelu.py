@@ -125,7 +125,7 @@ def _dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: 
 
 
 def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx):
-    if native.selected(pre):
+    if native.selected(dy) and native.selected(pre):
         dgelu_bias = _dgelu_bias_native
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype)
     return *linear_backward(dpre, x, weights, rows, needs_dx), db

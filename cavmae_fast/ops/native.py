@@ -43,12 +43,12 @@ def load(path: Path) -> ctypes.CDLL:
 
 def selected(x: Tensor) -> bool:
     """Whether `CAVMAE_NATIVE=1` asks for the library and `x [rows, width]` is for it: on CUDA, in one of its dtypes,
-    rows multiples of 16 bytes. RuntimeError when it is asked for and missing."""
+    rows multiples of 16 bytes that start at such. RuntimeError when it is asked for and missing."""
     if os.environ.get("CAVMAE_NATIVE") != "1" or x.device.type != "cuda":
         return False
     if library() is None:
         raise RuntimeError(f"CAVMAE_NATIVE=1, but {LIBRARY} does not exist; build it: {HOW_TO_BUILD}")
-    return x.dtype in DTYPES and x.shape[1] * x.element_size() % 16 == 0
+    return x.dtype in DTYPES and x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def call(name: str, *args: object) -> None:

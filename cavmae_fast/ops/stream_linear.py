@@ -12,6 +12,7 @@ of one output, so that nothing is concatenated. `linear_gelu` builds on the same
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,15 @@ from .registry import register
 # ---------------------------------------------------------------------------------------------------------- products
 
 
+@functools.cache
+def _onednn_has_bf16() -> bool:
+    """PyTorch may be built without oneDNN, and oneDNN asks a CPU for AVX-512 or bf16 instructions."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`."""
-    if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _onednn_has_bf16():
         # oneDNN adds the bias inside its product; addmm first copies it into every row of the result, a fifth of the time.
         return torch.ops.mkldnn._linear_pointwise(x, weights[0], biases[0].to(x.dtype), "none", [], "")
     out = x.new_empty(x.shape[0], weights[0].shape[0])

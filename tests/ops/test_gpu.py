@@ -105,6 +105,14 @@ def test_cuda_graph(sample):
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("sample", samples("small"), ids=str)
+def test_tensors_on_another_than_the_current_device(sample):
+    assert torch.cuda.current_device() == 0
+    inputs = sample.inputs(torch.float32, "cuda:1")
+    assert_parity(sample.function, sample.reference, inputs, baseline=sample.baseline(torch.float32))
+
+
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.operator == "linear_gelu"], ids=str)

@@ -67,6 +67,21 @@ def test_samples_reach_every_operator():
     assert not wanted
 
 
+def test_operators_run_on_their_tensors_device(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    entered = []
+
+    class Guard(torch.cuda.device_of):
+        def __enter__(self):
+            entered.append(self)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for sample in SMALL:
+        before = len(entered)
+        run(sample.function, sample.inputs(torch.float32))
+        assert len(entered) - before >= 2, f"{sample}: forward and backward"
+
+
 @pytest.mark.parametrize(
     ("sample", "mode"),
     [(s, mode) for s in SMALL for mode in ("torch", "triton") if mode == "torch" or registry.operators[s.operator]],
