@@ -41,7 +41,6 @@ from torch.utils.checkpoint import checkpoint
 from cavmae_fast.models import CAVMAE
 from cavmae_fast.ops import registry
 from cavmae_fast.reference import cavmae as reference
-from cavmae_fast.training.cpu_memory import keep_freed_memory
 
 MODELS: dict[str, dict[str, Any]] = {
     "base": {"norm_pix_loss": True},
@@ -406,9 +405,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings, to
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="default")
     parser.add_argument("--ops", choices=registry.MODES, default="auto", help="implementation of the fast operators")
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="on a CPU: all variants reuse freed memory instead of mapping it afresh"
-    )
     args = parser.parse_args(arguments)
     device = find_device(parser, args.device)
     variants = tuple(args.variants.split(","))
@@ -429,14 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
     args, settings, device = parse(arguments)
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
     record = {"kind": "throughput", "provenance": provenance(device, command, args.commit)}
-    if args.keep_memory and not keep_freed_memory():
-        print("throughput: --keep-memory needs glibc's malloc", file=sys.stderr)
-        return 1
-    record["keep_memory"] = args.keep_memory
     record["ceilings"] = ceilings(device, dtypes_of(settings, device), tiny=settings.model == "tiny")
     record |= measure(settings, device, record["ceilings"])
-    kept = "-kept" if args.keep_memory else ""
-    name = f"throughput-{settings.model}-b{settings.batch}-{settings.dtype}{kept}.json"
+    name = f"throughput-{settings.model}-b{settings.batch}-{settings.dtype}.json"
     path: Path = args.out / device_name(device) / name
     write_json(path, record)
     print(step_table(record))

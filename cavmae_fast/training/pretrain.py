@@ -21,7 +21,6 @@ from ..data.media import find_media
 from ..data.synthetic import generate_clips
 from ..evaluation.retrieval import embed, retrieval_metrics
 from ..models import CAVMAE, PRESETS
-from .cpu_memory import keep_freed_memory
 from .figures import loss_curve, reconstructions
 from .metrics import JsonLines
 
@@ -164,8 +163,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     from tqdm import tqdm
 
     config = resolve(config)
-    if torch.device(config.device).type == "cpu":
-        keep_freed_memory()
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[config.model]
