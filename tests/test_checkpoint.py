@@ -541,6 +541,9 @@ def test_presets(name):
     out = model(*inputs(dtype=torch.float32), **weights)
     assert out[0].isfinite() and out[0] > 0
     assert (out[1] == 0) == (preset.mae_loss_weight == 0) and (out[4] == 0) == (preset.contrast_loss_weight == 0)
+    out[0].backward()
+    for key, parameter in model.named_parameters():  # exactly what the losses train: plain DDP waits for the rest
+        assert parameter.requires_grad == (parameter.grad is not None), key
     assert preset.summary and preset.batch_size > 0 and preset.learning_rate > 0
 
 

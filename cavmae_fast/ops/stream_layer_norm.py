@@ -329,6 +329,8 @@ def stream_layer_norm(
         if len(values) != len(layout.lengths) or any(v.shape != (width,) for v in values):
             shapes = [list(v.shape) for v in values]
             raise ValueError(f"{name} have shapes {shapes}; {len(layout.lengths)} streams need one [{width}] each")
+        if len({v.dtype for v in values}) > 1:
+            raise TypeError(f"{name} have dtypes {[v.dtype for v in values]}; they must have one")
     delta = None if delta is None else delta.contiguous()
     parameters = [p.contiguous() for p in (*weights, *biases)]
     result = _StreamLayerNorm.apply(x.contiguous(), delta, layout.rows_per_stream, eps, out_dtype or x.dtype, *parameters)

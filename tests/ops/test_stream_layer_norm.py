@@ -64,3 +64,10 @@ def test_strided_parameters(mode):
             lambda x, *args: reference.stream_layer_norm(x, None, *args, layout.rows_per_stream)[1],
             [x, weights, biases],
         )
+
+
+def test_norms_of_several_dtypes_are_refused():
+    layout = StreamLayout(1, (2, 3))
+    weights = [torch.ones(8), torch.ones(8, dtype=torch.float16)]
+    with pytest.raises(TypeError, match="weights have dtypes"):
+        stream_layer_norm(torch.zeros(5, 8), None, weights, [torch.zeros(8)] * 2, layout)
