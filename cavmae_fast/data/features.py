@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops.log_mel_fbank import log_mel_fbank
+from cavmae_fast.reference.fbank import frame_sizes
 
 AUDIO_MEAN, AUDIO_STD = -5.081, 4.4849  # of the log-mel values over AudioSet
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-_WINDOW, _SHIFT, _MEL_BINS = 400, 160, 128  # 25 ms and 10 ms at 16 kHz
+_RATE, _MEL_BINS = 16000, 128
+_WINDOW, _SHIFT, _ = frame_sizes(_RATE)
+
+
+def samples_of(audio_length: int) -> int:
+    """Samples at 16 kHz that `audio_length` frames cover."""
+    return (audio_length - 1) * _SHIFT + _WINDOW
 
 
 @torch.no_grad()
@@ -58,8 +65,8 @@ def audio_features(
     centred = scaled - scaled.sum(dim=1, keepdim=True) / count
 
     # Frames past audio_length would be cut again; frames past a clip's end are not its own.
-    used = min(samples, (audio_length - 1) * _SHIFT + _WINDOW)
-    energies = log_mel_fbank(centred[:, :used], 16000, _MEL_BINS)  # [batch, frames, 128]
+    used = min(samples, samples_of(audio_length))
+    energies = log_mel_fbank(centred[:, :used], _RATE, _MEL_BINS)  # [batch, frames, 128]
     frames = energies.shape[1]
     inside = torch.arange(frames, device=waveform.device) <= (count - _WINDOW) // _SHIFT  # [batch, frames]
     features = energies.new_zeros(batch, audio_length, _MEL_BINS)

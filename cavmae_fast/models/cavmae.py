@@ -6,6 +6,8 @@ block are one pass; the last decoder block runs for removed tokens alone; stream
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ..ops.layout import StreamLayout
 from ..ops.masked_patch_mse import masked_patch_mse
 from ..ops.scatter_tokens import scatter_tokens
 from ..reference import cavmae as reference
+from ..reference.blocks import Block
 from ..reference.masking import Masking
 from ..reference.operators import take_tokens
 from .checkpoint import Pretrained
@@ -39,8 +42,10 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
     negatives = "all"
     "'all': contrast with the clips of every rank, with gradient; 'rank': with this rank's alone, as published."
 
-    def decoder_state(self, joint: Tensor, masking_a: Masking, masking_v: Masking, dtype: torch.dtype) -> State:
-        """Joint tokens `[B, K, D]` -> the decoder's input: kept tokens at their places, mask tokens elsewhere."""
+    def decoder_state(
+        self, joint: Tensor, masking_a: Masking, masking_v: Masking, blocks: Iterable[Block], dtype: torch.dtype
+    ) -> State:
+        """Joint tokens `[B, K, D]` back to their places, mask tokens elsewhere, and `blocks` of the decoder over them."""
         batch, kept, _ = joint.shape
         x = linear(joint.flatten(0, 1), [self.decoder_embed], StreamLayout(batch, (kept,)))
         places, positions, before = [], [], 0
@@ -52,7 +57,10 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
             positions.append(getattr(self, f"decoder_pos_embed_{m}") + getattr(self, f"decoder_modality_{m}"))
         place, pos = torch.cat(places, dim=1), torch.cat(positions, dim=1)
         x = scatter_tokens(x, place, self.mask_token.flatten(), pos.squeeze(0))
-        return State(x, None, StreamLayout(batch, (place.shape[1],)))
+        state = State(x, None, StreamLayout(batch, (place.shape[1],)))
+        for one in blocks:
+            state = block(state, [one], [None], dtype, self.attention)
+        return state
 
     def predict(self, state: State, length_a: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The final norm and the two heads; the first `length_a` tokens of each sample are audio's."""
@@ -65,17 +73,13 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
 
     def decode(self, joint: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(self.norm.weight)
-        state = self.decoder_state(joint, masking_a, masking_v, dtype)
-        for one in self.decoder_blocks:
-            state = block(state, [one], [None], dtype, self.attention)
+        state = self.decoder_state(joint, masking_a, masking_v, self.decoder_blocks, dtype)
         return self.predict(state, self.patch_embed_a.num_patches, dtype)
 
     def decode_removed(self, joint: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
         """As `decode`, for removed patches alone: audio `[B, Ma, p*p]`, video `[B, Mv, p*p*C]`, in `ids_removed` order."""
         dtype = compute_dtype(self.norm.weight)
-        state = self.decoder_state(joint, masking_a, masking_v, dtype)
-        for one in self.decoder_blocks[:-1]:
-            state = block(state, [one], [None], dtype, self.attention)
+        state = self.decoder_state(joint, masking_a, masking_v, self.decoder_blocks[:-1], dtype)
         removed = torch.cat([masking_a.ids_removed, masking_v.ids_removed + self.patch_embed_a.num_patches], dim=1)
         state = block_for_tokens(state, self.decoder_blocks[-1], removed, dtype, self.attention)
         return self.predict(state, masking_a.ids_removed.shape[1], dtype)

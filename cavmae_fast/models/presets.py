@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +27,15 @@ class Preset:
         """The model; `overrides` change single constructor arguments. What only a loss of weight 0 would train is frozen:
         it never gets a gradient, and plain DDP would wait for one."""
         model = CAVMAE(**{"norm_pix_loss": True, **self.model, **overrides})
-        for name, parameter in model.named_parameters():
-            shared_norm = re.fullmatch(r"(?:blocks_u\.\d+\.norm[12]|norm)(_[av])?\.\w+", name)
-            single = shared_norm is not None and shared_norm[1] is not None
-            joint = name.startswith(("decoder_", "mask_token")) or (shared_norm is not None and shared_norm[1] is None)
-            if (single and self.contrast_loss_weight == 0) or (joint and self.mae_loss_weight == 0):
-                parameter.requires_grad_(False)
+        unused = []
+        if self.contrast_loss_weight == 0:
+            model.freeze_unused_norms(model.blocks_u)
+            unused += [model.norm_a, model.norm_v]
+        if self.mae_loss_weight == 0:
+            unused += [model.norm, *(norm for block in model.blocks_u for norm in block.norms(None))]
+            unused += [p for name, p in model.named_parameters() if name.startswith(("decoder_", "mask_token"))]
+        for part in unused:
+            part.requires_grad_(False)
         return model
 
 

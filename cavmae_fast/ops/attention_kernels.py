@@ -22,7 +22,7 @@ import math
 import torch
 
 from ._triton import tl, triton
-from .stream_layer_norm import _pick, _stream_of_tile, _three
+from .stream_tiles import pick, stream_of_tile, three
 
 MAX_HEAD_WIDTH = 128
 DELTA_ROWS = 32
@@ -89,14 +89,14 @@ def _locate(program, batch, q0, q1, q2, k0, k1, k2, HEADS: tl.constexpr, BLOCK_Q
         blocks0 += tl.cdiv(k0, BLOCK_K)
         blocks1 += tl.cdiv(k1, BLOCK_K)
         blocks2 += tl.cdiv(k2, BLOCK_K)
-    stream, local = _stream_of_tile(program, blocks0 * (batch * HEADS), blocks1 * (batch * HEADS))
-    blocks = _pick(stream, blocks0, blocks1, blocks2)
-    q_count = _pick(stream, q0, q1, q2)
-    k_count = _pick(stream, k0, k1, k2)
+    stream, local = stream_of_tile(program, blocks0 * (batch * HEADS), blocks1 * (batch * HEADS))
+    blocks = pick(stream, blocks0, blocks1, blocks2)
+    q_count = pick(stream, q0, q1, q2)
+    k_count = pick(stream, k0, k1, k2)
     sample = local // (blocks * HEADS)
     head = local // blocks % HEADS
-    q_first = batch * _pick(stream, 0, q0, q0 + q1) + sample * q_count
-    k_first = batch * _pick(stream, 0, k0, k0 + k1) + sample * k_count
+    q_first = batch * pick(stream, 0, q0, q0 + q1) + sample * q_count
+    k_first = batch * pick(stream, 0, k0, k0 + k1) + sample * k_count
     return head, local % blocks, q_first, q_count, k_first, k_count
 
 
@@ -327,7 +327,7 @@ def attention_forward_triton(q, kv, batch, q_lengths, lengths, heads):
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     blocks = sum(triton.cdiv(length, block_q) for length in q_lengths)
     attention_forward_kernel[(blocks * batch * heads,)](
-        qs, ks, vs, out, lse, batch, *_three(q_lengths), *_three(lengths), rows, math.log2(math.e) * width**-0.5,
+        qs, ks, vs, out, lse, batch, *three(q_lengths), *three(lengths), rows, math.log2(math.e) * width**-0.5,
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0),
         BLOCK_Q=block_q, BLOCK_K=block_k, TAIL=_tail(lengths, block_k, peel), num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -350,7 +350,7 @@ def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, 
     blocks = sum(triton.cdiv(length, outer) for length in (*q_lengths, *lengths))
     attention_backward_kernel[(blocks * batch * heads,)](
         qs, ks, vs, *_columns(dq, None if kv is None else dkv), dout, lse, delta,
-        batch, *_three(q_lengths), *_three(lengths), rows, math.log2(math.e) * width**-0.5, width**-0.5,
+        batch, *three(q_lengths), *three(lengths), rows, math.log2(math.e) * width**-0.5, width**-0.5,
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0), OUTER=outer, INNER=inner,
         Q_TAIL=_tail(q_lengths, inner, peel), K_TAIL=_tail(lengths, inner, peel), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -23,8 +23,8 @@ from . import native
 from ._triton import tl, triton
 from .layout import StreamLayout
 from .registry import register
-from .stream_layer_norm import _pick, _stream_of_tile, _three, stream_sum_kernel
 from .stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
+from .stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 BLOCK_N = 256
 "Columns of a tile: 512 contiguous bytes of a row in bf16."
@@ -59,9 +59,9 @@ def dgelu_bias_kernel(
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    stream, local = _stream_of_tile(program, tiles0, tiles1)
-    first = _pick(stream, 0, rows0, rows0 + rows1)
-    count = _pick(stream, rows0, rows1, rows2)
+    stream, local = stream_of_tile(program, tiles0, tiles1)
+    first = pick(stream, 0, rows0, rows0 + rows1)
+    count = pick(stream, rows0, rows1, rows2)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < N
     total = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
@@ -82,12 +82,12 @@ def dgelu_bias_kernel(
 
 def _dgelu_bias_triton(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     width = pre.shape[1]
-    programs = _three([triton.cdiv(n, ROWS_PER_PROGRAM) for n in rows])
+    programs = three([triton.cdiv(n, ROWS_PER_PROGRAM) for n in rows])
     dpre = torch.empty_like(pre)
     partial = torch.empty(sum(programs), width, dtype=torch.float32, device=pre.device)
     db = torch.empty(len(rows), width, dtype=torch.float32, device=pre.device)
     dgelu_bias_kernel[(sum(programs), triton.cdiv(width, BLOCK_N))](
-        dy, pre, dpre, partial, *_three(rows), programs[0], programs[1], width,
+        dy, pre, dpre, partial, *three(rows), programs[0], programs[1], width,
         BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip
     stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](

@@ -22,6 +22,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .layout import StreamLayout
 from .registry import register
+from .stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 FORWARD_ROWS = 4
 "Rows a program normalises at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."
@@ -36,29 +37,6 @@ CPU_ROWS = 1024
 
 
 @triton.jit
-def _stream_of_tile(tile, tiles0, tiles1):
-    """Stream of a tile, and its number within the stream; each stream has whole tiles of its own."""
-    if tile < tiles0:
-        stream, local = 0, tile
-    elif tile < tiles0 + tiles1:
-        stream, local = 1, tile - tiles0
-    else:
-        stream, local = 2, tile - tiles0 - tiles1
-    return stream, local
-
-
-@triton.jit
-def _pick(stream, first, second, third):
-    if stream == 0:
-        chosen = first
-    elif stream == 1:
-        chosen = second
-    else:
-        chosen = third
-    return chosen
-
-
-@triton.jit
 def stream_layer_norm_forward_kernel(
     x, delta, x_new, y,  # [R, D]
     mean, rstd,  # [R] fp32
@@ -66,9 +44,9 @@ def stream_layer_norm_forward_kernel(
     rows0, rows1, rows2, tiles0, tiles1, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
-    stream, local = _stream_of_tile(tl.program_id(0), tiles0, tiles1)
-    first = _pick(stream, 0, rows0, rows0 + rows1)
-    count = _pick(stream, rows0, rows1, rows2)
+    stream, local = stream_of_tile(tl.program_id(0), tiles0, tiles1)
+    first = pick(stream, 0, rows0, rows0 + rows1)
+    count = pick(stream, rows0, rows1, rows2)
     row = local * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     column = tl.arange(0, BLOCK_D)
     inside = column < D
@@ -87,8 +65,8 @@ def stream_layer_norm_forward_kernel(
     r = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
     tl.store(mean + first + row, mu, mask=row < count)
     tl.store(rstd + first + row, r, mask=row < count)
-    w = tl.load(_pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(_pick(stream, b0, b1, b2) + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(pick(stream, b0, b1, b2) + column, mask=inside, other=0.0).to(tl.float32)
     result = centred * r[:, None] * w[None, :] + b[None, :]
     tl.store(y + offset, result.to(y.dtype.element_ty), mask=valid)
 
@@ -104,12 +82,12 @@ def stream_layer_norm_backward_kernel(
     HAS_DX_NEW: tl.constexpr, HAS_DDELTA: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    stream, local = _stream_of_tile(program, tiles0, tiles1)
-    first = _pick(stream, 0, rows0, rows0 + rows1)
-    count = _pick(stream, rows0, rows1, rows2)
+    stream, local = stream_of_tile(program, tiles0, tiles1)
+    first = pick(stream, 0, rows0, rows0 + rows1)
+    count = pick(stream, rows0, rows1, rows2)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
-    w = tl.load(_pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_D], dtype=tl.float32)
     db = tl.zeros([BLOCK_D], dtype=tl.float32)
     for step in range(0, ROWS_PER_PROGRAM, BLOCK_R):
@@ -136,33 +114,7 @@ def stream_layer_norm_backward_kernel(
     tl.store(db_partial + program * D + column, db, mask=inside)
 
 
-@triton.jit
-def stream_sum_kernel(
-    partial,  # [programs, D] fp32
-    total,  # [streams, D] fp32
-    tiles0, tiles1, tiles2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Sums each stream's rows of `partial` in a fixed order."""
-    stream = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = _pick(stream, 0, tiles0, tiles0 + tiles1)
-    count = _pick(stream, tiles0, tiles1, tiles2)
-    total_sum = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
-    for start in range(0, count, BLOCK_P):
-        row = start + tl.arange(0, BLOCK_P)
-        valid = (row < count)[:, None] & (column < D)[None, :]
-        total_sum += tl.load(partial + (first + row)[:, None] * D + column[None, :], mask=valid, other=0.0)
-    tl.store(total + stream * D + column, tl.sum(total_sum, axis=0), mask=column < D)
-
-
 # ------------------------------------------------------------------------------------------------------- launchers
-
-
-def _three(values: Sequence) -> list:
-    """Kernels take three streams; missing ones repeat the first (tensors) or are empty (0 rows)."""
-    filler = values[0] if isinstance(values[0], Tensor) else 0
-    return [*values, *[filler] * (3 - len(values))]
 
 
 def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype):
@@ -170,9 +122,9 @@ def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype):
     x_new = torch.empty_like(x) if delta is not None else x.new_empty(0)
     y = torch.empty_like(x, dtype=out_dtype)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = _three([triton.cdiv(n, FORWARD_ROWS) for n in rows])
+    tiles = three([triton.cdiv(n, FORWARD_ROWS) for n in rows])
     stream_layer_norm_forward_kernel[(sum(tiles),)](
-        x, delta, x_new, y, mean, rstd, *_three(weights), *_three(biases), *_three(rows), tiles[0], tiles[1], eps,
+        x, delta, x_new, y, mean, rstd, *three(weights), *three(biases), *three(rows), tiles[0], tiles[1], eps,
         D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=FORWARD_ROWS, HAS_DELTA=delta is not None, num_warps=4,
     )  # fmt: skip
     return x_new, y, mean, rstd
@@ -182,11 +134,11 @@ def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
     width = x_new.shape[1]
     dx = torch.empty_like(x_new)
     ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    programs = _three([triton.cdiv(n, BACKWARD_ROWS_PER_PROGRAM) for n in rows])
+    programs = three([triton.cdiv(n, BACKWARD_ROWS_PER_PROGRAM) for n in rows])
     partial = torch.empty(2, sum(programs), width, dtype=torch.float32, device=dx.device)
     dw, db = (torch.empty(len(rows), width, dtype=torch.float32, device=dx.device) for _ in range(2))
     stream_layer_norm_backward_kernel[(sum(programs),)](
-        dy, dx_new, x_new, dx, ddelta, mean, rstd, *_three(weights), partial[0], partial[1], *_three(rows),
+        dy, dx_new, x_new, dx, ddelta, mean, rstd, *three(weights), partial[0], partial[1], *three(rows),
         programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=BACKWARD_ROWS,
         ROWS_PER_PROGRAM=BACKWARD_ROWS_PER_PROGRAM, HAS_DX_NEW=dx_new is not None, HAS_DDELTA=delta_dtype is not None,
         num_warps=4,

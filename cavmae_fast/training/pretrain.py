@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.clips import NoUsableClipError, Reject, load_clips
-from ..data.features import IMAGE_MEAN, IMAGE_STD, audio_features, image_features
+from ..data.clips import SAMPLE_RATE, NoUsableClipError, Reject, load_clips
+from ..data.features import IMAGE_MEAN, IMAGE_STD, audio_features, image_features, samples_of
 from ..data.media import find_media
 from ..data.synthetic import generate_clips
 from ..evaluation.retrieval import embed, retrieval_metrics
-from ..models import CAVMAE, PRESETS
+from ..models import CAVMAE, PRESETS, load_checkpoint
 from .figures import loss_curve, reconstructions
 from .metrics import JsonLines
 
@@ -126,7 +126,7 @@ class ClipSource:
         config = self.config
         batches = load_clips(
             paths, config.batch_size, training=training, seed=config.seed, epoch=epoch, workers=config.workers,
-            image_size=self.image_size, seconds=(self.audio_length * 160 + 240) / 16000,
+            image_size=self.image_size, seconds=samples_of(self.audio_length) / SAMPLE_RATE,
             cache=training and config.workers == 0 and len(paths) <= CACHED_CLIPS, drop_last=training,
         )  # fmt: skip
         while True:
@@ -167,18 +167,15 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[config.model]
     if config.data:
-        train_paths = find_media(config.data)
-        held_out = find_media(config.eval_data) if config.eval_data else []
+        train_paths, held_out = find_media(config.data), []
     else:
         tqdm.write("no --data: generating clips in which sound and picture are related")
         train_paths, held_out = generate_clips(out / "clips", seed=0)
-        if config.eval_data:
-            held_out = find_media(config.eval_data)
+    if config.eval_data:
+        held_out = find_media(config.eval_data)
     torch.manual_seed(config.seed)
     model = preset.create()
     if config.init is not None:
-        from ..models import load_checkpoint
-
         load_checkpoint(model, config.init)
     model.to(config.device).train()
     batch_size = min(config.batch_size, len(train_paths))
@@ -196,8 +193,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         model.save_pretrained(out / "model")
         loss_curve(rows, out / "loss.png")
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
-        shown = held_out or train_paths
-        _, audio, imgs = next(source.epoch(shown[: max(4, batch_size)], 0, training=False))
+        _, audio, imgs = next(source.epoch(held_out or train_paths, 0, training=False))
         mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
         with autocast(config):
             reconstructions(model, audio[:4], imgs[:4], config.mask_ratio, mean, std, out / "reconstruction.png")
