@@ -17,6 +17,8 @@ VIDEO_SUFFIXES = (
 _WINDOW_SECONDS = 0.025  # the shortest sound that has a feature
 _FRAME_SECONDS = 10  # frames are chosen from the first ten seconds, as published
 _MAX_FPS = 1000  # a rate above this is a broken header (often the time base), not a camera
+MAX_PIXELS = 1 << 25
+"The largest picture that is decoded: a little above 8K video; what claims more is a broken header."
 
 
 class MediaError(ValueError):
@@ -199,6 +201,9 @@ def _streams(path: Path, container: "av.container.InputContainer") -> tuple[Any,
             raise MediaError(f"{path}: no decoder for its {stream.type} stream")
         # Clips are decoded side by side in worker processes; threads inside one decoder only cost set-up time.
         stream.codec_context.thread_count = 1
+    if video.codec_context.width * video.codec_context.height > MAX_PIXELS:
+        size = f"{video.codec_context.width} x {video.codec_context.height}"
+        raise MediaError(f"{path}: its header claims pictures of {size} pixels; allowed: {MAX_PIXELS} in all")
     return video, audio
 
 

@@ -1,0 +1,133 @@
+"""A clip as bytes: one JPEG or PNG image and one FLAC or WAV sound, to arrays and back."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+
+from cavmae_fast.data.media import MAX_PIXELS, MediaError
+
+SAMPLE_RATE = 16000
+MIN_SAMPLES = 400
+"The shortest sound that has a feature: one window of 25 ms."
+_MAX_SOUND_BYTES = 1 << 30
+
+
+class Encoded(NamedTuple):
+    """`image`: the bytes of a JPEG or PNG file; `sound`: those of a FLAC or WAV file."""
+
+    image: bytes
+    sound: bytes
+
+
+def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
+    """The image `[size, size, 3]` uint8: as it is when it has that size, else its shorter side scaled to `size`
+    (bicubic, by Pillow, as published) and its centre cut out.
+
+    Raises:
+        MediaError: `data` cannot be decoded; the message begins with `name`.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        if image.width * image.height > MAX_PIXELS:
+            raise MediaError(f"{name}: an image of {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
+        image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{name}: not a readable JPEG or PNG image ({error})") from error
+    if image.size != (size, size):
+        short = min(image.size)
+        width, height = (size if side == short else int(size * side / short) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return np.asarray(image)
+
+
+def decode_sound(data: bytes, name: str) -> np.ndarray:
+    """The sound's first channel `[samples]` int16 at 16 kHz; another rate is resampled by FFmpeg.
+
+    Raises:
+        MediaError: `data` cannot be decoded, holds less than 25 ms, or is a FLAC stream that lacks samples; the message
+            begins with `name`.
+    """
+    waveform, rate = _decode_flac(data, name) if data[:4] == b"fLaC" else _decode_wav(data, name)
+    if rate != SAMPLE_RATE:
+        waveform = _resample(waveform, rate, name)
+    if len(waveform) < MIN_SAMPLES:
+        raise MediaError(f"{name}: {1000 * len(waveform) / SAMPLE_RATE:.1f} ms of sound; at least 25 ms are needed")
+    return waveform
+
+
+def _decode_flac(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """With miniaudio, which takes 0.6 times as long as libFLAC (10 s: 0.9 ms against 1.6)."""
+    import miniaudio
+
+    # A decoder allocates what the header promises: 36 bits of samples a channel.
+    promised = int.from_bytes(data[21:26], "big") & ((1 << 36) - 1)
+    channels = (data[20] >> 1 & 7) + 1 if len(data) > 42 else 0
+    if not channels or 2 * promised * channels > _MAX_SOUND_BYTES:
+        raise MediaError(f"{name}: not a readable FLAC sound (its header promises {promised} samples)")
+    try:
+        sound = miniaudio.flac_read_s16(data)
+    except miniaudio.MiniaudioError as error:
+        raise MediaError(f"{name}: not a readable FLAC sound ({error})") from error
+    waveform = np.frombuffer(sound.samples, np.int16).reshape(-1, sound.nchannels)[:, 0]
+    if len(waveform) < promised:
+        raise MediaError(f"{name}: {len(waveform)} of the FLAC stream's {promised} samples could be decoded")
+    return waveform, sound.sample_rate
+
+
+def _decode_wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.frames * file.channels * 4 > _MAX_SOUND_BYTES:
+                raise MediaError(f"{name}: a sound of {file.frames} x {file.channels} samples; allowed: 1 GiB in all")
+            # libsndfile scales integers among themselves, but not floating point to integers.
+            exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
+            waveform = file.read(dtype="int16" if exact else "float32", always_2d=True)[:, 0]
+            rate = file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError, OverflowError) as error:
+        raise MediaError(f"{name}: not a readable FLAC or WAV sound ({error})") from error
+    if not exact:
+        if not np.isfinite(waveform).all():
+            raise MediaError(f"{name}: the sound holds values that are not finite")
+        waveform = np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
+    return waveform, rate
+
+
+def _resample(waveform: np.ndarray, rate: int, name: str) -> np.ndarray:
+    import av
+
+    if not 1000 <= rate <= 768000:
+        raise MediaError(f"{name}: a sample rate of {rate} Hz; allowed: 1000 to 768000")
+    resampler = av.AudioResampler(format="s16p", layout="mono", rate=SAMPLE_RATE)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], format="s16p", layout="mono")
+    frame.sample_rate = rate
+    parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
+    return np.concatenate([*parts, np.zeros(0, np.int16)])
+
+
+def encode_image(frame: np.ndarray, quality: int) -> bytes:
+    """`[H, W, 3]` uint8 -> the bytes of a JPEG file (4:2:0)."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def encode_sound(waveform: np.ndarray) -> bytes:
+    """`[samples]` int16 at 16 kHz -> the bytes of a FLAC file."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    # The fastest level: to encode and to decode; the others save 3 to 28 % of the bytes.
+    soundfile.write(buffer, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.0)
+    return buffer.getvalue()

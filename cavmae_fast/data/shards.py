@@ -1,0 +1,289 @@
+"""Shards: prepared clips in tar files of the WebDataset layout, with an index for random access and one for DALI.
+
+    shard-000012.tar     000012000.json 000012000.flac 000012000.0.jpg ... 000012000.9.jpg  000012001.json ...
+    shard-000012.json    what the shard holds, clip by clip, and what was left out of it, and why
+    shard-000012.idx     the index of DALI's `fn.readers.webdataset`
+    index.npy            all clips' places, sizes and checksums: `[clips]` of `index_dtype(frames)`
+    manifest.json        the data set: settings, totals, shards
+    rejects.jsonl        every clip that was left out, and why
+    labels.csv           the classes, where they were given
+
+A key is the clip's number in the list it was prepared from. The names in the tar are therefore ours; no name that came
+with the data is ever used as a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cavmae_fast.data.encoded import Encoded
+from cavmae_fast.data.media import MediaError
+
+VERSION = 1
+MANIFEST, INDEX, REJECTS, LABELS = "manifest.json", "index.npy", "rejects.jsonl", "labels.csv"
+_BLOCK = 512  # tar
+_OPEN_FILES = 128
+
+
+class ShardError(MediaError):
+    """A set of shards cannot be used; the message is one sentence that names the file and the cause."""
+
+
+class PreparedClip(NamedTuple):
+    """One clip as it goes into a shard: its number, what its JSON file says, its sound (FLAC) and its frames (JPEG)."""
+
+    key: int
+    meta: dict[str, Any]
+    sound: bytes
+    images: list[bytes]
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def index_dtype(num_frames: int) -> np.dtype:
+    """A row of the index: shard number, key, where the clip begins in the tar file, and of its members (JSON, FLAC, frames)
+    the sizes in bytes and the CRC-32."""
+    members = 2 + num_frames
+    return np.dtype(
+        [("shard", "<u4"), ("key", "<u8"), ("offset", "<u8"), ("size", "<u4", members), ("crc", "<u4", members)]
+    )
+
+
+def _padded(size: int) -> int:
+    """Bytes that a member of `size` takes in a tar file: its header, and its data in whole blocks."""
+    return _BLOCK + -(-size // _BLOCK) * _BLOCK
+
+
+def member_names(key: int, num_frames: int) -> list[str]:
+    return [f"{key:09d}.{ending}" for ending in ("json", "flac", *(f"{k}.jpg" for k in range(num_frames)))]
+
+
+class ShardWriter:
+    """Writes the tar file of one shard, clip by clip; the same clips give the same bytes.
+
+    The file grows under a hidden name. `finish` puts it under its own, beside its record and its DALI index, when it is
+    whole and on the disk; `abandon` removes it.
+    """
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number = folder, number
+        self._part = folder / f".{shard_name(number)}.tar.part"
+        self._file = self._part.open("wb")  # noqa: SIM115  closed by finish or abandon
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._offset = 0
+        self._clips: list[dict[str, Any]] = []
+
+    def add(self, clip: PreparedClip) -> None:
+        members = [json.dumps(clip.meta, ensure_ascii=False).encode(), clip.sound, *clip.images]
+        sizes = [len(data) for data in members]
+        self._clips.append(
+            {
+                "key": clip.key, "offset": self._offset, "size": sizes, "crc": [zlib.crc32(data) for data in members],
+                "meta": clip.meta,
+            }
+        )  # fmt: skip
+        for name, data in zip(member_names(clip.key, len(clip.images)), members, strict=True):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self._offset += sum(map(_padded, sizes))
+
+    def finish(self, rejects: list[dict[str, Any]]) -> None:
+        """Publishes the shard; one without a clip leaves a record alone. `rejects` go into the record."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        name = shard_name(self.number)
+        if self._clips:
+            write_whole(self.folder / f"{name}.idx", dali_index(self._clips))
+        record = {"number": self.number, "bytes": size if self._clips else 0, "clips": self._clips, "rejects": rejects}
+        write_whole(self.folder / f"{name}.json", json.dumps(record, ensure_ascii=False))
+        if self._clips:
+            self._part.replace(self.folder / f"{name}.tar")
+        else:
+            self._part.unlink()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full: closing writes the archive's end
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def finished(folder: Path, number: int) -> dict[str, Any] | None:
+    """The record of a shard that is complete, or None."""
+    if not (folder / f"{shard_name(number)}.json").exists():
+        return None
+    record = read_record(folder, number)
+    tar = folder / f"{shard_name(number)}.tar"
+    whole = not record["clips"] or (tar.is_file() and tar.stat().st_size == record["bytes"])
+    return record if whole else None
+
+
+def dali_index(clips: Sequence[dict[str, Any]]) -> str:
+    """The text of the index that DALI's webdataset reader takes (version 1.2), from the clips of a shard's record."""
+    lines = [f"v1.2 {len(clips)}"]
+    for clip in clips:
+        names = member_names(clip["key"], len(clip["size"]) - 2)
+        members = zip(names, _starts(clip["offset"], clip["size"]), clip["size"], strict=True)
+        lines.append(" ".join(f"{name.partition('.')[2]} {start} {size} {name}" for name, start, size in members))
+    return "\n".join(lines) + "\n"
+
+
+def _starts(offset: int, sizes: Sequence[int]) -> list[int]:
+    """Where each member's data begins."""
+    starts = []
+    for size in sizes:
+        starts.append(offset + _BLOCK)
+        offset += _padded(size)
+    return starts
+
+
+class _Files(OrderedDict[str, int]):
+    """Open file descriptors of this process, the latest used ones."""
+
+    def descriptor(self, path: str) -> int:
+        if path not in self:
+            self[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self) > _OPEN_FILES:
+                os.close(self.popitem(last=False)[1])
+        self.move_to_end(path)
+        return self[path]
+
+
+_files = _Files()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardClip:
+    """Where one clip lies in a shard: a row of the index and the shard's path."""
+
+    path: str
+    key: int
+    offset: int
+    sizes: tuple[int, ...]
+    crcs: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: clip {self.key:09d}"
+
+    def read(self, frame: int) -> tuple[dict[str, Any], Encoded]:
+        """What its JSON file says, and the bytes of a frame and of the sound, each checked against its checksum.
+
+        Raises:
+            MediaError: the shard cannot be read, or the clip in it is damaged.
+        """
+        starts = _starts(self.offset, self.sizes)
+        member = 2 + frame
+        try:
+            descriptor = _files.descriptor(self.path)
+            head = os.pread(descriptor, starts[1] + self.sizes[1] - starts[0], starts[0])  # JSON and FLAC are neighbours
+            image = os.pread(descriptor, self.sizes[member], starts[member])
+        except OSError as error:
+            raise MediaError(f"{self}: cannot be read ({error.strerror})") from error
+        meta, sound = head[: self.sizes[0]], head[starts[1] - starts[0] :]
+        for number, data in ((0, meta), (1, sound), (member, image)):
+            if len(data) != self.sizes[number] or zlib.crc32(data) != self.crcs[number]:
+                name = member_names(self.key, len(self.sizes) - 2)[number]
+                raise MediaError(f"{self}: {name} is damaged (it does not match its checksum)")
+        return json.loads(meta), Encoded(image, sound)
+
+
+class ShardSet:
+    """The clips of a folder that `cavmae-fast prepare` wrote, in the order of the list they were prepared from.
+
+    Attributes:
+        folder, manifest: the folder and what its manifest says.
+        num_frames: frames a clip.
+        index: `[clips]` of `index_dtype(num_frames)`, mapped from the file.
+
+    Raises:
+        ShardError: the folder is no finished set of shards, or a shard is missing or has another size than it was
+            written with.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.num_frames = int(self.manifest["frames"])
+        try:
+            self.index = np.load(self.folder / INDEX, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{self.folder / INDEX}: not a readable index ({error})") from error
+        if self.index.dtype != index_dtype(self.num_frames) or len(self.index) != self.manifest["clips"]:
+            raise ShardError(f"{self.folder / INDEX}: does not fit {MANIFEST}; prepare the shards again")
+        for shard in self.manifest["shards"]:
+            path = self.folder / f"{shard_name(shard['number'])}.tar"
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                is_now = "is missing" if size is None else f"has {size} bytes"
+                raise ShardError(f"{path}: {is_now}; {MANIFEST} says {shard['bytes']} bytes")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> ShardClip:
+        row = self.index[number]
+        path = os.path.join(self.folder, f"{shard_name(row['shard'])}.tar")
+        return ShardClip(path, int(row["key"]), int(row["offset"]), tuple(row["size"].tolist()), tuple(row["crc"].tolist()))
+
+    def clips(self) -> Iterator[dict[str, Any]]:
+        """What each clip's JSON file says, in order, from the shards' own records (no tar file is read)."""
+        for shard in self.manifest["shards"]:
+            yield from (clip["meta"] for clip in read_record(self.folder, shard["number"])["clips"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished set of shards. ShardError when there is none or it cannot be read."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["version"] != VERSION:
+            raise ShardError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
+        return manifest
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: no such file; `cavmae-fast prepare` writes it when all shards are done") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path}: not a readable manifest ({error!r})") from error
+
+
+def read_record(folder: Path, number: int) -> dict[str, Any]:
+    """What `shard-N.json` says: `clips` (key, meta), `rejects`, `bytes` of the tar file."""
+    path = folder / f"{shard_name(number)}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: not a readable record of a shard ({error})") from error

@@ -1,0 +1,164 @@
+"""Where clips come from: folders, globs, lists of paths and the published JSON lists, each as `Source` records."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cavmae_fast.data.encoded import Encoded
+from cavmae_fast.data.labels import split_labels
+from cavmae_fast.data.media import VIDEO_SUFFIXES, MediaError, find_media
+
+_MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One clip and where it is: a media file, or the published layout of extracted frames and sound.
+
+    Attributes:
+        id: its name, as retrieval and reports give it.
+        labels: ids of its classes (`mid`).
+        video: a media file with picture and sound, or None.
+        frames: a folder with `frame_{k}/{id}.jpg`, or None.
+        sound: a WAV or FLAC file, or None.
+    """
+
+    id: str
+    labels: tuple[str, ...] = ()
+    video: str | None = None
+    frames: str | None = None
+    sound: str | None = None
+
+    def __str__(self) -> str:
+        return self.video or self.sound or self.id
+
+    def frame_path(self, number: int) -> str:
+        """The frame's file, or that of the nearest earlier frame that is there, as published.
+
+        Raises:
+            MediaError: none is there.
+        """
+        for k in range(number, -1, -1):
+            path = f"{self.frames}/frame_{k}/{self.id}.jpg"
+            if os.path.exists(path):
+                return path
+        raise MediaError(f"{self.id}: no frame {number} or earlier in {self.frames}/frame_{{k}}/{self.id}.jpg")
+
+    def image(self, number: int) -> bytes:
+        """The bytes of a frame's file."""
+        return read_file(self.frame_path(number))
+
+    def encoded(self, number: int) -> Encoded:
+        """The bytes of a frame and of the sound (published layout).
+
+        Raises:
+            MediaError: a file is missing or cannot be read.
+        """
+        return Encoded(self.image(number), read_file(self.sound))
+
+
+def read_file(path: str) -> bytes:
+    """The whole of a small file. Raises MediaError naming it when that fails."""
+    try:
+        # Non-blocking, so that a pipe among the files does not hang us; a regular file does not notice.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not 0 < size <= _MAX_FILE_BYTES:
+                raise MediaError(f"{path}: {size} bytes; allowed: 1 byte to 1 GiB")
+            return file.read(size)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def find_sources(places: Sequence[str | Path]) -> list[Source]:
+    """The clips that `places` name, in a fixed order.
+
+    A place is a folder (searched recursively for media files, sorted), a media file, a glob, a CSV file of media paths
+    (first column; an optional column of comma-joined label ids; a first row that names no media file is the heading), or
+    a JSON list as published: `{"data": [{"video_id", "wav", "video_path", "labels"}]}`, where `video_path` is a folder of
+    extracted frames or a video file, and `video` may name the video instead. Relative paths in a list start at the list.
+
+    Raises:
+        MediaError: a place does not exist, a list cannot be read, or nothing was found. The message names it.
+    """
+    found: list[Source] = []
+    for place in map(str, places):
+        path = Path(place)
+        if path.suffix.lower() == ".json" and path.is_file():
+            found += _published(path)
+        elif path.suffix.lower() == ".csv" and path.is_file():
+            found += _paths(path)
+        elif not path.exists() and glob.has_magic(place):
+            matches = sorted(glob.glob(place, recursive=True))
+            if not matches:
+                raise MediaError(f"{place}: the pattern matches no file")
+            found += find_sources(matches)
+        else:
+            start = path if path.is_dir() else path.parent
+            found += [Source(id=_id(file, start), video=str(file)) for file in find_media([path])]
+    if not found:
+        raise MediaError(f"{', '.join(map(str, places)) or 'an empty list'}: names no clip")
+    return found
+
+
+def _id(file: Path, start: Path) -> str:
+    return file.relative_to(start).with_suffix("").as_posix() if file.is_relative_to(start) else file.stem
+
+
+def _paths(path: Path) -> list[Source]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row and row[0].strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MediaError(f"{path}: not a readable CSV list ({error})") from error
+    first = rows[0][0].strip() if rows else ""
+    if not first.lower().endswith(VIDEO_SUFFIXES) and not (path.parent / first).is_file():
+        rows = rows[1:]  # the heading
+    found = []
+    for row in rows:
+        file = path.parent / row[0].strip()
+        labels = split_labels(row[1]) if len(row) > 1 else ()
+        found.append(Source(id=Path(row[0].strip()).with_suffix("").as_posix(), labels=labels, video=str(file)))
+    return found
+
+
+def _published(path: Path) -> list[Source]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(f'{path}: not a readable list; allowed: JSON {{"data": [...]}} ({error!r})') from error
+    if not isinstance(rows, list):
+        raise MediaError(f'{path}: "data" is {type(rows).__name__}; allowed: a list of clips')
+    return [_published_row(path, number, row) for number, row in enumerate(rows)]
+
+
+def _published_row(path: Path, number: int, row: Any) -> Source:
+    where = f"{path}: clip {number}"
+    if not isinstance(row, dict):
+        raise MediaError(f"{where} is {type(row).__name__}; allowed: an object with video_id, wav, video_path, labels")
+    for key in ("video_id", "wav", "video_path", "video", "labels"):
+        if not isinstance(row.get(key, ""), str):
+            raise MediaError(f"{where}: {key} is {row[key]!r}; allowed: text")
+    if not row.get("video_id"):
+        raise MediaError(f"{where} has no video_id")
+    # A list of two million clips names the same folder and the same classes over and over.
+    labels = tuple(map(sys.intern, split_labels(row.get("labels", ""))))
+    folder, video = row.get("video_path", ""), row.get("video", "")
+    if folder.lower().endswith(VIDEO_SUFFIXES):
+        folder, video = "", video or folder
+    base = path.parent
+    # A list that names both is read as the published pipeline reads it, where the extracted frames are there.
+    if row.get("wav") and folder and not (video and not os.path.isdir(base / folder)):
+        frames = sys.intern(os.path.join(base, folder.rstrip("/") or "/"))
+        return Source(row["video_id"], labels, frames=frames, sound=os.path.join(base, row["wav"]))
+    if video:
+        return Source(row["video_id"], labels, video=os.path.join(base, video))
+    raise MediaError(f"{where} ({row['video_id']}) names neither wav and video_path nor a video")

@@ -1,0 +1,283 @@
+"""Worker processes that outlive what they are fed: a crash or a hang costs one item, which is named, and the work goes on.
+
+Each worker is a fresh Python process with a socket of its own (no lock is shared, so a killed worker cannot hold one) and
+a memory limit. It runs one callable over jobs, which are short lists of items; a byte of shared memory says which item it
+is at. The parent's script is not imported again, so no `if __name__ == "__main__"` is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+MEMORY_LIMIT = 2 << 30
+"Bytes of private memory a worker may take: what FFmpeg needs for 8K video, and less than a broken header may ask for."
+TIMEOUT = 25.0
+"Seconds one item may take."
+_POLL_SECONDS = 0.5
+_STRIKES = 2  # workers an item may kill: the first may have been killed from outside
+_BOOT = "import sys; from cavmae_fast.data.workers import _serve; _serve(*map(int, sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The result of an item whose worker died or was stopped."""
+
+    reason: str
+
+
+class WorkerError(RuntimeError):
+    """The callable raised in a worker: an error of the program, not of an item; the message holds its traceback."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Items to run, in one worker. `results` is complete, one for each item, when `Workers.wait` returns the job."""
+
+    items: Sequence[Any]
+    tag: Any = None
+    results: dict[int, Any] = field(default_factory=dict)
+    strikes: dict[int, int] = field(default_factory=dict)
+
+    def left(self) -> list[int]:
+        return [i for i in range(len(self.items)) if i not in self.results]
+
+
+class _Worker:
+    """One process, its socket and its byte of progress."""
+
+    def __init__(self, function: bytes, memory: int, fds: Sequence[int]):
+        shared = os.memfd_create("progress")
+        os.truncate(shared, mmap.PAGESIZE)
+        self.progress = mmap.mmap(shared, mmap.PAGESIZE)
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        # Workers are as many as there are cores; threads inside one would only fight.
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(shared), str(memory)],
+                stdin=subprocess.DEVNULL, env=environment, pass_fds=(theirs.fileno(), shared, *fds),
+            )  # fmt: skip
+        os.close(shared)
+        self.connection = Connection(ours.detach())
+        self.connection.send_bytes(function)
+        self.jobs: deque[Job] = deque()  # the first is being worked on, the second waits in the socket
+        self.sent: deque[list[int]] = deque()
+        self.seen = (0, time.monotonic())
+
+    def send(self, job: Job) -> None:
+        numbers = job.left()
+        self.jobs.append(job)
+        self.sent.append(numbers)
+        if len(self.jobs) == 1:
+            self.seen = (self._count(), time.monotonic())
+        with contextlib.suppress(OSError):  # it died: found out when its socket is read
+            self.connection.send([job.items[i] for i in numbers])
+
+    def _count(self) -> int:
+        return int.from_bytes(self.progress[:8], "little")
+
+    def stuck(self, timeout: float) -> bool:
+        """Whether the item being worked on has taken longer than `timeout`."""
+        count = self._count()
+        if not self.jobs or count != self.seen[0]:
+            self.seen = (count, time.monotonic())
+        return time.monotonic() - self.seen[1] > timeout
+
+    def current(self) -> int:
+        """The number, within the first job, of the item being worked on."""
+        position = int.from_bytes(self.progress[8:16], "little")
+        return self.sent[0][min(position, len(self.sent[0]) - 1)]
+
+    def close(self, kill: bool = False) -> int:
+        """Ends the process and returns its exit status."""
+        if kill:
+            self.process.kill()
+        self.connection.close()
+        status = self.process.wait()
+        self.progress.close()
+        return status
+
+
+class Workers:
+    """A fixed number of worker processes that run `function(item)` for the items of jobs, in any order.
+
+    Args:
+        function: a picklable callable of an importable module; it returns what can be pickled. What it raises ends the
+            run: expected failures of an item must be return values.
+        count: processes.
+        timeout: seconds an item may take; then its worker is stopped and the item is `Lost`.
+        memory: bytes of private memory a worker may take; beyond, its allocations fail.
+        fds: file descriptors the workers inherit, under the same numbers.
+        report: called with one sentence when a worker died and its item is tried once more.
+        describe: the name of an item in such sentences.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        count: int,
+        *,
+        timeout: float = TIMEOUT,
+        memory: int = MEMORY_LIMIT,
+        fds: Sequence[int] = (),
+        report: Callable[[str], None] = lambda message: None,
+        describe: Callable[[Any], str] = str,
+    ):
+        if count < 1 or timeout <= 0:
+            raise ValueError(f"count={count}, timeout={timeout}; allowed: count >= 1, timeout > 0")
+        self._function = pickle.dumps(function)
+        self._memory, self._fds, self.timeout = memory, fds, timeout
+        self._report, self._describe = report, describe
+        self._queue: deque[Job] = deque()
+        self._workers = [self._start() for _ in range(count)]
+
+    def _start(self) -> _Worker:
+        return _Worker(self._function, self._memory, self._fds)
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    def submit(self, job: Job, first: bool = False) -> None:
+        """Queues a job; `first`: before those that wait."""
+        self._queue.appendleft(job) if first else self._queue.append(job)
+        self._feed()
+
+    def _feed(self) -> None:
+        for depth in (0, 1):  # two jobs a worker, so that none waits for the parent
+            for worker in self._workers:
+                if self._queue and len(worker.jobs) == depth:
+                    worker.send(self._queue.popleft())
+
+    def wait(self, timeout: float | None = None) -> list[Job]:
+        """Jobs that are complete, as soon as there is one; an empty list when nothing is under way or time is up.
+
+        Raises:
+            WorkerError: the callable raised.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while any(worker.jobs for worker in self._workers):
+            pause = _POLL_SECONDS if end is None else max(0.0, min(_POLL_SECONDS, end - time.monotonic()))
+            ready = set(wait([worker.connection for worker in self._workers], pause))
+            done: list[Job] = []
+            for number, worker in enumerate(self._workers):
+                if worker.connection in ready:
+                    try:
+                        done += self._collect(worker)
+                    except (EOFError, OSError):
+                        done += self._replace(number, None)
+                elif worker.jobs and worker.stuck(self.timeout):
+                    done += self._replace(number, f"it took longer than {self.timeout:g} s")
+            self._feed()
+            if done or (end is not None and time.monotonic() >= end):
+                return done
+        return []
+
+    def _collect(self, worker: _Worker) -> list[Job]:
+        ok, value = worker.connection.recv()
+        if not ok:
+            raise WorkerError(value)
+        job, numbers = worker.jobs.popleft(), worker.sent.popleft()
+        worker.seen = (-1, time.monotonic())
+        job.results.update(zip(numbers, value, strict=True))
+        return [] if job.left() else [job]
+
+    def _replace(self, number: int, cause: str | None) -> list[Job]:
+        """Puts a fresh worker in the place of one that died, or that is stopped for `cause`; its jobs are queued again.
+
+        The item it was at is lost for `cause`, or when it kills its second worker.
+        """
+        worker = self._workers[number]
+        culprit = worker.current() if worker.jobs else None
+        status = worker.close(kill=cause is not None)
+        self._workers[number] = self._start()
+        self._queue.extendleft(reversed(worker.jobs))
+        if culprit is None:
+            self._report(f"an idle worker ended ({_status(status)}); another took its place")
+            return []
+        job = worker.jobs[0]
+        job.strikes[culprit] = job.strikes.get(culprit, 0) + 1
+        died = cause or f"its worker process died ({_status(status)})"
+        name = self._describe(job.items[culprit])
+        if cause is None and job.strikes[culprit] < _STRIKES:
+            self._report(f"{name}: {died}; it is tried once more")
+            return []
+        job.results[culprit] = Lost(f"{name}: {died}")
+        if job.left():
+            return []
+        self._queue.remove(job)
+        return [job]
+
+    def drain(self) -> None:
+        """Forgets the jobs that no worker has yet, and waits for the others."""
+        self._queue.clear()
+        while self.wait():
+            self._queue.clear()
+
+    def close(self) -> None:
+        """Stops all workers, whatever they are at."""
+        self._queue.clear()
+        for worker in self._workers:
+            worker.close(kill=True)
+        self._workers = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _status(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"killed by signal {-code}, {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def default_count() -> int:
+    """Worker processes where none are asked for: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(socket_fd: int, progress_fd: int, memory: int) -> None:
+    """A worker's life: the callable first, then jobs until the parent closes the socket or is gone."""
+    import resource
+    import traceback
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the socket
+    if hasattr(resource, "RLIMIT_DATA"):
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = Connection(socket_fd)
+    progress = mmap.mmap(progress_fd, mmap.PAGESIZE)
+    count = 0
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        function = pickle.loads(connection.recv_bytes())
+        while True:
+            items, results = connection.recv(), []
+            try:
+                for position, item in enumerate(items):
+                    count += 1
+                    progress[:16] = count.to_bytes(8, "little") + position.to_bytes(8, "little")
+                    results.append(function(item))
+                reply = (True, results)
+            except Exception:
+                reply = (False, traceback.format_exc())
+            connection.send(reply)
