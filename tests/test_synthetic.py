@@ -1,4 +1,4 @@
-"""Synthetic clips: reproducible, split by combination, sight and sound really related; and batches made of them."""
+"""Synthetic clips: reproducible, split by combination, sight and sound really related."""
 
 import colorsys
 import hashlib
@@ -8,12 +8,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 
-from cavmae_fast.data import clips as clips_module
 from cavmae_fast.data import synthetic
-from cavmae_fast.data.clips import ClipDataset, Reject, clear_cache, collate, load_clips
-from cavmae_fast.data.media import MediaError, find_media, read_clip
+from cavmae_fast.data.media import find_media, read_clip
 from cavmae_fast.data.synthetic import HUES, MOTIONS, SHAPES, generate_clips
 
 
@@ -140,106 +137,3 @@ def test_the_tail_shows_in_one_frame():
             assert np.abs(mean).max() < 1
         else:
             assert mean @ (x, y) > 4 and abs(mean @ (y, x)) < 1.5
-
-
-@pytest.fixture
-def mixed(made, tmp_path):
-    """Ten good clips with four bad ones among them, the last two at the end."""
-    _, train, _ = made
-    paths = [str(path) for path in train[:10]]
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "text.mp4").write_text("no clip")
-    bad = [str(tmp_path / name) for name in ("empty.mp4", "text.mp4", "gone.mp4", "gone2.mp4")]
-    return [*paths[:1], *bad[:2], *paths[1:], *bad[2:]], paths, bad
-
-
-OPTIONS = {"image_size": 32, "seconds": 1.25}
-
-
-def test_items(made):
-    path = made[1][3]
-    item = ClipDataset([path], **OPTIONS)[0]
-    clip = read_clip(path, size=32, seconds=1.25)
-    assert item["id"] == str(path) and item["num_samples"] == len(clip.waveform)
-    assert item["frame"].shape == (3, 32, 32) and item["frame"].dtype == torch.uint8
-    assert torch.equal(item["frame"].permute(1, 2, 0), torch.from_numpy(clip.frames[5]))
-    assert item["waveform"].shape == (20000,) and item["waveform"].dtype == torch.int16
-    assert torch.equal(item["waveform"][: item["num_samples"]], torch.from_numpy(clip.waveform))
-    assert not item["waveform"][item["num_samples"] :].any()
-
-
-def test_training_draws_frames_by_seed_and_epoch(made):
-    paths = made[1][:4] * 5
-    draws = {}
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        dataset = ClipDataset(paths, training=True, seed=seed, epoch=epoch, cache=True, **OPTIONS)
-        draws[seed, epoch] = torch.stack([dataset[i]["frame"] for i in range(len(paths))])
-        uncached = ClipDataset(paths, training=True, seed=seed, epoch=epoch, **OPTIONS)
-        assert torch.equal(uncached[7]["frame"], draws[seed, epoch][7])
-    clear_cache()
-    assert not torch.equal(draws[0, 0], draws[0, 1]) and not torch.equal(draws[0, 0], draws[1, 0])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_refilled_and_rejects_listed_once(mixed, workers):
-    paths, good, bad = mixed
-    batches = list(load_clips(paths, 5, workers=workers, **OPTIONS))
-    assert [len(batch["ids"]) for batch in batches] == [5, 5]
-    assert [i for batch in batches for i in batch["ids"]] == good
-    assert [[r.path for r in batch["rejects"]] for batch in batches] == [bad[:2], bad[2:]]
-    assert "0 bytes" in batches[0]["rejects"][0].reason and "no such file" in batches[1]["rejects"][1].reason
-    batch = batches[0]
-    assert batch["image"].shape == (5, 3, 32, 32) and batch["image"].dtype == torch.uint8
-    assert batch["waveform"].shape == (5, 20000) and batch["waveform"].dtype == torch.int16
-    assert batch["num_samples"].dtype == torch.int64 and batch["num_samples"].min() >= 16000
-
-
-@pytest.mark.parametrize("batch_size, sizes, dropped", [(4, [4, 4, 2], [4, 4]), (10, [10], [10]), (16, [10], [10])])
-@pytest.mark.parametrize("training", [False, True])
-def test_batch_sizes(mixed, training, batch_size, sizes, dropped):
-    paths, good, bad = mixed
-    for drop_last, expected in ((False, sizes), (True, dropped)):
-        batches = list(load_clips(paths, batch_size, training=training, drop_last=drop_last, **OPTIONS))
-        assert [len(batch["ids"]) for batch in batches] == expected
-        assert sorted(r.path for batch in batches for r in batch["rejects"]) == sorted(bad)
-        seen = [i for batch in batches for i in batch["ids"]]
-        assert len(set(seen)) == sum(expected) and (training or seen == good[: len(seen)])
-
-
-def test_shuffling_depends_on_seed_and_epoch_alone(mixed):
-    paths, good, _ = mixed
-
-    def order(**options):
-        batches = list(load_clips(paths, 3, training=True, **OPTIONS, **options))
-        sums = [int(image.sum()) for batch in batches for image in batch["image"]]
-        return list(zip([i for batch in batches for i in batch["ids"]], sums, strict=True))
-
-    first = order(seed=1, epoch=2)
-    assert order(seed=1, epoch=2, workers=2) == first and order(seed=1, epoch=2, cache=True) == first
-    assert order(seed=1, epoch=3) != first and [i for i, _ in first] != good
-    clear_cache()
-
-
-def test_cache_decodes_once(mixed, monkeypatch):
-    paths, good, _ = mixed
-    clear_cache()
-    reads = []
-    monkeypatch.setattr(clips_module, "read_clip", lambda path, **kw: (reads.append(path), read_clip(path, **kw))[1])
-    first = [list(load_clips(paths, 4, training=True, epoch=e, cache=True, **OPTIONS)) for e in (0, 1)]
-    assert sorted(path for path in reads if path in good) == sorted(good)
-    assert [len(batch["rejects"]) for batch in first[1]] and sum(len(b["rejects"]) for b in first[1]) == 4
-    clear_cache()
-    with pytest.raises(ValueError, match="cache=True with workers=2"):
-        load_clips(paths, 4, cache=True, workers=2)
-
-
-def test_nothing_usable_is_an_error(mixed):
-    _, _, bad = mixed
-    with pytest.raises(MediaError, match=r"none of the 4 clips can be used; the first: .*empty\.mp4.*0 bytes"):
-        list(load_clips(bad, 2))
-    with pytest.raises(ValueError, match="paths is empty"):
-        load_clips([], 2)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        load_clips(bad, 0)
-    with pytest.raises(ValueError, match="no clip"):
-        collate([Reject("a", "b")])

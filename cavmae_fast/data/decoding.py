@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cavmae_fast.data.media import MediaError
 from cavmae_fast.data.reading import LoadClip, Loaded, Reader, Record, Request, Slots, load_into
+from cavmae_fast.data.steps import Want
 from cavmae_fast.data.workers import TIMEOUT, Job, Lost, Workers
 
 _CHUNK = 8  # clips a job: few enough to share a batch out evenly, enough that messages do not count
@@ -37,15 +38,6 @@ class UnusableDataError(MediaError):
     def __init__(self, rejects: list[Reject]):
         super().__init__(f"{len(rejects)} clips in a row cannot be used; the first: {rejects[0].reason}")
         self.rejects = rejects
-
-
-class Want(NamedTuple):
-    """A clip that a step needs: its place in the epoch, whether it is to be mixed into another, its number, its frame."""
-
-    position: int
-    partner: bool
-    clip: int
-    frame: int
 
 
 class Decoded(NamedTuple):

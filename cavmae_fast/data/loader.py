@@ -20,14 +20,13 @@ from cavmae_fast.data import dali
 from cavmae_fast.data.augment import (
     Augmentation,
     Draws,
-    draw,
     generator_for,
     mask_spectrogram,
     mix_images,
     mix_waveforms,
     noise_and_roll,
 )
-from cavmae_fast.data.decoding import Decoded, InProcess, InWorkers, Reject, UnusableDataError, Want
+from cavmae_fast.data.decoding import Decoded, InProcess, InWorkers, Reject, UnusableDataError
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, audio_features, image_features, samples_of
 from cavmae_fast.data.labels import LabelSet, read_weights
 from cavmae_fast.data.media import MediaError
@@ -35,6 +34,7 @@ from cavmae_fast.data.order import Order
 from cavmae_fast.data.reading import Reader
 from cavmae_fast.data.shards import LABELS, MANIFEST, ShardSet
 from cavmae_fast.data.sources import Source, find_sources
+from cavmae_fast.data.steps import Plan, Step, Want
 from cavmae_fast.data.workers import TIMEOUT, default_count
 
 NUM_FRAMES = 10
@@ -66,21 +66,6 @@ class Batch:
     rejects: list[Reject]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step before anything is read: whose clips, and all decisions about them. `wants`: the clips, then the partners of
-    those that are mixed."""
-
-    epoch: int
-    position: int
-    draws: Draws
-    wants: list[Want]
-
-    @property
-    def rows(self) -> int:
-        return len(self.draws)
-
-
 class Decoder(Protocol):
     """What a back end does: steps to decoded arrays, in order."""
 
@@ -89,12 +74,18 @@ class Decoder(Protocol):
     def close(self) -> None: ...
 
 
-def open_clips(data: str | Path | Sequence[str | Path]) -> ShardSet | list[Source]:
-    """The clips of a data set: a folder of shards, or whatever `find_sources` takes.
+Clips = ShardSet | Sequence[Source]
+"""Where the clips of a data set are, by number."""
+
+
+def open_clips(data: str | Path | Sequence[str | Path] | Clips) -> Clips:
+    """The clips of a data set: a folder of shards, or whatever `find_sources` takes; opened ones come back as they are.
 
     Raises:
         MediaError: it does not exist, cannot be read or names no clip.
     """
+    if isinstance(data, ShardSet) or (not isinstance(data, str | Path) and data and isinstance(data[0], Source)):
+        return data
     places = [data] if isinstance(data, str | Path) else list(data)
     shards = [place for place in places if (Path(place) / MANIFEST).is_file()]
     if not shards:
@@ -104,7 +95,7 @@ def open_clips(data: str | Path | Sequence[str | Path]) -> ShardSet | list[Sourc
     return ShardSet(shards[0])
 
 
-def clip_weights(weights: str | Path | np.ndarray, clips: ShardSet | Sequence[Source]) -> np.ndarray:
+def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
     """Sampling weights `[clips]` from an array or a file of one number a row; a file for the list from which shards were
     prepared has a row for each clip of that list. LabelError when it does not fit."""
     if isinstance(weights, np.ndarray):
@@ -131,7 +122,7 @@ class Features:
     seed: int
 
     def __call__(self, step: Step, decoded: Decoded) -> Batch:
-        rows, draws = step.rows, step.draws
+        rows, draws = len(step.draws), step.draws
         present = np.array([loaded is not None for loaded in decoded.loaded], bool)
         image, waveform, loaded = decoded.image, decoded.waveform, decoded.loaded
         if not present.all():  # evaluation alone leaves places empty, and mixes nothing
@@ -223,7 +214,7 @@ class Loader:
 
     def __init__(
         self,
-        data: str | Path | Sequence[str | Path],
+        data: str | Path | Sequence[str | Path] | Clips,
         batch_size: int,
         *,
         training: bool = False,
@@ -257,11 +248,11 @@ class Loader:
                 f"image_size={image_size}, audio_length={audio_length}, prefetch={prefetch}; allowed: 1 or more"
             )
         self.clips = open_clips(data)
-        self.training, self.frame, self.audio_length = training, frame, audio_length
-        self.augmentation = augmentation or (Augmentation.PRETRAIN if training else Augmentation.EVALUATE)
-        self.num_frames = self.clips.num_frames if isinstance(self.clips, ShardSet) else NUM_FRAMES
-        if frame is not None and not 0 <= frame < self.num_frames:
-            raise ValueError(f"frame is {frame}; allowed: 0 to {self.num_frames - 1}, or None")
+        self.training = training
+        augmentation = augmentation or (Augmentation.PRETRAIN if training else Augmentation.EVALUATE)
+        num_frames = self.clips.num_frames if isinstance(self.clips, ShardSet) else NUM_FRAMES
+        if frame is not None and not 0 <= frame < num_frames:
+            raise ValueError(f"frame is {frame}; allowed: 0 to {num_frames - 1}, or None")
         rank, world_size = _place(rank, world_size)
         self.order = Order(
             len(self.clips), batch_size, seed, shuffle=training, rank=rank, world_size=world_size, drop_last=training,
@@ -272,28 +263,29 @@ class Loader:
                 f"batch_size={batch_size} on {world_size} ranks; allowed: {len(self.clips)} clips, as the data set has, "
                 "or fewer in all"
             )
+        self.plan = Plan(self.order, augmentation, num_frames, audio_length, training, frame)
         self.device = torch.device(device)
         self.backend, self.reason = choose_backend(backend, self.clips, self.device)
         self.features = Features(
-            self.device, audio_length, mean, std, self.augmentation, _label_set(labels, self.clips),
-            normalize_images or self.augmentation.mixup > 0, seed,
+            self.device, audio_length, mean, std, augmentation, _label_set(labels, self.clips),
+            normalize_images or augmentation.mixup > 0, seed,
         )  # fmt: skip
         self.epoch = self.position = 0
         self.waited = 0.0
         self.rejects: dict[str, Reject] = {}
-        reader = Reader(self.num_frames, image_size, samples_of(audio_length), keep, self.features.label_set)
-        self._exact = InProcess(self.clips, reader, self._substitute)
-        rows = 2 * batch_size if self.augmentation.mixup else batch_size
+        reader = Reader(num_frames, image_size, samples_of(audio_length), keep, self.features.label_set)
+        self._exact = InProcess(self.clips, reader, self.plan.substitute)
+        rows = 2 * batch_size if augmentation.mixup else batch_size
         self._threaded = True
         on_cuda = self.device.type == "cuda"
         if self.backend == "dali":
             self._decoder: Decoder = dali.InDali(
-                self.clips, reader, self._substitute, rows=rows, threads=max(workers, 1), device=self.device,
+                self.clips, reader, self.plan.substitute, rows=rows, threads=max(workers, 1), device=self.device,
                 prefetch=prefetch,
             )  # fmt: skip
         elif workers:
             self._decoder = InWorkers(
-                self.clips, reader, self._substitute, rows=rows, workers=workers, prefetch=prefetch, timeout=timeout,
+                self.clips, reader, self.plan.substitute, rows=rows, workers=workers, prefetch=prefetch, timeout=timeout,
                 report=report, pin=on_cuda,
             )  # fmt: skip
         else:
@@ -314,7 +306,8 @@ class Loader:
         good, rejects = False, []
         while self.order.steps(self.position):
             if self._pump is None:
-                self._pump = _Pump(self._decoder, self._steps(), self._finisher(), self._threaded)
+                steps = self.plan.steps(self.epoch, self.position)
+                self._pump = _Pump(self._decoder, steps, self._finisher(), self._threaded)
                 self._open["pump"] = self._pump
             begin = time.perf_counter()
             try:
@@ -341,40 +334,9 @@ class Loader:
     def _next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
 
-    def _steps(self) -> Iterator[Step]:
-        """The steps from here on: to the end of the epoch, or, in training, without end."""
-        epoch, position = self.epoch, self.position
-        while True:
-            sequence = self.order.sequence(epoch)
-            for _ in range(self.order.steps(position)):
-                step = self._step(epoch, position, sequence)
-                if step.wants:
-                    yield step
-                position += self.order.stride
-            if not self.training:
-                return
-            epoch, position = epoch + 1, 0
-
-    def _step(self, epoch: int, position: int, sequence: np.ndarray) -> Step:
-        span = self.order.span(position)
-        draws = draw(
-            self.augmentation, seed=self.order.seed, epoch=epoch, position=span.start, rows=len(span),
-            num_clips=self.order.clips, num_frames=self.num_frames, audio_length=self.audio_length,
-        )  # fmt: skip
-        frames = draws.frame if self.frame is None else np.full(len(span), self.frame)
-        wants = [Want(p, False, int(sequence[p]), int(frame)) for p, frame in zip(span, frames, strict=True)]
-        for row in np.flatnonzero(draws.mixed):
-            wants.append(Want(span[row], True, int(draws.partner[row]), int(draws.partner_frame[row])))
-        return Step(epoch, position, draws, wants)
-
-    def _substitute(self, want: Want, attempt: int) -> int | None:
-        if not self.training:
-            return None
-        return self.order.substitute(want.position, want.partner, want.clip, attempt)
-
     def batch_at(self, epoch: int, position: int) -> Batch:
         """Builds a batch again, in this process, from the `epoch` and `position` that it carries."""
-        step = self._step(epoch, position, self.order.sequence(epoch))
+        step = self.plan.step(epoch, position, self.order.sequence(epoch))
         (decoded,) = self._exact.decode(iter([step.wants]), threading.Event())
         return self.features(step, decoded)
 
@@ -512,7 +474,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return 0, 1
 
 
-def _label_set(labels: LabelSet | str | Path | None, clips: ShardSet | Sequence[Source]) -> LabelSet | None:
+def _label_set(labels: LabelSet | str | Path | None, clips: Clips) -> LabelSet | None:
     if isinstance(labels, str | Path):
         return LabelSet.from_csv(labels)
     if labels is None and isinstance(clips, ShardSet) and clips.manifest["labels"]:
@@ -520,7 +482,7 @@ def _label_set(labels: LabelSet | str | Path | None, clips: ShardSet | Sequence[
     return labels
 
 
-def choose_backend(backend: str, clips: ShardSet | Sequence[Source], device: torch.device) -> tuple[str, str]:
+def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[str, str]:
     """The back end for these clips on this device, and in a few words why. ValueError when it cannot be the named one."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")

@@ -287,8 +287,9 @@ def _publish(config: PrepareConfig, total: int) -> dict[str, Any]:
     part.replace(config.out / INDEX)
     manifest = {
         "version": VERSION, "listed": total, "clips": sum(shard["clips"] for shard in shards), "rejects": len(rejects),
-        "frames": config.frames, "size": config.size, "seconds": config.seconds, "sample_rate": SAMPLE_RATE, "quality": config.quality,
-        "labels": LABELS if config.labels else None, "bytes": sum(shard["bytes"] for shard in shards), "shards": shards,
+        "frames": config.frames, "size": config.size, "seconds": config.seconds, "sample_rate": SAMPLE_RATE,
+        "quality": config.quality, "labels": LABELS if config.labels else None,
+        "bytes": sum(shard["bytes"] for shard in shards), "shards": shards,
     }  # fmt: skip
     write_whole(config.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest

@@ -82,8 +82,8 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int):
         self.folder, self.number = folder, number
         self._part = folder / f".{shard_name(number)}.tar.part"
-        self._file = self._part.open("wb")  # noqa: SIM115  closed by finish or abandon
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._file = self._part.open("wb")
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._offset = 0
         self._clips: list[dict[str, Any]] = []
 

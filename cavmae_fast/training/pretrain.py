@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ..data.clips import SAMPLE_RATE, NoUsableClipError, Reject, load_clips
-from ..data.features import IMAGE_MEAN, IMAGE_STD, audio_features, image_features, samples_of
-from ..data.media import find_media
+from ..data.decoding import Reject, UnusableDataError
+from ..data.features import IMAGE_MEAN, IMAGE_STD, image_features
+from ..data.loader import Batch, Clips, Loader, open_clips
 from ..data.synthetic import generate_clips
+from ..data.workers import default_count
 from ..evaluation.retrieval import embed, retrieval_metrics
 from ..models import CAVMAE, PRESETS, load_checkpoint
 from .figures import loss_curve, reconstructions
@@ -40,9 +40,9 @@ class PretrainConfig:
     """Pretrain a CAV-MAE. Without --data it generates its own clips, in which sound and picture are related."""
 
     data: tuple[Path, ...] = ()
-    """Folders or media files to train on."""
+    """What to train on: a folder that `cavmae-fast prepare` wrote, or folders, media files, lists."""
     eval_data: tuple[Path, ...] = ()
-    """Folders or media files held out for retrieval; with generated clips, their held-out split."""
+    """Held out for retrieval, named like --data; with generated clips, their held-out split."""
     out: Path = Path("runs/pretrain")
     """Folder for checkpoint, metrics and figures."""
     model: str = "small"
@@ -69,8 +69,11 @@ class PretrainConfig:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the matrix products; auto: bfloat16 where the device multiplies it fast, else float32."""
-    workers: int = 0
-    """Decoding processes; 0 decodes in this one."""
+    loader: Literal["auto", "torch", "dali"] = "auto"
+    """What decodes the clips: worker processes (torch), or DALI on the GPU."""
+    workers: int | None = None
+    """Decoding processes; 0 decodes in this one. Default: 0 for up to 2000 clips, which stay decoded in memory, else one
+    a core."""
     seed: int = 0
 
 
@@ -112,42 +115,37 @@ def _cuda_choices() -> str:
 
 
 class ClipSource:
-    """Batches for the model: media files -> decoded -> on the device -> features. Counts the seconds spent waiting."""
+    """The run's loaders; names each clip that cannot be used in the run's rejects, once."""
 
     def __init__(self, config: PretrainConfig, model: CAVMAE, rejects: JsonLines) -> None:
         self.config, self.rejects = config, rejects
-        self.audio_length = model.patch_embed_a.img_size[1]
-        self.image_size = model.patch_embed_v.img_size[0]
+        self.sizes = {"image_size": model.patch_embed_v.img_size[0], "audio_length": model.patch_embed_a.img_size[1]}
         self.named: set[str] = set()
-        self.waited = 0.0
 
-    def epoch(self, paths: list[Path], epoch: int, training: bool) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """One pass over `paths`: (ids, audio `[B, T, 128]`, imgs `[B, 3, S, S]`)."""
-        config = self.config
-        batches = load_clips(
-            paths, config.batch_size, training=training, seed=config.seed, epoch=epoch, workers=config.workers,
-            image_size=self.image_size, seconds=samples_of(self.audio_length) / SAMPLE_RATE,
-            cache=training and config.workers == 0 and len(paths) <= CACHED_CLIPS, drop_last=training,
+    def loader(self, clips: Clips, training: bool) -> Loader:
+        """A loader of these clips for the run's model."""
+        from tqdm import tqdm
+
+        config, workers = self.config, self.config.workers
+        keep = training and not workers and len(clips) <= CACHED_CLIPS
+        if workers is None:
+            workers = 0 if len(clips) <= CACHED_CLIPS else default_count()
+        return Loader(
+            clips, min(config.batch_size, len(clips)), training=training, backend=config.loader, device=config.device,
+            workers=workers, seed=config.seed, keep=keep, report=tqdm.write, **self.sizes,
         )  # fmt: skip
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except NoUsableClipError as error:
-                self.name_rejects(error.rejects)
-                raise
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            self.name_rejects(batch["rejects"])
-            device = torch.device(config.device)
-            waveform, samples, image = (
-                batch[key].to(device, non_blocking=True) for key in ("waveform", "num_samples", "image")
-            )
-            yield batch["ids"], audio_features(waveform, samples, self.audio_length), image_features(image)
 
-    def name_rejects(self, rejects: list[Reject]) -> None:
-        """Writes each clip that could not be used to the run's rejects, once."""
+    def batches(self, loader: Loader) -> Iterator[Batch]:
+        """One epoch."""
+        try:
+            for batch in loader:
+                self.name(batch.rejects)
+                yield batch
+        except UnusableDataError as error:
+            self.name(error.rejects)
+            raise
+
+    def name(self, rejects: list[Reject]) -> None:
         for reject in rejects:
             if reject.path not in self.named:
                 self.named.add(reject.path)
@@ -167,39 +165,44 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[config.model]
     if config.data:
-        train_paths, held_out = find_media(config.data), []
+        train_clips, held_out = open_clips(config.data), []
     else:
         tqdm.write("no --data: generating clips in which sound and picture are related")
-        train_paths, held_out = generate_clips(out / "clips", seed=0)
+        train_clips, held_out = map(open_clips, generate_clips(out / "clips", seed=0))
     if config.eval_data:
-        held_out = find_media(config.eval_data)
+        held_out = open_clips(config.eval_data)
     torch.manual_seed(config.seed)
     model = preset.create()
     if config.init is not None:
         load_checkpoint(model, config.init)
     model.to(config.device).train()
-    batch_size = min(config.batch_size, len(train_paths))
+    batch_size = min(config.batch_size, len(train_clips))
     config = replace(config, batch_size=batch_size)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
     tqdm.write(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "
-        f"{config.dtype}; {len(train_paths)} clips, batch {batch_size}, held out {len(held_out)}"
+        f"{config.dtype}; {len(train_clips)} clips, batch {batch_size}, held out {len(held_out)}"
     )
     for name in ("metrics.jsonl", "rejects.jsonl"):
         (out / name).unlink(missing_ok=True)  # of an earlier run into this folder
     with JsonLines(out / "metrics.jsonl") as metrics, JsonLines(out / "rejects.jsonl") as rejects:
         source = ClipSource(config, model, rejects)
-        rows = train(model, source, train_paths, config, metrics)
+        loader = source.loader(train_clips, training=True)
+        tqdm.write(f"loader {loader.backend}: {loader.reason}")
+        rows = train(model, source, loader, config, metrics)
+        loader.close()
         model.save_pretrained(out / "model")
         loss_curve(rows, out / "loss.png")
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
-        _, audio, imgs = next(source.epoch(held_out or train_paths, 0, training=False))
-        mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+        batches = source.batches(source.loader(held_out or train_clips, training=False))
+        first = next(batches)
+        imgs, mean, std = image_features(first.image[:4]), torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
         with autocast(config):
-            reconstructions(model, audio[:4], imgs[:4], config.mask_ratio, mean, std, out / "reconstruction.png")
+            reconstructions(model, first.audio[:4], imgs, config.mask_ratio, mean, std, out / "reconstruction.png")
         if held_out:
+            unseen = ((batch.audio, batch.image) for batch in itertools.chain([first], batches))
             with autocast(config):
-                features = embed(model, ((a, v) for _, a, v in source.epoch(held_out, 0, training=False)))
+                features = embed(model, unseen)
             summary |= {"held_out_clips": len(features[0]), **retrieval_metrics(*features)}
             metrics.write({"step": len(rows), **summary})
         summary["rejected_clips"] = rejects.count
@@ -208,7 +211,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 def train(
-    model: CAVMAE, source: ClipSource, paths: list[Path], config: PretrainConfig, metrics: JsonLines
+    model: CAVMAE, source: ClipSource, loader: Loader, config: PretrainConfig, metrics: JsonLines
 ) -> list[dict[str, Any]]:
     """The published recipe: Adam with L2 5e-7 and betas (0.95, 0.999), step decay by epochs. Returns the logged rows."""
     from tqdm import tqdm
@@ -221,40 +224,39 @@ def train(
     milestones = list(range(preset.decay_start, preset.epochs + 1, preset.decay_every))
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.5)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    per_epoch = max(1, len(paths) // config.batch_size)
-    total = config.steps or config.epochs * per_epoch
+    total = config.steps or config.epochs * len(loader)
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     clips = 0
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for epoch in itertools.count():
-            for ids, audio, imgs in source.epoch(paths, epoch, training=True):
+            for batch in source.batches(loader):
                 with autocast(config):
                     outputs = model(
-                        audio, imgs, config.mask_ratio, config.mask_ratio, config.mae_loss_weight,
+                        batch.audio, batch.image, config.mask_ratio, config.mask_ratio, config.mae_loss_weight,
                         config.contrast_loss_weight, config.mask_mode,
                     )  # fmt: skip
                 scaler.scale(outputs[0]).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-                clips += len(ids)
+                clips += len(batch.ids)
                 losses = dict(zip(LOSSES, torch.stack(outputs[:5]).tolist()))
                 if not all(map(math.isfinite, losses.values())):
-                    raise TrainingError(_diverged(len(rows) + 1, losses, ids, audio, imgs))
+                    raise TrainingError(_diverged(len(rows) + 1, losses, batch))
                 elapsed = time.perf_counter() - start
                 rows.append(
                     {
                         "step": len(rows) + 1, "epoch": epoch, **losses, "c_acc": float(outputs[7]),
                         "learning_rate": schedule.get_last_lr()[0], "clips_per_s": clips / elapsed,
-                        "data_wait": source.waited / elapsed, "seconds": elapsed,
+                        "data_wait": loader.waited / elapsed, "seconds": elapsed,
                     }
                 )  # fmt: skip
                 metrics.write(rows[-1])
                 bar.set_postfix_str(
                     f"loss {losses['loss']:.3f} audio {losses['loss_mae_a']:.3f} video {losses['loss_mae_v']:.3f} "
                     f"contrast {losses['loss_c']:.3f} | {clips / elapsed:.0f} clips/s, "
-                    f"data wait {source.waited / elapsed:.0%}, rejected {source.rejects.count}",
+                    f"data wait {loader.waited / elapsed:.0%}, rejected {source.rejects.count}",
                     refresh=False,
                 )
                 bar.update()
@@ -271,10 +273,10 @@ def autocast(config: PretrainConfig) -> contextlib.AbstractContextManager:
     return torch.autocast(torch.device(config.device).type, DTYPES[config.dtype])
 
 
-def _diverged(step: int, losses: dict[str, float], ids: list[str], audio: Tensor, imgs: Tensor) -> str:
+def _diverged(step: int, losses: dict[str, float], batch: Batch) -> str:
     bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-    for name, x in (("audio", audio), ("imgs", imgs)):
-        broken = [clip for clip, ok in zip(ids, x.flatten(1).isfinite().all(dim=1).tolist()) if not ok]
+    for name, x in (("audio", batch.audio), ("imgs", batch.image)):
+        broken = [clip for clip, ok in zip(batch.ids, x.flatten(1).isfinite().all(dim=1).tolist()) if not ok]
         if broken:
             return f"step {step}: {bad} not finite because the {name} of {', '.join(broken)} is not finite"
     return f"step {step}: {bad} not finite though the inputs are; try a lower --learning-rate or --dtype float32"

@@ -1,0 +1,450 @@
+"""The loader: which clips come when, what is made of them, and what happens to those that cannot be used."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media_sets import CLASSES, write_labels, write_published, write_shards
+
+from cavmae_fast.data.augment import Augmentation
+from cavmae_fast.data.decoding import UnusableDataError
+from cavmae_fast.data.encoded import decode_image, decode_sound
+from cavmae_fast.data.features import audio_features, image_features, samples_of
+from cavmae_fast.data.labels import LabelError, LabelSet, balance_weights, write_weights
+from cavmae_fast.data.loader import Loader, choose_backend, open_clips
+from cavmae_fast.data.media import MediaError, read_clip
+from cavmae_fast.data.order import Order
+from cavmae_fast.data.shards import ShardSet
+from cavmae_fast.data.synthetic import generate_clips
+
+SMALL = {"image_size": 64, "audio_length": 112}
+PLAIN = Augmentation()  # a random frame, nothing else
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    """25 clips as videos, in the published layout, and as shards with labels."""
+    folder = tmp_path_factory.mktemp("sets")
+    videos, _ = generate_clips(folder / "clips", num_train=25, num_test=8, seconds=1.0, size=64, seed=5)
+    labels = write_labels(folder / "labels.csv")
+    published = write_published(folder / "published", videos)
+    shards = write_shards(folder / "shards", published, labels=labels)
+    return {"videos": videos[0].parent, "published": published, "shards": shards, "labels": labels}
+
+
+def run(loader: Loader, epochs: int = 1) -> list:
+    return [batch for _ in range(epochs) for batch in loader]
+
+
+def same(a, b) -> bool:
+    labels = (a.labels is None and b.labels is None) or torch.equal(a.labels, b.labels)
+    arrays = torch.equal(a.audio, b.audio) and torch.equal(a.image, b.image) and np.array_equal(a.clips, b.clips)
+    return labels and arrays and (a.ids, a.epoch, a.position) == (b.ids, b.epoch, b.position)
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    clips=st.integers(1, 60), batch=st.integers(1, 9), world=st.integers(1, 7), start=st.integers(0, 70),
+    drop_last=st.booleans(), shuffle=st.booleans(),
+)  # fmt: skip
+def test_ranks_share_an_epoch_without_overlap_or_gap(clips, batch, world, start, drop_last, shuffle):
+    orders = [
+        Order(clips, batch, 3, shuffle=shuffle, rank=rank, world_size=world, drop_last=drop_last)
+        for rank in range(world)
+    ]
+    sequence = orders[0].sequence(4)
+    assert sorted(sequence) == list(range(clips))
+    taken, position = [], start
+    for _ in range(orders[0].steps(start)):
+        spans = [order.span(position) for order in orders]
+        assert not drop_last or all(len(span) == batch for span in spans)
+        assert max(map(len, spans)) - min(map(len, spans)) <= 1
+        taken += [p for span in spans for p in span]
+        position += orders[0].stride
+    left = max(0, clips - start)
+    assert taken == list(range(start, start + (left // (world * batch) * world * batch if drop_last else left)))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    order = Order(1000, 10, 1, shuffle=True)
+    assert np.array_equal(order.sequence(2), order.sequence(2))
+    assert not np.array_equal(order.sequence(2), order.sequence(3))
+    assert not np.array_equal(order.sequence(2), Order(1000, 10, 2, shuffle=True).sequence(2))
+
+
+def test_weights_decide_how_often_a_clip_comes():
+    weights = np.array([0.0, 1.0, 2.0, 5.0, 0.0])
+    drawn = np.concatenate([Order(5, 1, weights=weights).sequence(epoch) for epoch in range(4000)])
+    shares = np.bincount(drawn, minlength=5) / len(drawn)
+    assert shares == pytest.approx(weights / 8, abs=0.01) and shares[0] == shares[4] == 0
+    assert all(Order(5, 1, weights=weights).substitute(p, False, 1, 1) in (1, 2, 3) for p in range(50))
+    for bad in (np.ones(4), np.array([1, 1, np.nan, 1, 1]), np.array([1, 1, -1, 1, 1.0]), np.zeros(5)):
+        with pytest.raises(ValueError, match=r"weights has shape \[[45]\]; allowed: \[5\] finite numbers"):
+            Order(5, 1, weights=bad)
+
+
+# --------------------------------------------------------------------------------------------------- what batches hold
+
+
+@pytest.mark.parametrize("kind", ["shards", "published", "videos"])
+def test_batches_are_the_clips_and_their_features(sets, kind):
+    loader = Loader(sets[kind], 4, workers=0, labels=sets["labels"] if kind == "published" else None, **SMALL)
+    batches = run(loader)
+    assert [len(batch.ids) for batch in batches] == [4] * 6 + [1] and loader.backend == "torch"
+    listed = json.loads(sets["published"].read_text())["data"]
+    assert [i for batch in batches for i in batch.ids] == [row["video_id"] for row in listed]
+    folder = sets["published"].parent
+    for number, batch in enumerate(batches):
+        here = listed[4 * number : 4 * number + 4]
+        sounds = torch.zeros(len(here), samples_of(112), dtype=torch.int16)
+        for row, name in enumerate(entry["video_id"] for entry in here):
+            if kind == "videos":
+                clip = read_clip(sets["videos"] / f"{name}.mp4", size=64, seconds=samples_of(112) / 16000)
+                frame, waveform = clip.frames[5], clip.waveform
+            else:
+                frame = decode_image((folder / "frame_5" / f"{name}.jpg").read_bytes(), 64, "")
+                waveform = decode_sound((folder / "sound" / f"{name}.flac").read_bytes(), "")
+            assert torch.equal(batch.image[row].permute(1, 2, 0), torch.from_numpy(frame.copy()))
+            sounds[row, : len(waveform)] = torch.from_numpy(waveform[: samples_of(112)].copy())
+        counts = torch.tensor([min(len(waveform), samples_of(112))] * len(here))  # all are a second long
+        assert torch.equal(batch.audio, audio_features(sounds, counts, 112))
+        if kind == "videos":
+            assert batch.labels is None
+        else:
+            wanted = [[float(mid in entry["labels"].split(",")) for mid in CLASSES] for entry in here]
+            assert batch.labels.tolist() == wanted
+    assert batches[0].image.dtype == torch.uint8 and batches[0].audio.dtype == torch.float32
+
+
+def test_other_sizes_are_scaled_as_pillow_does(sets):
+    batch = next(iter(Loader(sets["shards"], 3, workers=0, image_size=96, audio_length=112, normalize_images=True)))
+    folder = sets["published"].parent
+    images = [decode_image((folder / "frame_5" / f"{name}.jpg").read_bytes(), 96, "") for name in batch.ids]
+    expected = image_features(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    assert batch.image.shape == (3, 3, 96, 96) and torch.equal(batch.image, expected)
+
+
+def test_frame_of_an_evaluation(sets):
+    first, last = (next(iter(Loader(sets["shards"], 4, workers=0, frame=frame, **SMALL))) for frame in (0, 9))
+    name = sets["published"].parent / "frame_9" / f"{last.ids[2]}.jpg"
+    assert torch.equal(last.image[2].permute(1, 2, 0), torch.from_numpy(decode_image(name.read_bytes(), 64, "").copy()))
+    assert not torch.equal(first.image, last.image) and torch.equal(first.audio, last.audio)
+
+
+def test_mixup_as_published(sets):
+    recipe = Augmentation(mixup=0.6, label_smoothing=0.1)
+    loader = Loader(sets["shards"], 12, training=True, augmentation=recipe, workers=0, seed=4, **SMALL)
+    batch = next(iter(loader))
+    step = loader.plan.step(0, 0, loader.order.sequence(0))
+    mixed = np.flatnonzero(step.draws.mixed)
+    assert 2 < len(mixed) < 11 and batch.image.dtype == torch.float32 and len(step.wants) == 12 + len(mixed)
+    label_set = LabelSet.from_csv(sets["labels"])
+
+    def plain(want):
+        meta, encoded = loader.clips[want.clip].read(want.frame)
+        sound = decode_sound(encoded.sound, "")[: samples_of(112)].astype(np.float64) / 32768
+        image = torch.from_numpy(decode_image(encoded.image, 64, "").copy()).permute(2, 0, 1)
+        return meta["labels"], sound - sound.mean(), image_features(image[None])[0]
+
+    for row in range(12):
+        labels, sound, image = plain(step.wants[row])
+        target = np.full(4, 0.1 / 4)
+        if row in mixed:
+            lam = step.draws.lam[row]
+            labels2, sound2, image2 = plain(step.wants[12 + list(mixed).index(row)])
+            other = np.zeros_like(sound)
+            other[: len(sound2)] = sound2[: len(sound)]
+            sound = lam * sound + (1 - lam) * other
+            image = lam * image + (1 - lam) * image2
+            for share, names in ((lam, labels), (1 - lam, labels2)):
+                for name in names:
+                    target[label_set.index[name]] += share * 0.9
+        else:
+            target[[label_set.index[name] for name in labels]] = 0.9
+        torch.testing.assert_close(batch.image[row], image, atol=1e-5, rtol=0)
+        exact = audio_features(torch.from_numpy(sound - sound.mean())[None], torch.tensor([len(sound)]), 112)
+        torch.testing.assert_close(batch.audio[row], exact[0], atol=2e-3, rtol=0)
+        np.testing.assert_allclose(batch.labels[row], target, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("recipe", [Augmentation.PRETRAIN, Augmentation.FINE_TUNE], ids=["pretrain", "fine-tune"])
+def test_batches_depend_on_seed_and_position_alone(sets, recipe):
+    recipe = Augmentation(**{**vars(recipe), "time_mask": 20 if recipe.time_mask else 0})
+    options = {"training": True, "augmentation": recipe, "seed": 7, **SMALL}
+    reference = run(Loader(sets["shards"], 8, workers=0, **options), 2)
+    assert len(reference) == 6 and len({tuple(batch.ids) for batch in reference}) == 6
+    for others in ({"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 0, "keep": True}):
+        loader = Loader(sets["shards"], 8, **others, **options)
+        assert all(map(same, run(loader, 2), reference)), others
+        assert same(loader.batch_at(1, 8), reference[4])
+        loader.close()
+    other = run(Loader(sets["shards"], 8, workers=0, **{**options, "seed": 8}), 1)
+    assert [batch.ids for batch in other] != [batch.ids for batch in reference[:3]]
+
+
+def test_the_same_from_shards_and_extracted_files(sets):
+    options = {"training": True, "augmentation": PLAIN, "workers": 0, **SMALL}
+    a, b = run(Loader(sets["shards"], 8, **options)), run(Loader(sets["published"], 8, labels=sets["labels"], **options))
+    assert all(map(same, a, b))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_goes_on_with_exactly_what_is_left(sets, workers):
+    options = {"training": True, "augmentation": PLAIN, "workers": workers, **SMALL}
+    whole = run(Loader(sets["shards"], 4, **options), 3)
+    loader = Loader(sets["shards"], 4, **options)
+    run(loader)
+    for batch in loader:
+        if batch.position == 4:
+            state = json.loads(json.dumps(loader.state_dict()))
+            break
+    resumed = Loader(sets["shards"], 4, **options)
+    resumed.load_state_dict(state)
+    assert len(resumed) == 4
+    assert all(map(same, run(resumed, 2), whole[8:]))
+    assert all(map(same, loader, whole[8:12])), "the loader that was left goes on, too"
+    end = Loader(sets["shards"], 4, **options)
+    for _ in end:
+        if not end.order.steps(end.position):
+            state = end.state_dict()
+            break  # after the last batch of the epoch
+    end.load_state_dict(state)
+    assert all(map(same, run(end), whole[6:12]))
+
+
+def test_state_goes_on_with_other_ranks(sets):
+    def loader(rank, world):
+        return Loader(
+            sets["shards"], 2, training=True, augmentation=PLAIN, workers=0, rank=rank, world_size=world, **SMALL
+        )  # fmt: skip
+
+    ranks = [loader(0, 2), loader(1, 2)]
+    iterators = [iter(one) for one in ranks]
+    before = [int(clip) for _ in range(2) for iterator in iterators for clip in next(iterator).clips]
+    states = [one.state_dict() for one in ranks]
+    assert states[0] == states[1] and states[0]["position"] == 8
+    after = []
+    for rank in range(3):
+        one = loader(rank, 3)
+        one.load_state_dict(states[0])
+        after += [int(clip) for batch in one for clip in batch.clips]
+    assert len(after) == 12 and len(set(before + after)) == 20
+
+
+def test_all_clips_are_evaluated_once_whatever_the_ranks(sets):
+    for world in (1, 2, 3, 30):
+        ids = []
+        for rank in range(world):
+            ids += [i for b in Loader(sets["shards"], 4, workers=0, rank=rank, world_size=world, **SMALL) for i in b.ids]
+        assert len(ids) == 25 == len(set(ids))
+
+
+def test_a_state_of_other_data_is_refused(sets):
+    loader = Loader(sets["shards"], 4, training=True, seed=1, workers=0, **SMALL)
+    for name, value in (("clips", 24), ("seed", 2), ("shuffle", False), ("weighted", True)):
+        with pytest.raises(ValueError, match=f"the state's {name} is {value}; this loader's is"):
+            loader.load_state_dict({**loader.state_dict(), name: value})
+
+
+# -------------------------------------------------------------------------------------------------------- bad clips
+
+
+@pytest.fixture
+def damaged(sets, tmp_path) -> tuple[Path, list[str]]:
+    """The published layout with four clips that cannot be used, and their ids."""
+    folder = tmp_path / "published"
+    videos = sorted(sets["videos"].iterdir())[:14]
+    listed = write_published(folder, videos)
+    names = [videos[k].stem for k in (0, 3, 9, 13)]
+    (folder / "sound" / f"{names[0]}.flac").unlink()
+    (folder / "sound" / f"{names[1]}.flac").write_bytes(b"no sound")
+    for k in range(10):
+        (folder / f"frame_{k}" / f"{names[2]}.jpg").unlink()
+        (folder / f"frame_{k}" / f"{names[3]}.jpg").write_bytes(b"\xff\xd8\xff no image")
+    return listed, names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_out_bad_clips_and_names_them(damaged, workers):
+    listed, names = damaged
+    loader = Loader(listed, 4, workers=workers, **SMALL)
+    batches = run(loader)
+    ids = [row["video_id"] for row in json.loads(listed.read_text())["data"]]
+    assert [i for batch in batches for i in batch.ids] == [i for i in ids if i not in names]
+    assert all(len(b.ids) == len(b.audio) == len(b.image) == len(b.clips) for b in batches)
+    assert len(loader.rejects) == 4 and sum(len(batch.rejects) for batch in batches) + 1 >= 4
+    reasons = " ".join(reject.reason for reject in loader.rejects.values())
+    for words in ("No such file", "not a readable FLAC or WAV", "no frame 5 or earlier", "not a readable JPEG"):
+        assert words in reasons
+    assert all(any(name in reject.reason for reject in loader.rejects.values()) for name in names)
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, Augmentation(mixup=1.0)], ids=["plain", "mixup"])
+def test_training_replaces_bad_clips_and_names_them(damaged, recipe):
+    listed, names = damaged
+    options = {"training": True, "augmentation": recipe, **SMALL}
+    loader = Loader(listed, 4, workers=0, **options)
+    batches = run(loader, 2)
+    assert [len(batch.ids) for batch in batches] == [4] * 6
+    assert not {i for batch in batches for i in batch.ids} & set(names)
+    assert {name for name in names for r in loader.rejects.values() if name in r.reason} == set(names)
+    with_workers = Loader(listed, 4, workers=2, **options)
+    assert all(map(same, run(with_workers, 2), batches))
+    assert all(batch.image.float().std() > 0.1 for batch in batches)
+
+
+def test_missing_frames_walk_down(sets, tmp_path):
+    videos = sorted(sets["videos"].iterdir())[:2]
+    listed = write_published(tmp_path / "p", videos)
+    for k in (4, 5):
+        (tmp_path / "p" / f"frame_{k}" / f"{videos[0].stem}.jpg").unlink()
+    batch = next(iter(Loader(listed, 2, workers=0, **SMALL)))
+    third = tmp_path / "p" / "frame_3" / f"{videos[0].stem}.jpg"
+    assert torch.equal(batch.image[0].permute(1, 2, 0), torch.from_numpy(decode_image(third.read_bytes(), 64, "").copy()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_usable_is_an_error(tmp_path, training, workers):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(b"no film")
+    loader = Loader(tmp_path, 2, training=training, workers=workers, **SMALL)
+    with pytest.raises(UnusableDataError, match=r"in a row cannot be used; the first: .*\.mp4: not a readable") as caught:
+        run(loader)
+    assert {Path(reject.path).name for reject in caught.value.rejects} <= {"a.mp4", "b.mp4"}
+
+
+def test_a_damaged_shard_costs_its_clip(sets, tmp_path):
+    folder = write_shards(tmp_path / "shards", sets["published"])
+    clip = ShardSet(folder)[3]
+    with open(clip.path, "r+b") as file:
+        file.seek(clip.offset + 512 + 40 + 1024)
+        file.write(b"\xff" * 64)
+    loader = Loader(folder, 5, workers=1, **SMALL)
+    assert sum(len(batch.ids) for batch in loader) == 24
+    (reject,) = loader.rejects.values()
+    assert "000000003.flac is damaged" in reject.reason
+
+
+def test_unknown_labels_are_named(sets, tmp_path):
+    csv = tmp_path / "labels.csv"
+    csv.write_text("index,mid,display_name\n0,/m/a,a\n1,/m/b,b\n2,/m/d,d\n")
+    loader = Loader(sets["published"], 25, labels=csv, workers=0, **SMALL)
+    (batch,) = loader
+    assert len(batch.ids) == 19 and len(loader.rejects) == 6
+    assert all("its labels /m/c are not in the CSV" in reject.reason for reject in loader.rejects.values())
+
+
+# ----------------------------------------------------------------------------------------------- processes and threads
+
+
+def test_a_killed_worker_is_reported_and_nothing_is_lost(sets):
+    options = {"training": True, "augmentation": PLAIN, **SMALL}
+    reference = run(Loader(sets["shards"], 5, workers=0, **options), 6)
+    messages: list[str] = []
+    loader = Loader(sets["shards"], 5, workers=2, report=messages.append, **options)
+    batches = []
+    for _ in range(6):
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) in (3, 11, 20):
+                os.kill(loader._decoder.workers.pids[0], signal.SIGKILL)
+                time.sleep(0.05)
+    assert all(map(same, batches, reference)) and len(batches) == 30
+    assert messages and all("killed by signal 9, SIGKILL" in message for message in messages)
+    assert not loader.rejects
+
+
+def test_nothing_is_left_behind(sets):
+    before = set(threading.enumerate())
+    loader = Loader(sets["shards"], 4, training=True, workers=2, **SMALL)
+    pids = loader._decoder.workers.pids
+    next(iter(loader))
+    del loader
+    gc.collect()
+    assert set(threading.enumerate()) == before
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_evaluation_can_be_left_and_begun_again(sets):
+    loader = Loader(sets["shards"], 4, workers=1, **SMALL)
+    first = [batch.ids for batch in loader]
+    next(iter(loader))
+    loader.load_state_dict({**loader.state_dict(), "position": 0})
+    assert [batch.ids for batch in loader] == first
+
+
+def test_keep_decodes_once(sets, monkeypatch):
+    from cavmae_fast.data import reading
+
+    reads = []
+    monkeypatch.setattr(reading, "read_clip", lambda path, **kw: (reads.append(path), read_clip(path, **kw))[1])
+    loader = Loader(sets["videos"], 5, training=True, workers=0, keep=True, **SMALL)
+    run(loader, 3)
+    assert len(reads) == len(set(reads)) == 25
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+def test_weights_of_the_list_fit_its_shards(sets, tmp_path):
+    rows = json.loads(sets["published"].read_text())["data"]
+    weights = balance_weights([row["labels"].split(",") for row in rows], LabelSet.from_csv(sets["labels"]))
+    write_weights(tmp_path / "w.csv", weights)
+    bad = tmp_path / "p"
+    listed = write_published(bad, sorted(sets["videos"].iterdir()))
+    (bad / "sound" / f"{rows[2]['video_id']}.flac").write_bytes(b"")
+    folder = write_shards(tmp_path / "shards", listed)
+    loader = Loader(folder, 4, training=True, weights=tmp_path / "w.csv", workers=0, **SMALL)
+    assert len(loader.clips) == 24 and np.array_equal(loader.order.weights, np.delete(weights, 2))
+    assert np.array_equal(Loader(listed, 4, training=True, weights=tmp_path / "w.csv", workers=0).order.weights, weights)
+    write_weights(tmp_path / "w.csv", weights[:9])
+    with pytest.raises(LabelError, match=r"w\.csv: holds 9 rows"):
+        Loader(folder, 4, weights=tmp_path / "w.csv", workers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": -1}, "workers is -1; allowed: 0 or more"),
+        ({"keep": True, "workers": 2}, "keep=True with workers=2; allowed: workers=0"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"frame": 10}, "frame is 10; allowed: 0 to 9"),
+        ({"rank": 1}, "rank is 1 and world_size None; allowed: both, or neither"),
+        ({"rank": 2, "world_size": 2}, "allowed: clips and batch_size >= 1, 0 <= rank < world_size"),
+        ({"training": True, "world_size": 10, "rank": 0}, "batch_size=4 on 10 ranks; allowed: 25 clips"),
+        ({"backend": "ffmpeg"}, "backend is 'ffmpeg'; allowed: auto, torch, dali"),
+    ],
+)
+def test_bad_options(sets, options, words):
+    with pytest.raises(ValueError, match=words):
+        Loader(sets["shards"], 4, **{**SMALL, "workers": 0, **options})
+
+
+def test_the_back_end_says_why(sets):
+    shards, videos = open_clips(sets["shards"]), open_clips(sets["videos"])
+    assert choose_backend("auto", shards, torch.device("cpu")) == ("torch", "the device is a CPU")
+    assert choose_backend("auto", videos, torch.device("cuda"))[1].startswith("the clips are videos")
+    assert choose_backend("torch", videos, torch.device("cuda")) == ("torch", "asked for")
+    assert open_clips(shards) is shards and open_clips(videos) is videos
+    with pytest.raises(MediaError, match="is a folder of shards; allowed: one such folder, and nothing beside it"):
+        open_clips([sets["shards"], sets["videos"]])
