@@ -19,7 +19,7 @@ from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.gather_tokens import gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
-from cavmae_fast.ops.log_mel_fbank import log_mel_fbank
+from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
@@ -261,6 +261,19 @@ def _fbank(d: Draw, name: str, batch: int, seconds: float) -> Case:
     )  # fmt: skip
 
 
+def _features(d: Draw, name: str, batch: int, seconds: float) -> Case:
+    """int16 sound to normalised features."""
+    samples = int(16000 * seconds)
+    waveform = (3000 * d.fixed(batch, samples)).to(torch.int16)
+    length = fbank.num_frames(samples)
+    options = torch.full((batch,), samples, device=d.device), length, -5.081, 4.4849
+    return Case(
+        "log_mel_fbank", name, [waveform],
+        lambda waveform: log_mel_features(waveform, *options), lambda waveform: fbank.log_mel_features(waveform, *options),
+        forward_bytes=size(waveform) + batch * length * 128 * 4, backward_bytes=0, capture=False,
+    )  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------------------------- the cases
 
 
@@ -278,6 +291,12 @@ def builders(batch: int, sizes: Sizes = BASE) -> dict[str, Callable[[Draw], Case
     def frame(d: Draw) -> Tensor:
         return d.fixed(batch, 3, s.image, s.image)
 
+    def pixels(d: Draw) -> Tensor:
+        """uint8, channels last in memory, as decoders give them."""
+        shape = batch, s.image, s.image, 3
+        drawn = torch.randint(256, shape, dtype=torch.uint8, device=d.device, generator=d.generator)
+        return drawn.permute(0, 3, 1, 2)
+
     return {
         "stream_layer_norm-encoders": lambda d: _layer_norm(d, "encoders", encoders, s.width),
         "stream_layer_norm-shared": lambda d: _layer_norm(d, "shared", shared, s.width),
@@ -294,10 +313,13 @@ def builders(batch: int, sizes: Sizes = BASE) -> dict[str, Callable[[Draw], Case
         "scatter_tokens-decoder": lambda d: _scatter(d, "decoder", batch, s.total, s.kept, dw),
         "embed_kept_patches-audio": lambda d: _embed(d, "audio", spectrogram(d), s.patch, s.all_a, s.kept_a, s.width),
         "embed_kept_patches-video": lambda d: _embed(d, "video", frame(d), s.patch, s.all_v, s.kept_v, s.width),
+        "embed_kept_patches-bytes": lambda d: _embed(d, "bytes", pixels(d), s.patch, s.all_v, s.kept_v, s.width),
         "masked_patch_mse-audio": lambda d: _mse(d, "audio", spectrogram(d), s.patch, s.all_a, s.all_a - s.kept_a),
         "masked_patch_mse-video": lambda d: _mse(d, "video", frame(d), s.patch, s.all_v, s.all_v - s.kept_v),
+        "masked_patch_mse-bytes": lambda d: _mse(d, "bytes", pixels(d), s.patch, s.all_v, s.all_v - s.kept_v),
         "contrastive_loss-batch": lambda d: _contrastive(d, "batch", batch, s.width),
         "log_mel_fbank-clips": lambda d: _fbank(d, "clips", batch, s.seconds),
+        "log_mel_fbank-features": lambda d: _features(d, "features", batch, s.seconds),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from common import RESULTS, number, percent, table
 
 Record = dict[str, Any]
-ORDER = ("parity", "pytest", "throughput", "steps", "attention", "operators", "breakdown")
+ORDER = ("parity", "pytest", "throughput", "steps", "attention", "operators", "breakdown", "data")
 TITLES = {
     "parity": "Correctness of the operators and models on this device",
     "pytest": "Tests on this device",
@@ -24,6 +24,7 @@ TITLES = {
     "attention": "Attention",
     "operators": "Operators",
     "breakdown": "Time by kernel of one step",
+    "data": "Data",
 }
 
 
@@ -128,6 +129,32 @@ def _pytest(record: Record) -> str:
     return record.get("summary", "")
 
 
+def data_tables(data: Record) -> str:
+    """Stages, `prepare`, loaders and the wait while training."""
+    parts = []
+    if "stages" in data:
+        rows = [[row["stage"], number(row["ms_per_clip"], 2)] for row in data["stages"]]
+        parts.append(table(["stage, one thread", "ms a clip"], rows))
+    for row in data.get("prepare", []):
+        rows = [[name, number(rate["clips_per_s"], 1)] for name, rate in row["rates"].items()]
+        cost = 100 * row["cost_over_decoding"]
+        text = f"`prepare` costs {cost:.1f} % more than decoding alone, on {row['workers']} workers:"
+        parts.append(f"{text}\n\n" + table(["", "clips/s"], rows))
+    if "loaders" in data:
+        rows = [
+            [r["loader"], number(r["clips_per_s"]), f"{r['min']:,.0f}-{r['max']:,.0f}", f"{r['to_published']:.2f}x"]
+            for r in data["loaders"]
+        ]
+        parts.append(table(["loader", "clips/s", "spread", "to published"], rows))
+    if "wait" in data:
+        rows = [
+            [f"{r['loader']}, {r['model']}, batch {r['batch']}", number(r["clips_per_s"]), f"{100 * r['waited']:.1f} %"]
+            for r in data["wait"]
+        ]
+        parts.append(table(["training from shards", "clips/s", "waiting for data"], rows))
+    return "\n\n".join(parts)
+
+
 RENDERERS: dict[str, Callable[[Record], str]] = {
     "parity": _parity,
     "pytest": _pytest,
@@ -136,6 +163,7 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "attention": lambda record: _race(record, "attention"),
     "operators": lambda record: _race(record, "operators"),
     "breakdown": _breakdown,
+    "data": data_tables,
 }
 
 

@@ -291,7 +291,7 @@ def test_evaluation_leaves_out_bad_clips_and_names_them(damaged, workers):
     assert all(len(b.ids) == len(b.audio) == len(b.image) == len(b.clips) for b in batches)
     assert len(loader.rejects) == 4 and sum(len(batch.rejects) for batch in batches) + 1 >= 4
     reasons = " ".join(reject.reason for reject in loader.rejects.values())
-    for words in ("No such file", "not a readable FLAC or WAV", "no frame 5 or earlier", "not a readable JPEG"):
+    for words in ("No such file", "not a readable FLAC or WAV", "no frame 5 or earlier", "not a JPEG or PNG"):
         assert words in reasons
     assert all(any(name in reject.reason for reject in loader.rejects.values()) for name in names)
 
@@ -350,6 +350,85 @@ def test_unknown_labels_are_named(sets, tmp_path):
     (batch,) = loader
     assert len(batch.ids) == 19 and len(loader.rejects) == 6
     assert all("its labels /m/c are not in the CSV" in reject.reason for reject in loader.rejects.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- DALI
+
+
+@pytest.mark.parametrize("kind", ["shards", "published"])
+@pytest.mark.parametrize("recipe", [PLAIN, Augmentation(mixup=0.5, noise=True)], ids=["plain", "mixup"])
+def test_dali_gives_the_same_batches(sets, kind, recipe):
+    pytest.importorskip("nvidia.dali")
+    options = {"training": True, "augmentation": recipe, "seed": 2, "labels": sets["labels"], **SMALL}
+    reference = run(Loader(sets[kind], 8, workers=0, **options), 2)
+    loader = Loader(sets[kind], 8, backend="dali", workers=2, **options)
+    assert (loader.backend, loader.reason) == ("dali", "asked for")
+    batches = run(loader, 2)
+    assert len(batches) == 6 and all(map(same, batches, reference))
+    loader.close()
+    evaluation = [Loader(sets[kind], 8, workers=2, backend=b, labels=sets["labels"], **SMALL) for b in ("dali", "torch")]
+    assert all(map(same, *map(run, evaluation))) and len(run(evaluation[0])) == 4
+
+
+def test_dali_goes_on_from_a_state(sets):
+    pytest.importorskip("nvidia.dali")
+    options = {"training": True, "augmentation": PLAIN, "backend": "dali", "workers": 1, **SMALL}
+    whole = run(Loader(sets["shards"], 4, **options), 2)
+    loader = Loader(sets["shards"], 4, **options)
+    next(iterator := iter(loader))
+    next(iterator)
+    resumed = Loader(sets["shards"], 4, **options)
+    resumed.load_state_dict(loader.state_dict())
+    assert all(map(same, run(resumed, 2), whole[2:]))
+
+
+def test_dali_scales_within_its_bound(sets):
+    pytest.importorskip("nvidia.dali")
+    sizes = {"image_size": 48, "audio_length": 112}
+    a, b = (next(iter(Loader(sets["shards"], 16, workers=2, backend=name, **sizes))) for name in ("dali", "torch"))
+    difference = (a.image.float() - b.image.float()).abs()
+    assert difference.max() <= 10 and difference.mean() <= 0.25 and torch.equal(a.audio, b.audio)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dali_names_bad_clips(damaged, training):
+    pytest.importorskip("nvidia.dali")
+    listed, names = damaged
+    options = {"training": training, "augmentation": PLAIN if training else None, **SMALL}
+    reference = Loader(listed, 4, workers=0, **options)
+    expected = run(reference, 2)
+    loader = Loader(listed, 4, workers=2, backend="dali", **options)
+    batches = run(loader, 2)
+    assert len(batches) == len(expected) and all(map(same, batches, expected))
+    assert loader.rejects == reference.rejects and len(loader.rejects) == 4
+
+
+def test_dali_reads_sound_at_another_rate(sets, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    import soundfile
+
+    listed = write_published(tmp_path / "p", sorted(sets["videos"].iterdir())[:3])
+    path = tmp_path / "p" / "sound" / f"{sorted(sets['videos'].iterdir())[1].stem}.flac"
+    tone = np.sin(np.arange(44100) * 0.05)
+    soundfile.write(path, np.stack([tone, 0 * tone], axis=1), 44100)
+    a, b = (next(iter(Loader(listed, 3, workers=1, backend=name, **SMALL))) for name in ("dali", "torch"))
+    assert same(a, b) and a.audio[1].std() > 0.5
+
+
+def test_dali_reads_no_videos_on_a_cpu(sets):
+    pytest.importorskip("nvidia.dali")
+    with pytest.raises(ValueError, match="decodes videos with NVDEC, on a CUDA device"):
+        Loader(sets["videos"], 4, backend="dali", **SMALL)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dali_with_nothing_usable(sets, tmp_path, training):
+    pytest.importorskip("nvidia.dali")
+    listed = write_published(tmp_path / "p", sorted(sets["videos"].iterdir())[:3])
+    for path in (tmp_path / "p" / "sound").iterdir():
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UnusableDataError, match="could be decoded"):
+        run(Loader(listed, 1, training=training, backend="dali", workers=1, **SMALL))
 
 
 # ----------------------------------------------------------------------------------------------- processes and threads

@@ -1,4 +1,4 @@
-"""A loader's steps to decoded arrays: in this process, or in worker processes that write into shared memory."""
+"""A loader's steps to decoded arrays: in this process, in worker processes that write into shared memory, or by DALI."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import os
 import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Event
-from typing import NamedTuple
+from threading import Event, Semaphore
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.reading import LoadClip, Loaded, Reader, Record, Request, Slots, load_into
+from cavmae_fast.data import dali
+from cavmae_fast.data.dali import EncodedVideo
+from cavmae_fast.data.encoded import (
+    MIN_SAMPLES,
+    SAMPLE_RATE,
+    Encoded,
+    decode_image,
+    decode_sound,
+    encode_png,
+    encode_wav,
+    sample_rate,
+)
+from cavmae_fast.data.media import MediaError, read_clip, read_sound
+from cavmae_fast.data.reading import LoadClip, Loaded, Reader, Record, Request, Slots, image_name, load_into, read_encoded
+from cavmae_fast.data.sources import Source, read_file
 from cavmae_fast.data.steps import Want
 from cavmae_fast.data.workers import TIMEOUT, Job, Lost, Workers
 
@@ -44,16 +59,18 @@ class Decoded(NamedTuple):
     """The clips of a step.
 
     Attributes:
-        image: `[n, S, S, 3]` uint8.
-        waveform: `[n, samples]` int16, zeros past each clip's end.
-        loaded: what else is known of each; None for one that could not be used and has no substitute.
+        clips: the clip at each place of the step; None where it could not be used and has no substitute.
+        loaded: what is known of each; None likewise.
+        image: `[n, S, S, 3]` uint8, of the n clips that could be used.
+        waveform: `[n, samples]` int16, of these, zeros past each clip's end.
         rejects: the clips that could not be used.
         release: to be called when the tensors are no longer needed.
     """
 
+    clips: list[int | None]
+    loaded: list[Loaded | None]
     image: Tensor
     waveform: Tensor
-    loaded: list[Loaded | None]
     rejects: list[Reject]
     release: Callable[[], None]
 
@@ -68,21 +85,29 @@ class Places:
 
     wants: Sequence[Want]
     substitute: Substitute
+    clips: list[int | None] = field(init=False)  # the clip that is tried; None: the place stays empty
     loaded: list[Loaded | None] = field(init=False)
     failed: list[list[Reject]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.clips = [want.clip for want in self.wants]
         self.loaded = [None] * len(self.wants)
         self.failed = [[] for _ in self.wants]
 
-    def retry(self, place: int, record: Record, reason: str) -> int | None:
-        """Notes that `record` failed at a place -> the clip to try there next, or None to leave it empty."""
+    def retry(self, place: int, record: Record, reason: str) -> None:
+        """Notes that `record` failed at a place, and puts the next clip there."""
         failed = self.failed[place]
         failed.append(Reject(str(record), reason))
-        clip = self.substitute(self.wants[place], len(failed))
+        clip = self.clips[place] = self.substitute(self.wants[place], len(failed))
         if clip is not None and len(failed) >= MOST_ATTEMPTS:
             raise UnusableDataError(failed)
-        return clip
+
+    def decoded(self, image: Tensor, waveform: Tensor, release: Callable[[], None] = lambda: None) -> Decoded:
+        """What is handed out, from a row for each place."""
+        if None in self.loaded:
+            rows = torch.tensor([row for row, loaded in enumerate(self.loaded) if loaded], dtype=torch.int64)
+            image, waveform = image[rows], waveform[rows]
+        return Decoded(self.clips, self.loaded, image, waveform, self.rejects, release)
 
     @property
     def rejects(self) -> list[Reject]:
@@ -103,15 +128,14 @@ class InProcess:
             image = torch.empty(len(wants), size, size, 3, dtype=torch.uint8)
             waveform = torch.empty(len(wants), self.reader.samples, dtype=torch.int16)
             for place, want in enumerate(wants):
-                clip: int | None = want.clip
-                while clip is not None:
+                while (clip := places.clips[place]) is not None:
                     request = Request(place, self.records[clip], want.frame)
                     result = load_into(self.reader, request, image[place].numpy(), waveform[place].numpy())
                     if isinstance(result, Loaded):
                         places.loaded[place] = result
                         break
-                    clip = places.retry(place, request.record, result)
-            yield Decoded(image, waveform, places.loaded, places.rejects, lambda: None)
+                    places.retry(place, request.record, result)
+            yield places.decoded(image, waveform)
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -192,41 +216,154 @@ class InWorkers:
     def _begin(self, wants: Sequence[Want], base: int) -> _Step:
         step = _Step(Places(wants, self.substitute), base, len(wants))
         for first in range(0, len(wants), _CHUNK):
-            places = range(first, min(first + _CHUNK, len(wants)))
-            self._submit(step, places, [wants[place].clip for place in places])
+            self._submit(step, range(first, min(first + _CHUNK, len(wants))))
         return step
 
-    def _submit(self, step: _Step, places: Sequence[int], clips: Sequence[int], first: bool = False) -> None:
-        requests = [
-            Request(step.base + place, self.records[clip], step.places.wants[place].frame)
-            for place, clip in zip(places, clips, strict=True)
-        ]
-        self.workers.submit(Job(requests, tag=(step, places)), first)
+    def _submit(self, step: _Step, numbers: Sequence[int], first: bool = False) -> None:
+        places = step.places
+        requests = [Request(step.base + n, self.records[places.clips[n]], places.wants[n].frame) for n in numbers]
+        self.workers.submit(Job(requests, tag=(step, numbers)), first)
 
     def _note(self, job: Job) -> None:
-        step, places = job.tag
-        for number, place in enumerate(places):
-            result = job.results[number]
+        step, numbers = job.tag
+        for item, number in enumerate(numbers):
+            result = job.results[item]
             if isinstance(result, Loaded):
-                step.places.loaded[place] = result
+                step.places.loaded[number] = result
             else:
-                reason = result.reason if isinstance(result, Lost) else result
-                clip = step.places.retry(place, job.items[number].record, reason)
-                if clip is not None:
-                    self._submit(step, [place], [clip], first=True)
+                step.places.retry(number, job.items[item].record, result.reason if isinstance(result, Lost) else result)
+                if step.places.clips[number] is not None:
+                    self._submit(step, [number], first=True)
                     continue
             step.missing -= 1
 
     def _decoded(self, step: _Step, free: queue.SimpleQueue) -> Decoded:
         rows = slice(step.base, step.base + len(step.places.wants))
-        return Decoded(
-            self.images[rows], self.waveforms[rows], step.places.loaded, step.places.rejects, lambda: free.put(step.base)
-        )
+        return step.places.decoded(self.images[rows], self.waveforms[rows], lambda: free.put(step.base))
 
     def close(self) -> None:
         """Ends the processes."""
         self.workers.close()
         os.close(self._fd)
+
+
+class _Fed(list):
+    """A batch of encoded clips for DALI. `rows`: the place of each in the step."""
+
+    def __init__(self, clips: Sequence, places: Places, rows: Sequence[int]):
+        super().__init__(clips)
+        self.places, self.rows = places, rows
+
+
+class InDali:
+    """Decodes with DALI: the bytes of each clip are read by a few threads here, and decoded by DALI's.
+
+    Args:
+        records: `records[clip]` says where a clip is: all in shards or extracted files; or all videos, of which NVDEC
+            decodes the frame, and PyAV the sound.
+        reader: how large the results are; decodes what DALI cannot.
+        substitute: what takes the place of a clip that cannot be used.
+        rows: most clips of a step.
+        threads: of DALI, and for reading.
+        device: where the results are.
+        prefetch: steps decoded ahead.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        reader: Reader,
+        substitute: Substitute,
+        *,
+        rows: int,
+        threads: int,
+        device: torch.device,
+        prefetch: int = 3,
+    ):
+        self.records, self.reader, self.substitute, self.prefetch = records, reader, substitute, prefetch
+        self.videos = isinstance(records[0], Source) and records[0].video is not None
+        self.options: dict[str, Any] = {
+            "image_size": reader.size, "samples": reader.samples, "device": device, "threads": threads, "max_batch": rows,
+            "prefetch": prefetch,
+        }  # fmt: skip
+        self._threads = ThreadPoolExecutor(min(threads, 8), "read")
+
+    def decode(self, steps: Iterator[Sequence[Want]], stopped: Event) -> Iterator[Decoded]:
+        """The clips of each step, in order. `stopped` ends it early."""
+        ahead = Semaphore(self.prefetch)
+        begun: deque[Places] = deque()
+
+        def feed() -> Iterator[_Fed]:
+            for wants in steps:
+                places = Places(wants, self.substitute)
+                begun.append(places)
+                yield self._fed(places, range(len(wants)))
+
+        decoder = dali.decode_videos if self.videos else dali.decode_batches
+        batches = decoder(feed(), repair=self._repair, **self.options)
+        while not stopped.is_set():
+            if not ahead.acquire(timeout=_PAUSE):
+                continue
+            batch = next(batches, None)
+            if batch is None:
+                return
+            image, waveform, samples = batch
+            places = begun.popleft()
+            used = [row for row, loaded in enumerate(places.loaded) if loaded]
+            for row, count in zip(used, samples.tolist()):
+                places.loaded[row] = places.loaded[row]._replace(samples=count)
+            image, waveform = image[: len(used)].permute(0, 2, 3, 1), waveform[: len(used)]
+            yield Decoded(places.clips, places.loaded, image, waveform, places.rejects, ahead.release)
+
+    def _fetch(self, places: Places, row: int, surely: bool = False) -> Encoded | EncodedVideo | None:
+        """The bytes for a place of a step, or those of its substitute; None when the place stays empty. `surely`: DALI
+        failed at one of the batch, so only what was decoded here goes to it."""
+        while (clip := places.clips[row]) is not None:
+            record = self.records[clip]
+            try:
+                places.loaded[row], encoded = self._read(record, places.wants[row].frame, surely)
+                return encoded
+            except MediaError as error:
+                places.loaded[row] = None
+                places.retry(row, record, str(error))
+        return None
+
+    def _read(self, record: Record, frame: int, surely: bool) -> tuple[Loaded, Encoded | EncodedVideo]:
+        reader = self.reader
+        if self.videos:
+            reader.check_labels(record, record.labels)
+            options = {"num_frames": reader.num_frames, "frame": frame, "seconds": reader.samples / SAMPLE_RATE}
+            if surely:
+                read_clip(record.video, **options)
+            waveform, number = read_sound(record.video, **options)
+            return Loaded(record.id, record.labels, len(waveform)), EncodedVideo(read_file(record.video), number, waveform)
+        clip_id, labels, encoded = read_encoded(record, frame)
+        reader.check_labels(record, labels)
+        if surely:
+            image = decode_image(encoded.image, reader.size, image_name(record, frame))
+            encoded = Encoded(encode_png(image), encode_wav(decode_sound(encoded.sound, str(record))))
+        elif sample_rate(encoded.sound) != SAMPLE_RATE:
+            encoded = encoded._replace(sound=encode_wav(decode_sound(encoded.sound, str(record))))
+        return Loaded(clip_id, labels, 0), encoded
+
+    def _fed(self, places: Places, rows: Sequence[int], surely: bool = False) -> _Fed:
+        clips = list(self._threads.map(lambda row: self._fetch(places, row, surely), rows))
+        found = [(row, clip) for row, clip in zip(rows, clips, strict=True) if clip is not None]
+        if found:
+            return _Fed([clip for _, clip in found], places, [row for row, _ in found])
+        if self.videos:
+            raise UnusableDataError(places.rejects)
+        # DALI takes no empty batch; what it makes of this one is not handed out.
+        nothing = Encoded(encode_png(np.zeros((1, 1, 3), np.uint8)), encode_wav(np.zeros(MIN_SAMPLES, np.int16)))
+        return _Fed([nothing], places, [])
+
+    def _repair(self, fed: _Fed) -> _Fed:
+        """A batch in place of one that DALI could not decode."""
+        return self._fed(fed.places, fed.rows, surely=True)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 def _take(free: queue.SimpleQueue, timeout: float) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import wave
 from typing import NamedTuple
 
 import numpy as np
@@ -29,20 +30,24 @@ def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     Raises:
         MediaError: `data` cannot be decoded; the message begins with `name`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         if image.width * image.height > MAX_PIXELS:
             raise MediaError(f"{name}: an image of {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
         image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        if isinstance(error, MediaError):
-            raise
+    except (MediaError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:  # its own message holds the address of an object
+        raise MediaError(f"{name}: not a JPEG or PNG image") from error
+    except Exception as error:  # Pillow has no common error for what is damaged
         raise MediaError(f"{name}: not a readable JPEG or PNG image ({error})") from error
     if image.size != (size, size):
         short = min(image.size)
         width, height = (size if side == short else int(size * side / short) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise MediaError(f"{name}: an image of {image.width} x {image.height} pixels; it is too long for its width")
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     return np.asarray(image)
@@ -70,8 +75,9 @@ def _decode_flac(data: bytes, name: str) -> tuple[np.ndarray, int]:
     # A decoder allocates what the header promises: 36 bits of samples a channel.
     promised = int.from_bytes(data[21:26], "big") & ((1 << 36) - 1)
     channels = (data[20] >> 1 & 7) + 1 if len(data) > 42 else 0
-    if not channels or 2 * promised * channels > _MAX_SOUND_BYTES:
-        raise MediaError(f"{name}: not a readable FLAC sound (its header promises {promised} samples)")
+    rate = int.from_bytes(data[18:21], "big") >> 4
+    if not channels or not rate or 2 * promised * channels > _MAX_SOUND_BYTES:
+        raise MediaError(f"{name}: not a readable FLAC sound (its header promises {promised} samples at {rate} Hz)")
     try:
         sound = miniaudio.flac_read_s16(data)
     except miniaudio.MiniaudioError as error:
@@ -93,12 +99,15 @@ def _decode_wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
             exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
             waveform = file.read(dtype="int16" if exact else "float32", always_2d=True)[:, 0]
             rate = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, OverflowError) as error:
-        raise MediaError(f"{name}: not a readable FLAC or WAV sound ({error})") from error
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:
+        cause = getattr(error, "error_string", error)  # without the address of an object
+        raise MediaError(f"{name}: not a readable FLAC or WAV sound ({cause})") from error
     if not exact:
         if not np.isfinite(waveform).all():
             raise MediaError(f"{name}: the sound holds values that are not finite")
-        waveform = np.clip(np.rint(waveform * 32768), -32768, 32767).astype(np.int16)
+        waveform = np.clip(np.rint(waveform.clip(-1, 1) * 32768), -32768, 32767).astype(np.int16)
     return waveform, rate
 
 
@@ -107,6 +116,8 @@ def _resample(waveform: np.ndarray, rate: int, name: str) -> np.ndarray:
 
     if not 1000 <= rate <= 768000:
         raise MediaError(f"{name}: a sample rate of {rate} Hz; allowed: 1000 to 768000")
+    if 2 * len(waveform) * SAMPLE_RATE / rate > _MAX_SOUND_BYTES:
+        raise MediaError(f"{name}: {len(waveform)} samples at {rate} Hz; allowed: 1 GiB in all at {SAMPLE_RATE} Hz")
     resampler = av.AudioResampler(format="s16p", layout="mono", rate=SAMPLE_RATE)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], format="s16p", layout="mono")
     frame.sample_rate = rate
@@ -130,4 +141,33 @@ def encode_sound(waveform: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     # The fastest level: to encode and to decode; the others save 3 to 28 % of the bytes.
     soundfile.write(buffer, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.0)
+    return buffer.getvalue()
+
+
+def sample_rate(data: bytes) -> int | None:
+    """The rate in the header of a FLAC or WAV file; None where it is not in its usual place."""
+    if data[:4] == b"fLaC":
+        return int.from_bytes(data[18:21], "big") >> 4
+    if data[:4] == b"RIFF" and data[8:16] == b"WAVEfmt ":
+        return int.from_bytes(data[24:28], "little")
+    return None
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """`[H, W, 3]` uint8 -> the bytes of a PNG file, which keeps every pixel."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def encode_wav(waveform: np.ndarray) -> bytes:
+    """`[samples]` int16 at 16 kHz -> the bytes of a WAV file."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(waveform.astype("<i2").tobytes())
     return buffer.getvalue()

@@ -26,7 +26,7 @@ from cavmae_fast.data.augment import (
     mix_waveforms,
     noise_and_roll,
 )
-from cavmae_fast.data.decoding import Decoded, InProcess, InWorkers, Reject, UnusableDataError
+from cavmae_fast.data.decoding import Decoded, InDali, InProcess, InWorkers, Reject, UnusableDataError
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, audio_features, image_features, samples_of
 from cavmae_fast.data.labels import LabelSet, read_weights
 from cavmae_fast.data.media import MediaError
@@ -51,7 +51,7 @@ class Batch:
         image: `[B, 3, S, S]` RGB, as the channels lie last in memory: uint8 (the models normalise it), or float32
             normalised with ImageNet's mean and standard deviation.
         labels: `[B, classes]` float32, or None where the loader knows no classes.
-        clips: `[B]` int64 NumPy array, the clips' numbers in the data set.
+        clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
         epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.
         rejects: clips that could not be used and were replaced (in training) or left out (in evaluation).
     """
@@ -123,14 +123,12 @@ class Features:
 
     def __call__(self, step: Step, decoded: Decoded) -> Batch:
         rows, draws = len(step.draws), step.draws
-        present = np.array([loaded is not None for loaded in decoded.loaded], bool)
-        image, waveform, loaded = decoded.image, decoded.waveform, decoded.loaded
-        if not present.all():  # evaluation alone leaves places empty, and mixes nothing
-            kept = torch.from_numpy(np.flatnonzero(present))
-            image, waveform = image[kept], waveform[kept]
-            loaded, draws = [one for one in loaded if one is not None], draws[np.flatnonzero(present)]
-            rows = len(loaded)
-        clips = np.array([one.clip for one, here in zip(step.wants, present, strict=True) if here][:rows], np.int64)
+        image, waveform = decoded.image, decoded.waveform
+        used = np.flatnonzero([loaded is not None for loaded in decoded.loaded])
+        loaded = [decoded.loaded[place] for place in used]
+        clips = np.array([decoded.clips[place] for place in used], np.int64)
+        if len(used) < len(step.wants):  # evaluation alone leaves places empty, and mixes nothing
+            rows, draws = len(used), draws[used]
         count = torch.tensor([one.samples for one in loaded], dtype=torch.int64)
         labels = self._labels(loaded, draws)
         on_cpu = self.device.type == "cpu"
@@ -156,7 +154,7 @@ class Features:
         if labels is not None:
             labels = labels if on_cpu else labels.pin_memory().to(self.device, non_blocking=True)
         ids = [one.id for one in loaded[:rows]]
-        return Batch(ids, audio, image, labels, clips, step.epoch, step.position, decoded.rejects)
+        return Batch(ids, audio, image, labels, clips[:rows], step.epoch, step.position, decoded.rejects)
 
     def _labels(self, loaded: Sequence, draws: Draws) -> Tensor | None:
         if self.label_set is None:
@@ -279,7 +277,7 @@ class Loader:
         self._threaded = True
         on_cuda = self.device.type == "cuda"
         if self.backend == "dali":
-            self._decoder: Decoder = dali.InDali(
+            self._decoder: Decoder = InDali(
                 self.clips, reader, self.plan.substitute, rows=rows, threads=max(workers, 1), device=self.device,
                 prefetch=prefetch,
             )  # fmt: skip

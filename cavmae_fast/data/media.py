@@ -130,12 +130,28 @@ def read_clip(
         _decode(path, picture, None)
     if not picture.complete:
         raise MediaError(f"{path}: no video frame could be decoded")
-    waveform = sound.waveform()
-    if len(waveform) < sample_rate * _WINDOW_SECONDS:
-        raise MediaError(
-            f"{path}: {1000 * len(waveform) / sample_rate:.1f} ms of sound could be decoded; at least 25 ms are needed"
-        )
+    waveform = _long_enough(path, sound)
     return Clip(path, picture.frames(), waveform, len(waveform) / sample_rate)
+
+
+def read_sound(
+    path: str | Path, *, num_frames: int = 10, frame: int = 5, sample_rate: int = 16000, seconds: float = 10.24
+) -> tuple[np.ndarray, int]:
+    """The sound of a media file, as `read_clip` returns it, and the number in the file of frame `frame` of `num_frames`,
+    from 0, as its header promises it; no picture is decoded. Raises MediaError as `read_clip` does."""
+    path = Path(path)
+    _check_file(path)
+    sound, picture = _Sound(sample_rate, int(seconds * sample_rate)), _Picture(num_frames, [frame], size=1)
+    _decode(path, picture, sound, sound_alone=True)
+    return _long_enough(path, sound), picture.numbers[0]
+
+
+def _long_enough(path: Path, sound: "_Sound") -> np.ndarray:
+    waveform = sound.waveform()
+    if len(waveform) < sound.sample_rate * _WINDOW_SECONDS:
+        milliseconds = 1000 * len(waveform) / sound.sample_rate
+        raise MediaError(f"{path}: {milliseconds:.1f} ms of sound could be decoded; at least 25 ms are needed")
+    return waveform
 
 
 def _check_file(path: Path) -> None:
@@ -149,8 +165,11 @@ def _check_file(path: Path) -> None:
         raise MediaError(f"{path}: the file is empty (0 bytes)")
 
 
-def _decode(path: Path, picture: "_Picture", sound: "_Sound | None") -> None:
-    """Feed `picture` and `sound` (None: not wanted) from the file until both have what they need or the file ends."""
+def _decode(path: Path, picture: "_Picture", sound: "_Sound | None", sound_alone: bool = False) -> None:
+    """Feed `picture` and `sound` (None: not wanted) from the file until both have what they need or the file ends.
+
+    `sound_alone`: `picture` learns which frames are wanted, and gets none.
+    """
     import av
 
     try:
@@ -161,13 +180,14 @@ def _decode(path: Path, picture: "_Picture", sound: "_Sound | None") -> None:
     with container:
         video, audio = _streams(path, container)
         picture.start(video)
-        wanted = [video] if sound is None else [video, audio]
+        picture.done |= sound_alone
+        wanted = [video] if sound is None else [audio] if sound_alone else [video, audio]
         packets = container.demux(wanted)
         while not (picture.done and (sound is None or sound.done)):
             try:
                 packet = next(packets, None)
-            except (av.error.FFmpegError, OSError):
-                break  # a damaged file: what was decoded so far is used
+            except (av.error.FFmpegError, OSError, IndexError):
+                break  # a damaged file, or a stream that PyAV did not see at its beginning: what was decoded so far is used
             if packet is None:
                 break
             sink = picture if packet.stream.index == video.index else sound

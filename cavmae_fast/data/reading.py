@@ -47,6 +47,11 @@ def read_encoded(record: Record, frame: int) -> tuple[str, tuple[str, ...], Enco
     return record.id, record.labels, record.encoded(frame)
 
 
+def image_name(record: Record, frame: int) -> str:
+    """How messages call a clip's frame."""
+    return record.frame_path(frame) if isinstance(record, Source) else str(record)
+
+
 @dataclass
 class Reader:
     """Decodes a clip's frame and sound.
@@ -81,7 +86,7 @@ class Reader:
             return self._kept[record, frame]
         clip_id, labels, encoded = read_encoded(record, frame)
         self.check_labels(record, labels)
-        image = decode_image(encoded.image, self.size, str(record))
+        image = decode_image(encoded.image, self.size, image_name(record, frame))
         waveform = decode_sound(encoded.sound, str(record))[: self.samples]
         result = Loaded(clip_id, labels, len(waveform)), image, waveform
         if self.keep:

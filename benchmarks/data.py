@@ -1,0 +1,263 @@
+"""How fast data comes: every stage, `prepare` against decoding alone, the loaders against the published way, and the wait
+while a model trains.
+
+    python benchmarks/data.py                                # on generated clips
+    python benchmarks/data.py --media FILE_OR_FOLDER ...     # on real ones
+    python benchmarks/data.py --sections loaders --batch 48 --workers 2
+
+All contenders of a section run on the same clips, interleaved, in one run; medians over `--rounds`. Writes
+`results/<device>/data.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import BenchmarkError, add_arguments, device_name, find_device, provenance
+from data_contenders import DecodeOnly, published_batches
+from render import data_tables, render
+from report import Report
+from timing import elapsed
+
+from cavmae_fast.data import dali
+from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image, encode_sound
+from cavmae_fast.data.features import audio_features, image_features
+from cavmae_fast.data.loader import Loader
+from cavmae_fast.data.media import read_clip
+from cavmae_fast.data.prepare import PrepareConfig, prepare
+from cavmae_fast.data.shards import ShardSet
+from cavmae_fast.data.sources import find_sources
+from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.workers import Job, Workers, default_count
+from cavmae_fast.models import create_model
+
+SECTIONS = ("stages", "prepare", "loaders", "wait")
+
+
+def export_published(shards: ShardSet, folder: Path) -> Path:
+    """The published layout of the clips in shards: the same bytes, as files beside a JSON list."""
+    (folder / "sound").mkdir(parents=True)
+    rows = []
+    for number_, record in enumerate(shards[i] for i in range(len(shards))):
+        name = f"{number_:06d}"
+        for k in range(shards.num_frames):
+            _, encoded = record.read(k)
+            path = folder / f"frame_{k}" / f"{name}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encoded.image)
+        (folder / "sound" / f"{name}.flac").write_bytes(encoded.sound)
+        rows.append({"video_id": name, "wav": f"sound/{name}.flac", "video_path": ".", "labels": ""})
+    (folder / "list.json").write_text(json.dumps({"data": rows}))
+    return folder / "list.json"
+
+
+def interleaved(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Each contender's clips/s, one epoch a round, all in turn; the first round warms up and does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 1):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            clips = run()
+            if round_:
+                rates[name].append(clips / (time.perf_counter() - begin))
+    return {
+        name: {"clips_per_s": statistics.median(found), "min": min(found), "max": max(found), "rounds": rounds}
+        for name, found in rates.items()
+    }
+
+
+def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Milliseconds a clip of each step of the work, in this process, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sources = [source.video for source in find_sources([listed])][:8]
+    clips = [read_clip(path) for path in sources]
+    jpegs, flacs = [encode_image(c.frames[5], 90) for c in clips], [encode_sound(c.waveform) for c in clips]
+    shards = ShardSet(folder / "shards")
+    records = [shards[i] for i in range(len(clips))]
+    samples = max(len(c.waveform) for c in clips)
+    waveform = torch.stack([
+        torch.nn.functional.pad(torch.from_numpy(c.waveform), (0, samples - len(c.waveform))) for c in clips
+    ]).to(report.device)  # fmt: skip
+    count = torch.tensor([len(c.waveform) for c in clips]).to(report.device)
+    image = torch.stack([torch.from_numpy(c.frames[5]) for c in clips]).permute(0, 3, 1, 2).to(report.device)
+    cpu = torch.device("cpu")
+    work: dict[str, tuple[Callable[[], object], torch.device]] = {
+        "decode a video: 10 frames and sound": (lambda: [read_clip(path) for path in sources], cpu),
+        "decode a video: 1 frame and sound": (lambda: [read_clip(path, frame=5) for path in sources], cpu),
+        "encode 10 JPEG": (lambda: [encode_image(f, 90) for c in clips for f in c.frames], cpu),
+        "encode FLAC": (lambda: [encode_sound(c.waveform) for c in clips], cpu),
+        "read a clip from a shard, with checksums": (lambda: [record.read(5) for record in records], cpu),
+        "decode JPEG": (lambda: [decode_image(data, 224, "") for data in jpegs], cpu),
+        "decode FLAC": (lambda: [decode_sound(data, "") for data in flacs], cpu),
+        "log-mel features, batched": (lambda: audio_features(waveform, count), report.device),
+        "normalise images, batched": (lambda: image_features(image), report.device),
+    }
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(options.rounds + 1):
+        for name, (run, device) in work.items():
+            found[name].append(elapsed(run, 1, device) / len(clips))
+    torch.set_num_threads(threads)
+    for name, times in found.items():
+        report.add("stages", {"stage": name, "ms_per_clip": statistics.median(times[1:])})
+
+
+def preparing(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
+    """`prepare` against the same decoding in the same number of processes, without anything else."""
+    sources = find_sources([listed])
+
+    def decode() -> int:
+        with Workers(DecodeOnly(), options.workers) as workers:
+            for item in enumerate(sources):
+                workers.submit(Job([item]))
+            while workers.wait():
+                pass
+        return len(sources)
+
+    def whole() -> int:
+        out = folder / "again"
+        shutil.rmtree(out, ignore_errors=True)
+        prepare(PrepareConfig(src=(str(listed),), out=out, workers=options.workers, shard_clips=100))
+        return len(sources)
+
+    rates = interleaved({"decoding alone": decode, "prepare": whole}, options.rounds)
+    cost = rates["decoding alone"]["clips_per_s"] / rates["prepare"]["clips_per_s"] - 1
+    report.add("prepare", {"workers": options.workers, "rates": rates, "cost_over_decoding": cost})
+
+
+def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Clips/s of each loader, features included, on the same clips and as many processes or threads."""
+    published = export_published(ShardSet(folder / "shards"), folder / "published")
+    opened: list[Loader] = []
+
+    def ours(data: Path, backend: str) -> Callable[[], int]:
+        loader = Loader(
+            data, options.batch, training=True, backend=backend, workers=options.workers, device=report.device
+        )  # fmt: skip
+        opened.append(loader)
+
+        def epoch() -> int:
+            clips = sum(len(batch.ids) for batch in loader)
+            if report.on_gpu:
+                torch.cuda.synchronize(report.device)
+            return clips
+
+        return epoch
+
+    contenders = {
+        "published way": lambda: sum(published_batches(published, options.batch, options.workers)),
+        "torch, published layout": ours(published, "torch"),
+        "torch, shards": ours(folder / "shards", "torch"),
+        "torch, videos": ours(listed, "torch"),
+    }
+    if dali.available() is None:
+        contenders["dali, published layout"] = ours(published, "dali")
+        contenders["dali, shards"] = ours(folder / "shards", "dali")
+    rates = interleaved(contenders, options.rounds)
+    for loader in opened:
+        loader.close()
+    base = rates["published way"]["clips_per_s"]
+    for name, rate in rates.items():
+        report.add("loaders", {"loader": name, **rate, "to_published": rate["clips_per_s"] / base})
+
+
+def wait(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Share of the time that a training loop waits for batches."""
+    name = "cav-mae-base" if report.on_gpu else "small"
+    batch, steps = (256, 40) if report.on_gpu else (16, 24)
+    model = create_model(name).to(report.device).train()
+    sizes = {"image_size": model.patch_embed_v.img_size[0], "audio_length": model.patch_embed_a.img_size[1]}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    for backend in ("torch", "dali"):
+        if backend == "dali" and dali.available() is not None:
+            continue
+        loader = Loader(
+            folder / "shards", min(batch, options.clips), training=True, backend=backend, workers=options.workers,
+            device=report.device, **sizes,
+        )  # fmt: skip
+        begin = waited = 0.0
+        for step, one in enumerate(itertools.islice(_endless(loader), steps + 4)):
+            if step == 4:  # caches and clocks are warm
+                if report.on_gpu:
+                    torch.cuda.synchronize(report.device)
+                begin, waited = time.perf_counter(), loader.waited
+            with torch.autocast(report.device.type, torch.bfloat16):
+                loss = model(one.audio, one.image)[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if report.on_gpu:
+            torch.cuda.synchronize(report.device)
+        seconds = time.perf_counter() - begin
+        loader.close()
+        report.add("wait", {
+            "loader": backend, "model": name, "batch": loader.order.batch_size, "steps": steps,
+            "clips_per_s": steps * loader.order.batch_size / seconds, "waited": (loader.waited - waited) / seconds,
+        })  # fmt: skip
+
+
+def _endless(loader: Loader) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--media", nargs="*", default=[], help="media files or folders; default: generated clips")
+    parser.add_argument("--clips", type=int, default=192, help="clips of an epoch; few files are repeated")
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--workers", type=int, default=default_count(), help="processes, or threads of DALI")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--tiny", action="store_true", help="marks the record as a dry run")
+    options = parser.parse_args(arguments)
+    device = find_device(parser, options.device)
+    chosen = options.sections.split(",")
+    if unknown := [name for name in chosen if name not in SECTIONS]:
+        parser.error(f"--sections names {unknown[0]!r}; it must be of {', '.join(SECTIONS)}")
+    if options.clips < options.batch or min(options.batch, options.workers, options.rounds) < 1:
+        parser.error("--batch, --workers and --rounds must be 1 or more, and --clips no less than --batch")
+    command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    path = options.out / device_name(device) / "data.json"
+    report = Report(path, "data", device, options.tiny, 0.0, provenance(device, command, options.commit))
+    report.data["settings"] = {
+        name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")
+    } | {"media": [Path(place).name for place in options.media] or "generated, 10 s, 224 pixels"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            if options.media:
+                files = [source.video for source in find_sources(options.media)]
+            else:
+                files = generate_clips(folder / "clips", num_train=24, num_test=1, seconds=10.0, size=224)[0]
+            listed = folder / "list.csv"
+            repeated = itertools.islice(itertools.cycle(files), options.clips)
+            listed.write_text("".join(f"{Path(file).resolve()}\n" for file in repeated))
+            prepare(PrepareConfig(src=(str(listed),), out=folder / "shards", workers=options.workers, shard_clips=100))
+            for section, run in zip(SECTIONS, (stages, preparing, loaders, wait), strict=True):
+                if section in chosen:
+                    run(report, listed, folder, options)
+        except BenchmarkError as error:
+            report.finish("failed", str(error))
+            print(error, file=sys.stderr)
+            return 1
+    report.finish("ok")
+    render(path.parent)
+    print(data_tables(report.data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
