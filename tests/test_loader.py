@@ -393,7 +393,7 @@ def test_dali_scales_within_its_bound(sets):
 @pytest.mark.parametrize("training", [True, False])
 def test_dali_names_bad_clips(damaged, training):
     pytest.importorskip("nvidia.dali")
-    listed, names = damaged
+    listed, _ = damaged
     options = {"training": training, "augmentation": PLAIN if training else None, **SMALL}
     reference = Loader(listed, 4, workers=0, **options)
     expected = run(reference, 2)

@@ -6,7 +6,7 @@ dependency, and nothing of it is imported before it is used.
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -77,8 +77,8 @@ def decode_batches(
         prefetch: batches under way while one is in use.
 
     Yields:
-        image `[B, 3, image_size, image_size]` uint8, waveform `[B, samples]` int16 (zero-padded or cut) and num_samples
-        `[B]` int64 (the clip's own, at most `samples`), on `device`.
+        image `[B, image_size, image_size, 3]` uint8 and waveform `[B, samples]` int16 (zero-padded or cut) on `device`, and
+        num_samples `[B]` int64 (the clip's own, at most `samples`) on the CPU, where it is known first.
 
     Raises:
         ImportError: DALI is not installed.
@@ -119,33 +119,6 @@ def decode_videos(
     _check(device, image_size=image_size, samples=samples, threads=threads, max_batch=max_batch, prefetch=prefetch)
     graph = partial(_videos, image_size=image_size, samples=samples, gpu=True)
     return _run(_Feed(batches, _video_arrays, max_batch), graph, repair, device, threads, prefetch)
-
-
-def dali_index(samples: Iterable[Sequence[tuple[str, int, int]]]) -> str:
-    """Text of the index (version 1.2) with which `nvidia.dali.fn.readers.webdataset` reads a tar.
-
-    The index alone decides what the reader gives out: it may leave out samples and components, change the order of the
-    samples and repeat them, and give a component another extension than the tar does.
-
-    Args:
-        samples: for each sample its components: (extension, offset of the data in the tar, bytes).
-
-    Raises:
-        ValueError: there is no sample, or a sample has no component or one that cannot be.
-    """
-    lines = []
-    for number, components in enumerate(samples):
-        wrong = [part for part in components if part[0].split() != [part[0]] or part[1] % 512 or min(part[1:]) < 0]
-        if wrong or not components:
-            raise ValueError(
-                f"samples[{number}] holds {wrong[0] if wrong else 'no component'}; allowed: (extension without white "
-                "space, offset that is a multiple of 512, size of 0 or more), one or more times"
-            )
-        # The fourth field is a file name, for DALI's messages alone.
-        lines.append(" ".join(f"{ext} {offset} {size} {number}.{ext}" for ext, offset, size in components))
-    if not lines:
-        raise ValueError("samples is empty; allowed: one sample or more")
-    return "\n".join([f"v1.2 {len(lines)}", *lines, ""])
 
 
 def _check(device: torch.device, **sizes: int) -> None:
@@ -255,7 +228,7 @@ def _collect(outputs: Sequence[Any], gpu: bool) -> tuple[Tensor, Tensor, Tensor]
         raise ValueError(f"sound at {rate[0].tolist()} Hz; allowed: {SAMPLE_RATE}")
     if length.min() < min(MIN_SAMPLES, waveform.shape[1]):
         raise ValueError(f"sound of {length.tolist()} samples; allowed: {MIN_SAMPLES} (25 ms) or more")
-    return (image.clone(), waveform.clone(), length.to(image.device)) if gpu else (image, waveform, length)
+    return (image.clone(), waveform.clone(), length) if gpu else (image, waveform, length)
 
 
 def _clips(feed: _Feed, *, image_size: int, samples: int, gpu: bool) -> tuple:
@@ -288,7 +261,7 @@ def _videos(feed: _Feed, *, image_size: int, samples: int, gpu: bool) -> tuple:
 
 
 def _square(image: Any, sides: Any, size: int, interpolation: Any) -> Any:
-    """`[3, size, size]`: the shorter side of `image` [H, W, 3] scaled to `size`, its centre kept; `sides` is [H, W]."""
+    """`[size, size, 3]`: the shorter side of `image` [H, W, 3] scaled to `size`, its centre kept; `sides` is [H, W]."""
     from nvidia.dali import fn, math, types
 
     short = math.min(sides[0], sides[1])
@@ -300,8 +273,7 @@ def _square(image: Any, sides: Any, size: int, interpolation: Any) -> Any:
     kind = fn.cast(int(interpolation) * (short != size), dtype=types.INTERP_TYPE)
     # Scaling only the part that stays is the same arithmetic as scaling all and cropping, without the waste.
     window = {"roi_start": start * scale, "roi_end": (start + size) * scale}
-    square = fn.resize(image, size=[size, size], interp_type=kind, antialias=True, **window)
-    return fn.transpose(square, perm=[2, 0, 1])
+    return fn.resize(image, size=[size, size], interp_type=kind, antialias=True, **window)
 
 
 def _first(waveform: Any, samples: int, gpu: bool) -> tuple[Any, Any]:

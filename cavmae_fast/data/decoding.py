@@ -312,7 +312,7 @@ class InDali:
             used = [row for row, loaded in enumerate(places.loaded) if loaded]
             for row, count in zip(used, samples.tolist()):
                 places.loaded[row] = places.loaded[row]._replace(samples=count)
-            image, waveform = image[: len(used)].permute(0, 2, 3, 1), waveform[: len(used)]
+            image, waveform = image[: len(used)], waveform[: len(used)]
             yield Decoded(places.clips, places.loaded, image, waveform, places.rejects, ahead.release)
 
     def _fetch(self, places: Places, row: int, surely: bool = False) -> Encoded | EncodedVideo | None:
