@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .data.augment import Augmentation
+    from .data.loader import Loader
     from .models import (
         CAVMAE,
         CAVMAEFT,
@@ -28,17 +30,22 @@ __all__ = [
     "CAVMAEFT",
     "PRESETS",
     "PRETRAINED_TO_FINE_TUNED",
+    "Augmentation",
     "CAVMAEFTAudio",
     "CheckpointError",
+    "Loader",
     "create_model",
     "load_checkpoint",
     "load_imagenet_mae",
 ]
 
 
+_DATA = {"Augmentation": ".data.augment", "Loader": ".data.loader"}
+
+
 def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(importlib.import_module(".models", __name__), name)
+        return getattr(importlib.import_module(_DATA.get(name, ".models"), __name__), name)
     if name in ("data", "evaluation", "models", "ops", "reference", "training"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `cavmae-fast pretrain` and `cavmae-fast doctor`. Nothing computes here.
+"""The command line: `cavmae-fast pretrain`, `prepare`, `check` and `doctor`. Nothing computes here.
 
 Exit codes: 0 done, 1 the job failed, 2 wrong usage (an option, a file that is not there); 130 interrupted.
 """
@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage (an option, a file that is n
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -18,37 +20,73 @@ def main() -> None:
     """Entry point of the `cavmae-fast` program."""
     import tyro
 
+    from .data.check import CheckConfig
+    from .data.prepare import PrepareConfig
     from .training.pretrain import PretrainConfig
 
+    commands = {"pretrain": PretrainConfig, "prepare": PrepareConfig, "check": CheckConfig, "doctor": Doctor}
     command = tyro.extras.subcommand_cli_from_dict(
-        {"pretrain": PretrainConfig, "doctor": Doctor}, prog="cavmae-fast",
+        commands, prog="cavmae-fast", config=(tyro.conf.PositionalRequiredArgs,),
         description="Audio-visual masked autoencoders: from video files to trained models.",
     )  # fmt: skip
     if isinstance(command, Doctor):
         from .doctor import render
 
         print(render())
+    elif isinstance(command, PrepareConfig):
+        _prepare(command)
+    elif isinstance(command, CheckConfig):
+        _check(command)
     else:
         _pretrain(command)
 
 
 def _pretrain(config) -> None:
-    from .data.media import MediaError
-    from .models import CheckpointError
-    from .training.pretrain import TrainingError, pretrain
+    from .training.pretrain import pretrain
 
-    try:
-        summary = pretrain(config)
-    except KeyboardInterrupt:
-        _stop(130, f"interrupted; what was measured is in {config.out}")
-    except (MediaError, CheckpointError, TrainingError, OSError, MemoryError) as error:
-        _stop(1, str(error) or type(error).__name__)
-    except ValueError as error:
-        _stop(2, str(error))
+    summary = _run(lambda: pretrain(config), f"what was measured is in {config.out}")
     print(_closing(config, summary))
 
 
-def _stop(code: int, message: str) -> None:
+def _prepare(config) -> None:
+    from .data.prepare import prepare
+
+    manifest = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
+    print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e9:.2f} GB: {config.out}")
+    if manifest["rejects"]:
+        print(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
+    print(f"next: look at them with  cavmae-fast check {config.out}  and train with  cavmae-fast pretrain --data {config.out}")
+
+
+def _check(config) -> None:
+    from .data.check import check, render
+
+    report = _run(lambda: check(config), "nothing was written")
+    print(render(report))
+    sys.exit(0 if report["ok"] else 1)
+
+
+def _run(job: Callable[[], dict], interrupted: str) -> dict:
+    """What the job returns; its errors become one line and an exit code."""
+    from .data.labels import LabelError
+    from .data.media import MediaError
+    from .data.prepare import PrepareError
+    from .data.workers import WorkerError
+    from .models import CheckpointError
+    from .training.pretrain import TrainingError
+
+    failures = (MediaError, LabelError, PrepareError, WorkerError, CheckpointError, TrainingError, OSError, MemoryError)
+    try:
+        return job()
+    except KeyboardInterrupt:
+        _stop(130, f"interrupted; {interrupted}")
+    except failures as error:
+        _stop(1, str(error) or type(error).__name__)
+    except ValueError as error:
+        _stop(2, str(error))
+
+
+def _stop(code: int, message: str) -> NoReturn:
     print(f"cavmae-fast: error: {message}", file=sys.stderr)
     sys.exit(code)
 

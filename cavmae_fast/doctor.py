@@ -14,7 +14,8 @@ from .ops.attention import available_backends, resolve_backend
 OPTIONAL = {
     "flash-attn": "attention back end flash_attn",
     "xformers": "attention back end xformers",
-    "nvidia-dali-cuda130": "decoding on the GPU",
+    "nvidia-dali-cuda130": "loader back end dali: decoding on the GPU",
+    "miniaudio": "decoding FLAC",
     "av": "reading clips",
     "tyro": "the command line",
     "matplotlib": "figures",

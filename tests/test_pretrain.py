@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cavmae_fast import CAVMAE
+from cavmae_fast.data import loader
 from cavmae_fast.data.synthetic import generate_clips
 from cavmae_fast.training import pretrain as job
 
@@ -105,10 +106,10 @@ def test_bad_options(clips, tmp_path, arguments, code, words):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
-    features = job.image_features
-    monkeypatch.setattr(job, "image_features", lambda image: features(image) * float("nan"))
+    features = loader.audio_features
+    monkeypatch.setattr(loader, "audio_features", lambda *args: features(*args) * float("nan"))
     config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=2, batch_size=2, device="cpu", out=tmp_path)
-    with pytest.raises(job.TrainingError, match=r"step 1: loss.* because the imgs of .*train"):
+    with pytest.raises(job.TrainingError, match=r"step 1: loss.* because the audio of .*train"):
         job.pretrain(config)
 
 
@@ -127,3 +128,46 @@ def test_doctor():
     assert torch.__version__ in run.stdout
     for name in ("attention", "stream_layer_norm", "contrastive_loss", "flash_attn", "xformers", "libcavmae.so"):
         assert name in run.stdout
+
+
+def test_prepare_check_and_train_from_shards(clips, tmp_path):
+    """The way of a user with many clips, on the command line alone."""
+    folder, shards = tmp_path / "data", tmp_path / "shards"
+    folder.mkdir()
+    for path in clips[0][:12]:
+        shutil.copy(path, folder)
+    (folder / "text.mp4").write_text("no film")
+    run = cli("prepare", folder, "--out", shards, "--size", 96, "--workers", 2, "--shard-clips", 5)
+    assert run.returncode == 0, run.stderr
+    assert "12 clips in 3 shards" in run.stdout and "1 clips could not be used" in run.stdout
+    assert "clip/s" in run.stderr
+    again = cli("prepare", folder, "--out", shards, "--size", 64)
+    assert again.returncode == 2 and "size 96 then, 64 now" in again.stderr
+    checked = cli("check", shards, "--workers", 1)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    out = tmp_path / "out"
+    run = cli("pretrain", "--data", shards, "--out", out, "--steps", 3, "--batch-size", 6, "--workers", 1, "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    assert "loader torch: the device is a CPU" in run.stderr + run.stdout
+    assert json.loads((out / "summary.json").read_text())["rejected_clips"] == 0
+    with (shards / "shard-000001.tar").open("r+b") as file:
+        file.seek(9000)
+        file.write(bytes(200))
+    assert (broken := cli("check", shards, "--workers", 1)).returncode == 1
+    assert "shard-000001.tar" in broken.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["prepare", "not/there", "--out", "x"], 1, "not/there: no such file or folder"),
+        (["prepare", "README.md", "--quality", "200", "--out", "x"], 2, "--quality is 200; it must be in 1 to 95"),
+        (["check", "not/there"], 1, "not/there"),
+        (["prepare"], 2, "src"),
+    ],
+)
+def test_bad_data_commands(tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    run = cli(*arguments)
+    assert run.returncode == code, run.stderr
+    assert words.lower() in run.stderr.lower() and "Traceback" not in run.stderr
