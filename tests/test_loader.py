@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_sets import CLASSES, write_labels, write_published, write_shards
 
+from cavmae_fast.data import dali
 from cavmae_fast.data.augment import Augmentation
 from cavmae_fast.data.decoding import UnusableDataError
 from cavmae_fast.data.encoded import decode_image, decode_sound
@@ -28,6 +29,7 @@ from cavmae_fast.data.order import Order
 from cavmae_fast.data.shards import ShardSet
 from cavmae_fast.data.synthetic import generate_clips
 
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMALL = {"image_size": 64, "audio_length": 112}
 PLAIN = Augmentation()  # a random frame, nothing else
 
@@ -527,3 +529,44 @@ def test_the_back_end_says_why(sets):
     assert open_clips(shards) is shards and open_clips(videos) is videos
     with pytest.raises(MediaError, match="is a folder of shards; allowed: one such folder, and nothing beside it"):
         open_clips([sets["shards"], sets["videos"]])
+
+
+# ---------------------------------------------------------------------------------------------------------- real clips
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the folder of real clips is not beside this checkout")
+def test_real_clips_through_shards_equal_the_golden_features(tmp_path):
+    """From H.264 and AAC to the model's input, against the published routine's log-mel values and our own decoder."""
+    from safetensors.torch import load_file
+
+    folder = write_shards(tmp_path / "shards", SHARED / "media", size=224)
+    (batch,) = Loader(folder, 2, workers=1)
+    for row, name in enumerate(batch.ids):
+        golden = load_file(SHARED / "golden" / f"fbank_{name}.safetensors")
+        frames = min(len(golden["fbank"]), 1022)  # 10.24 s hold that many whole windows
+        wanted = (golden["fbank"][:frames] + 5.081) / 4.4849
+        error = (batch.audio[row, :frames] - wanted).abs()
+        # The golden float32 values are themselves up to 1.5e-3 from exact near the floor (tests/test_fbank.py).
+        assert error.mean() < 2e-5 and error.max() < 2 * 1.5e-3
+        assert (batch.audio[row, 1022:] == torch.tensor(5.081 / 4.4849)).all() or frames == 1022
+        clip = read_clip(SHARED / "media" / f"{name}.mp4", frame=5)
+        difference = batch.image[row].permute(1, 2, 0).float() - torch.from_numpy(clip.frames[0]).float()
+        assert difference.abs().mean() < 3 and batch.image.shape == (2, 3, 224, 224)  # JPEG, quality 90
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_as_on_the_cpu(sets):
+    """Features beside the model's stream, pinned memory, both back ends that are there."""
+    options = {"training": True, "augmentation": Augmentation(mixup=0.5), "labels": sets["labels"], **SMALL}
+    reference = run(Loader(sets["shards"], 8, workers=0, **options), 3)
+    backends = ["torch"] if dali.available() else ["torch", "dali"]
+    for backend in backends:
+        loader = Loader(sets["shards"], 8, workers=2, device="cuda", backend=backend, **options)
+        for batch, wanted in zip(run(loader, 3), reference, strict=True):
+            assert batch.audio.is_cuda and batch.image.is_cuda and batch.labels.is_cuda and batch.ids == wanted.ids
+            torch.testing.assert_close(batch.audio.cpu(), wanted.audio, atol=1e-3, rtol=0)
+            if backend == "torch":  # nvJPEG's pixels may differ by a little
+                torch.testing.assert_close(batch.image.cpu(), wanted.image, atol=1e-5, rtol=0)
+            assert (batch.image.cpu() - wanted.image).abs().mean() < 0.02
+            assert torch.equal(batch.labels.cpu(), wanted.labels)

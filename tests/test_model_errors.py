@@ -103,7 +103,8 @@ SHAPES = {
 }
 DTYPES = {
     "integer-audio": (AUDIO.long(), IMGS, "audio is torch.int64 | floating-point"),
-    "bytes": (AUDIO, IMGS.byte(), "imgs is torch.uint8 | floating-point"),
+    "integer-images": (AUDIO, IMGS.to(torch.int8), "imgs is torch.int8 | floating-point tensor or uint8 RGB"),
+    "byte-audio": (AUDIO.byte(), IMGS, "audio is torch.uint8 | floating-point"),
     "complex": (AUDIO.to(torch.complex64), IMGS, "audio is torch.complex64 | floating-point"),
     "array": (AUDIO.numpy(), IMGS, "audio is ndarray | floating-point tensor"),
     "list": (AUDIO, IMGS.tolist(), "imgs is list | floating-point tensor"),
@@ -134,6 +135,12 @@ def test_inputs(implementation, name):
         refused(short(message), model(implementation, "CAVMAEFTAudio").forward_pred, audio, error=error)
         if audio is not None:
             refused(short(message), classifier, audio, None, "missingaudioonly", error=error)
+
+
+@both
+def test_bytes_are_rgb(implementation):
+    one_channel = implementation.CAVMAE(**TINY, in_chans=1)
+    refused("imgs is torch.uint8 | floating-point", one_channel, AUDIO, IMGS[:, :1].byte(), error=TypeError)
 
 
 @both

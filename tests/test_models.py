@@ -16,6 +16,7 @@ from torch import nn
 
 import cavmae_fast
 from cavmae_fast import models
+from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
 from cavmae_fast.models import CAVMAE, CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.packed import block
 from cavmae_fast.reference import cavmae as reference
@@ -393,6 +394,64 @@ def test_tokens_of_audio_are_frequency_major():
     changed[:, 16:32, 80:96] += 1  # time 1, mel 5
     difference = (model.forward_feat(changed, imgs)[0] - model.forward_feat(audio, imgs)[0]).abs().sum(-1)
     assert difference.ne(0).nonzero()[:, 1].unique().tolist() == [5 * 4 + 1]
+
+
+# ------------------------------------------------------------------------------------------------------- uint8 images
+
+
+def rgb(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images `[B, 3, H, W]`, channels last in memory as decoders give them, and the same normalised in float64."""
+    pixels = (imgs * 60 + 120).clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return pixels, (pixels.double() / 255 - mean) / std
+
+
+@pytest.mark.parametrize("name", ["default", "norm_pix", "two-shared", "wide-images", "patch-8"])
+@pytest.mark.parametrize("method", ["forward", "forward_inpaint"])
+def test_bytes_are_normalised_on_the_way_in(name, method):
+    """Fast and reference models on uint8, against the reference on images that were normalised first."""
+    config = TINY | CONFIGS[name]
+    fast, plain = pair(CAVMAE, reference.CAVMAE, **config)
+    audio, imgs = inputs(config)
+    pixels, normalised = rgb(imgs)
+    results = []
+    for model, images in ((plain, normalised), (plain, pixels), (fast, pixels)):
+        torch.manual_seed(0)
+        out = getattr(model, method)(audio, images)
+        model.zero_grad()
+        (out[0] if method == "forward" else out[4] + out[5]).backward()
+        results.append([*out, *(g.clone() for _, g in sorted(gradients(model).items()))])
+    for got in results[1:]:
+        for value, want in zip(got, results[0], strict=True):
+            torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-9)
+
+
+def test_bytes_in_features_and_classifier():
+    audio, imgs = inputs()
+    pixels, normalised = rgb(imgs)
+    for fast, plain in (pair(CAVMAE, reference.CAVMAE, **TINY), pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER)):
+        for got, want in zip(fast.forward_feat(audio, pixels), plain.forward_feat(audio, normalised), strict=True):
+            assert relative(got, want) < 1e-9
+        assert relative(plain.forward_feat(audio, pixels)[1], want) < 1e-12
+    for mode in reference.MODES:
+        want = plain(audio, normalised, mode)
+        assert relative(fast(audio, pixels, mode), want) < 1e-9 and relative(plain(audio, pixels, mode), want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_under_autocast_and_in_low_precision(dtype):
+    """uint8 gives what `image_features` gives: the same float32 numbers, to rounding."""
+    model = randomise(CAVMAE(**TINY))
+    audio, imgs = inputs(dtype=torch.float32)
+    pixels, _ = rgb(imgs)
+    losses = []
+    for images in (pixels, image_features(pixels)):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses.append(model(audio, images)[0])
+    torch.testing.assert_close(*losses, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+    half = model.to(torch.bfloat16)
+    assert half.forward_feat(audio, pixels)[1].dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------- fine-tuning

@@ -5,11 +5,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops.log_mel_fbank import log_mel_fbank
+from cavmae_fast.ops.log_mel_fbank import log_mel_features
 from cavmae_fast.reference.fbank import frame_sizes
+from cavmae_fast.reference.operators import IMAGE_MEAN, IMAGE_STD
 
 AUDIO_MEAN, AUDIO_STD = -5.081, 4.4849  # of the log-mel values over AudioSet
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _RATE, _MEL_BINS = 16000, 128
 _WINDOW, _SHIFT, _ = frame_sizes(_RATE)
 
@@ -19,7 +19,6 @@ def samples_of(audio_length: int) -> int:
     return (audio_length - 1) * _SHIFT + _WINDOW
 
 
-@torch.no_grad()
 def audio_features(
     waveform: Tensor, num_samples: Tensor, audio_length: int = 1024, mean: float = AUDIO_MEAN, std: float = AUDIO_STD
 ) -> Tensor:
@@ -42,36 +41,11 @@ def audio_features(
         TypeError, ValueError: a wrong type or shape, or `num_samples` out of range. (The range is checked for tensors
             on the CPU only: looking at it on an accelerator would make every batch wait.)
     """
-    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
-        raise TypeError(f"waveform is {waveform.dtype}; allowed: int16 or floating point")
-    if waveform.dim() != 2:
-        raise ValueError(f"waveform has shape {list(waveform.shape)}; allowed: [batch, samples]")
-    batch, samples = waveform.shape
-    if num_samples.is_floating_point() or num_samples.shape != (batch,):
-        raise ValueError(
-            f"num_samples is {num_samples.dtype} {list(num_samples.shape)}; allowed: integers of shape [{batch}]"
-        )
     if audio_length < 1:
         raise ValueError(f"audio_length is {audio_length}; allowed: 1 or more frames")
-    if num_samples.device.type == "cpu" and batch:
-        low, high = int(num_samples.min()), int(num_samples.max())
-        if low < _WINDOW or high > samples:
-            raise ValueError(f"num_samples lies in [{low}, {high}]; allowed: {_WINDOW} to {samples} (the waveform's)")
-
-    count = num_samples.to(waveform.device)[:, None]  # [batch, 1]
-    own = torch.arange(samples, device=waveform.device) < count  # [batch, samples]
-    scaled = waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
-    scaled = torch.where(own, scaled, 0.0)  # not a product: padding may hold NaN
-    centred = scaled - scaled.sum(dim=1, keepdim=True) / count
-
-    # Frames past audio_length would be cut again; frames past a clip's end are not its own.
-    used = min(samples, samples_of(audio_length))
-    energies = log_mel_fbank(centred[:, :used], _RATE, _MEL_BINS)  # [batch, frames, 128]
-    frames = energies.shape[1]
-    inside = torch.arange(frames, device=waveform.device) <= (count - _WINDOW) // _SHIFT  # [batch, frames]
-    features = energies.new_zeros(batch, audio_length, _MEL_BINS)
-    features[:, :frames] = torch.where(inside[..., None], energies, 0.0)
-    return features.sub_(mean).div_(std)
+    if waveform.dtype == torch.float64:
+        waveform = waveform.float()
+    return log_mel_features(waveform, num_samples, audio_length, mean, std, _RATE, _MEL_BINS)
 
 
 @lru_cache(maxsize=8)

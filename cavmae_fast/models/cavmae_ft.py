@@ -11,7 +11,10 @@ from .encoder import PackedEncoder
 
 
 class CAVMAEFT(Pretrained, PackedEncoder, reference.CAVMAEFT):
-    """The classifier. Arguments, modes and state-dict keys are the published ones; `depth`, `attention` as in `CAVMAE`."""
+    """The classifier. Arguments, modes and state-dict keys are the published ones; `depth`, `attention` as in `CAVMAE`.
+
+    uint8 RGB images are normalised with ImageNet's mean and standard deviation on the way into the patch projection.
+    """
 
     def forward(self, a: Tensor | None, v: Tensor | None, mode: str) -> Tensor:
         reference.check_mode(mode, a, v)

@@ -10,7 +10,7 @@ from .embed_kept_patches import embed_kept_patches
 from .gather_tokens import gather_tokens
 from .layout import StreamLayout
 from .linear_gelu import linear_gelu
-from .log_mel_fbank import log_mel_fbank
+from .log_mel_fbank import log_mel_fbank, log_mel_features
 from .masked_patch_mse import masked_patch_mse
 from .scatter_tokens import scatter_tokens
 from .stream_layer_norm import stream_layer_norm
@@ -24,6 +24,7 @@ __all__ = [
     "gather_tokens",
     "linear_gelu",
     "log_mel_fbank",
+    "log_mel_features",
     "masked_patch_mse",
     "query_attention",
     "scatter_tokens",

@@ -4,7 +4,8 @@
     out = patches weight^T + bias + modality + pos[ids]                                [B * K, D] in pos' dtype
 
 Three steps: a kernel gathers the patches straight from the (strided) images into the weight's dtype, PyTorch's GEMM
-projects them, a kernel adds the three terms. Backward, with slot[b, l] = the k for which ids[b, k] = l, or -1:
+projects them, a kernel adds the three terms. Pixels of uint8 RGB images are normalised where they are gathered, so that no
+floating-point image is ever written. Backward, with slot[b, l] = the k for which ids[b, k] = l, or -1:
 
     dweight = dout^T patches   (GEMM in the weight's dtype),   dpos[l] = sum over b of dout[b, slot[b, l]],
     dbias = dmodality = sum over l of dpos[l]
@@ -15,8 +16,12 @@ and sums over the batch in a fixed order, without atomics.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from cavmae_fast.reference.operators import IMAGE_MEAN, IMAGE_STD
 
 from ._triton import tl, triton
 from .gather_tokens import _backward as gather_tokens_backward
@@ -29,13 +34,30 @@ BACKWARD_D = 256
 BACKWARD_SAMPLES = 8
 "Samples whose rows one program of the backward kernel has in flight at once."
 
+# Of a uint8 pixel: (x / 255 - mean) / std = scale x + shift, for red, green and blue.
+PIXEL_SCALE = tuple(1 / (255 * std) for std in IMAGE_STD)
+PIXEL_SHIFT = tuple(-mean / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD))
+SCALE_R, SCALE_G, SCALE_B = (tl.constexpr(value) for value in PIXEL_SCALE)
+SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(value) for value in PIXEL_SHIFT)
+
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
+def load_pixels(pointers, valid, channel):
+    """Pixels in their own dtype, or, of uint8 RGB images, normalised in fp32; 0 where not valid."""
+    value = tl.load(pointers, mask=valid, other=0)
+    if value.dtype == tl.uint8:
+        scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
+        shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
+        value = tl.where(valid, value.to(tl.float32) * scale[None, :] + shift[None, :], 0.0)
+    return value
+
+
+@triton.jit
 def take_patches_kernel(
-    images,  # [B, C, H, W], any strides
+    images,  # [B, C, H, W], any strides, floating-point or uint8
     ids,  # [B * K]
     patches,  # [B * K, C * P * P]
     rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
@@ -51,8 +73,9 @@ def take_patches_kernel(
         patch = (row - sample * kept).to(tl.int64)
     y, x = patch // grid_width * P, patch % grid_width * P
     corner = sample.to(tl.int64) * stride_b + y * stride_h + x * stride_w
-    pixel = (column // (P * P)).to(tl.int64) * stride_c + column // P % P * stride_h + column % P * stride_w
-    value = tl.load(images + corner[:, None] + pixel[None, :], mask=valid, other=0.0)
+    channel = column // (P * P)
+    pixel = channel.to(tl.int64) * stride_c + column // P % P * stride_h + column % P * stride_w
+    value = load_pixels(images + corner[:, None] + pixel[None, :], valid, channel)
     offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(patches + offset, value.to(patches.dtype.element_ty), mask=valid)
 
@@ -117,14 +140,27 @@ def patch_grid(images: Tensor, patch_size: int) -> Tensor:
     return images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).permute(0, 2, 3, 1, 4, 5)
 
 
+@lru_cache(maxsize=16)
+def pixel_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and shift `[3]` that normalise uint8 RGB, in float32 (float64 for float64), kept: to copy them from the host
+    for each batch would wait for the device."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    scale, shift = (torch.tensor(values, dtype=dtype, device=device) for values in (PIXEL_SCALE, PIXEL_SHIFT))
+    return scale, shift
+
+
 def take_patches(images: Tensor, ids: Tensor | None, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`."""
+    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`, normalised from uint8."""
     grid = patch_grid(images, patch_size)
     if ids is not None:
         sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
         grid = grid[sample, ids // grid.shape[2], ids % grid.shape[2]]
+    width = images.shape[1] * patch_size**2
+    if images.dtype == torch.uint8:
+        scale, shift = (v.repeat_interleave(patch_size**2) for v in pixel_statistics(images.device, dtype))
+        return grid.reshape(-1, width).to(scale.dtype).mul_(scale).add_(shift).to(dtype)
     patches = torch.empty(grid.shape, dtype=dtype, device=grid.device).copy_(grid)
-    return patches.view(-1, images.shape[1] * patch_size**2)
+    return patches.view(-1, width)
 
 
 def _forward_triton(images, ids, weight, bias, pos, modality):
@@ -255,11 +291,14 @@ def _images_gradient(dout, ids, weight, length, shape, dtype):
 
 
 def check_images(images: Tensor, patch_size: int) -> int:
-    """Raises unless `images` is a floating-point `[B, C, H, W]` tensor of whole patches -> patches an image."""
-    if not images.is_floating_point():
-        raise TypeError(f"images is {images.dtype}; it must be floating-point")
+    """Raises unless `images` is a floating-point `[B, C, H, W]` or uint8 `[B, 3, H, W]` tensor of whole patches
+    -> patches an image."""
+    if not images.is_floating_point() and images.dtype != torch.uint8:
+        raise TypeError(f"images is {images.dtype}; it must be floating-point, or uint8 RGB")
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"images has shape {list(images.shape)}; it must be [B, C, H, W], none of them 0")
+    if images.dtype == torch.uint8 and images.shape[1] != 3:
+        raise ValueError(f"images is torch.uint8 with {images.shape[1]} channels; uint8 is RGB, 3 channels")
     height, width = images.shape[2:]
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"patch size {patch_size} does not divide images of {height} x {width} pixels")
@@ -271,10 +310,11 @@ def embed_kept_patches(
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` with any strides, ids_keep `[B, K]` int64 in 0..L-1, unique in each sample (neither is
-    checked: that would wait for the device), or None for all L patches in order; weight `[D, C, p, p]`, bias and
-    modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the weight's dtype. Raises
-    ValueError or TypeError when a shape or dtype does not fit.
+    images `[B, C, H, W]` with any strides: floating-point, or uint8 RGB, which is normalised with ImageNet's mean and
+    standard deviation (in float32, then rounded to the weight's dtype); ids_keep `[B, K]` int64 in 0..L-1, unique in each
+    sample (neither is checked: that would wait for the device), or None for all L patches in order; weight
+    `[D, C, p, p]`, bias and modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the
+    weight's dtype. Raises ValueError or TypeError when a shape or dtype does not fit.
     """
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p]")

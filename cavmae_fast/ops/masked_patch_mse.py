@@ -1,6 +1,6 @@
 """Mean squared error between predicted and true patches, over the removed patches alone, straight from the pixels.
 
-    t[b, m] = pixels of patch ids[b, m] in (row, column, channel) order
+    t[b, m] = pixels of patch ids[b, m] in (row, column, channel) order, normalised where the images are uint8 RGB
     target  = (t - mean(t)) * rstd(t)  with rstd = 1 / sqrt(var(t) + 1e-6), var unbiased      (norm_pix_loss; else t)
     loss    = mean over all (b, m, pixel) of (pred - target)^2
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .embed_kept_patches import check_images, patch_grid
+from .embed_kept_patches import check_images, load_pixels, patch_grid, pixel_statistics
 from .gather_tokens import check_ids
 from .registry import register
 
@@ -34,15 +34,16 @@ def _pixels_of_patches(
     patch = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
     y, x = patch // grid_width * P, patch % grid_width * P
     corner = (row // kept).to(tl.int64) * stride_b + y * stride_h + x * stride_w
-    pixel = column // (P * C) * stride_h + column // C % P * stride_w + (column % C).to(tl.int64) * stride_c
+    channel = column % C
+    pixel = column // (P * C) * stride_h + column // C % P * stride_w + channel.to(tl.int64) * stride_c
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    return tl.load(images + corner[:, None] + pixel[None, :], mask=valid, other=0.0).to(tl.float32)
+    return load_pixels(images + corner[:, None] + pixel[None, :], valid, channel).to(tl.float32)
 
 
 @triton.jit
 def masked_patch_mse_forward_kernel(
     pred,  # [B * M, W]
-    images,  # [B, C, H, W'], any strides
+    images,  # [B, C, H, W'], any strides, floating-point or uint8
     ids,  # [B * M]
     partial, mean, rstd,  # [B * M] fp32
     rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w, eps,
@@ -75,7 +76,7 @@ def masked_patch_mse_forward_kernel(
 def masked_patch_mse_backward_kernel(
     dloss,  # [] fp32
     pred, dpred,  # [B * M, W]
-    images,  # [B, C, H, W'], any strides
+    images,  # [B, C, H, W'], any strides, floating-point or uint8
     ids,  # [B * M]
     mean, rstd,  # [B * M] fp32
     rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w, scale,
@@ -105,7 +106,8 @@ def _launch(images, ids, patch_size):
     """Grid, arguments and options that both kernels share."""
     channels, width = images.shape[1], images.shape[1] * patch_size**2
     integers = (ids.numel(), ids.shape[1], images.shape[3] // patch_size, *images.stride())
-    options = {"WIDTH": width, "P": patch_size, "C": channels, "BLOCK_R": BLOCK_R, "num_warps": 4}
+    warps = 8 if images.dtype == torch.uint8 else 4  # normalising takes registers, which 4 warps spill on sm_100
+    options = {"WIDTH": width, "P": patch_size, "C": channels, "BLOCK_R": BLOCK_R, "num_warps": warps}
     return (triton.cdiv(ids.numel(), BLOCK_R),), integers, options | {"BLOCK_W": triton.next_power_of_2(width)}
 
 
@@ -132,7 +134,11 @@ def _pixels(images, ids, patch_size, dtype):
     """`[B, M, p * p * C]`, a new tensor."""
     grid = patch_grid(images, patch_size).permute(0, 1, 2, 4, 5, 3)  # [B, H/p, W/p, p, p, C]
     sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-    return grid[sample, ids // grid.shape[2], ids % grid.shape[2]].to(dtype).reshape(*ids.shape, -1)
+    pixels = grid[sample, ids // grid.shape[2], ids % grid.shape[2]].to(dtype).reshape(*ids.shape, -1)
+    if images.dtype == torch.uint8:
+        scale, shift = (v.repeat(patch_size**2) for v in pixel_statistics(images.device, dtype))
+        pixels.mul_(scale).add_(shift)
+    return pixels
 
 
 def _forward_torch(pred, images, ids, patch_size, norm_pix_loss):
@@ -200,7 +206,8 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids_removed: Tensor, patch_si
     """Mean squared error between predicted and true patches, over the removed patches alone.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` (int64 in 0..L-1; not checked: that would wait for the
-    device) of images `[B, C, H, W]` with any strides -> a float32 scalar (float64 for a float64 pred). With
+    device) of images `[B, C, H, W]` with any strides, floating-point, or uint8 RGB, which is normalised with ImageNet's
+    mean and standard deviation -> a float32 scalar (float64 for a float64 pred). With
     `norm_pix_loss` each true patch is normalised: minus its mean, over the root of (its unbiased variance + 1e-6).
     There is no gradient to the images. Raises ValueError or TypeError when a shape or dtype does not fit.
     """

@@ -95,13 +95,14 @@ class Encoder(nn.Module):
 
     def check_inputs(self, **inputs: Tensor) -> None:
         """Raises TypeError or ValueError, naming the argument, unless audio (`audio` or `a`) is `[B, T, 128]` and images
-        (`imgs` or `v`) are `[B, C, H, W]`, floating-point, all of one B."""
+        (`imgs` or `v`) are `[B, C, H, W]`, floating-point (images: or uint8 RGB), all of one B."""
         height, time = self.patch_embed_a.img_size
         for name, x in inputs.items():
             shape = (time, height) if name in ("audio", "a") else (self.in_chans, *self.patch_embed_v.img_size)
-            if not isinstance(x, Tensor) or not x.is_floating_point():
+            pixels = name in ("imgs", "v") and self.in_chans == 3
+            if not isinstance(x, Tensor) or not (x.is_floating_point() or (pixels and x.dtype == torch.uint8)):
                 kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name} is {kind}; it must be a floating-point tensor")
+                raise TypeError(f"{name} is {kind}; it must be a floating-point tensor{' or uint8 RGB' if pixels else ''}")
             if tuple(x.shape[1:]) != shape or x.dim() != len(shape) + 1 or x.shape[0] < 1:
                 raise ValueError(f"{name} has shape {list(x.shape)}; this model takes [B, {', '.join(map(str, shape))}]")
         counts = [(name, x.shape[0]) for name, x in inputs.items()]
@@ -115,12 +116,13 @@ class Encoder(nn.Module):
         return audio.unsqueeze(1).transpose(2, 3)
 
     def images(self, m: str, x: Tensor) -> Tensor:
-        """The input of modality `m` as images `[B, C, H, W]`."""
+        """The input of modality `m` as images `[B, C, H, W]`, uint8 not yet normalised."""
         return self.spectrogram(x) if m == "a" else x
 
     def embed(self, m: str, x: Tensor) -> Tensor:
         """Input of modality `m` -> its tokens `[B, L, D]` with position and modality."""
-        tokens = getattr(self, f"patch_embed_{m}")(self.images(m, x))
+        images = operators.normalise_images(self.images(m, x), self.norm.weight.dtype)
+        tokens = getattr(self, f"patch_embed_{m}")(images)
         return tokens + getattr(self, f"pos_embed_{m}") + getattr(self, f"modality_{m}")
 
     def specific(self, m: str, tokens: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ class Encoder(nn.Module):
 class CAVMAE(Encoder):
     """The pretraining model. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
+    uint8 RGB is normalised with ImageNet's mean and standard deviation on the way into the patch projection.
     Arguments and defaults are the published ones; `depth` (encoder blocks in all, 12 there), `attention` and
     `bidirect_contrast` (the mean of both directions in the contrastive loss) are ours.
     """
@@ -287,7 +290,7 @@ class CAVMAE(Encoder):
 
 
 class CAVMAEFT(Encoder):
-    """The classifier: encoder and a head on the mean token. Arguments as in `CAVMAE`, with `label_dim` classes.
+    """The classifier: encoder and a head on the mean token. Arguments and inputs as in `CAVMAE`, with `label_dim` classes.
 
     `norm_pix_loss` is accepted, as in the published signature, and has no effect.
     """

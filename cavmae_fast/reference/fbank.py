@@ -28,6 +28,11 @@ def num_frames(samples: int, sample_rate: int = 16000) -> int:
     return 0 if samples < window else 1 + (samples - window) // shift
 
 
+def hann_window(window: int) -> Tensor:
+    """The symmetric Hanning window `[window]` in float64: 0 at both ends."""
+    return 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(window, dtype=torch.float64) / (window - 1))
+
+
 def mel_filters(sample_rate: int, num_mel_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Triangular filters, equally spaced and equally wide in mel, from 20 Hz to the Nyquist frequency.
 
@@ -55,6 +60,11 @@ def check_waveform(waveform: Tensor, sample_rate: int, num_mel_bins: int) -> Non
         raise TypeError(f"waveform is {kind}; allowed: a floating-point tensor (divide int16 samples by 32768)")
     if waveform.dim() not in (1, 2):
         raise ValueError(f"waveform has shape {list(waveform.shape)}; allowed: [batch, samples] or [samples]")
+    check_sizes(waveform, sample_rate, num_mel_bins)
+
+
+def check_sizes(waveform: Tensor, sample_rate: int, num_mel_bins: int) -> None:
+    """ValueError unless there is a mel bin, and a whole window in `waveform`."""
     if num_mel_bins < 1:
         raise ValueError(f"num_mel_bins is {num_mel_bins}; allowed: 1 or more")
     window, _, _ = frame_sizes(sample_rate)
@@ -93,8 +103,25 @@ def log_mel_fbank(waveform: Tensor, sample_rate: int = 16000, num_mel_bins: int 
     frames = frames - frames.mean(dim=-1, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # the first sample is its own predecessor
     frames = frames - PRE_EMPHASIS * previous
-    hann = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(window, dtype=torch.float64) / (window - 1))
-    frames = frames * hann.to(frames)
+    frames = frames * hann_window(window).to(frames)
     power = torch.fft.rfft(frames, n=dft_length).abs().square()  # [batch, frames, dft_length // 2 + 1]
     energies = power @ mel_filters(sample_rate, num_mel_bins).to(power).T
     return energies.clamp(min=ENERGY_FLOOR).log()
+
+
+def log_mel_features(
+    waveform: Tensor, num_samples: Tensor, length: int, mean: float, std: float, sample_rate: int = 16000,
+    num_mel_bins: int = 128,
+) -> Tensor:  # fmt: skip
+    """Normalised log-mel energies of a batch of clips, one clip after the other, as the published loader makes them.
+
+    waveform `[batch, samples]`, int16 or floating point; `num_samples [batch]` are the clip's own. Each clip loses the mean
+    of its own samples; its frames are zero-padded or cut to `length`, then normalised as `(x - mean) / std`.
+    -> `[batch, length, num_mel_bins]`, float64 for float64 input and else float32.
+    """
+    waveform = waveform / 32768 if waveform.dtype == torch.int16 else waveform
+    features = []
+    for row, count in zip(waveform, num_samples.tolist()):
+        energies = log_mel_fbank(row[:count] - row[:count].mean(), sample_rate, num_mel_bins)[0, :length]
+        features.append(torch.nn.functional.pad(energies, (0, 0, 0, length - energies.shape[0])))
+    return (torch.stack(features) - mean) / std

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
+
 
 def stream_layer_norm(
     x: Tensor,
@@ -68,6 +70,16 @@ def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int]
     return torch.cat(outputs)
 
 
+def normalise_images(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 RGB images `[B, 3, H, W]` -> `(x / 255 - mean) / std` with ImageNet's mean and standard deviation, computed in
+    float32 (float64 for float64) and rounded to `dtype`. Images of any other dtype are returned as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    exact = torch.promote_types(dtype, torch.float32)
+    mean, std = (torch.tensor(v, dtype=exact, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return ((images.to(exact) / 255 - mean) / std).to(dtype)
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """images `[B, C, H, W]` -> patches `[B, (H/p) * (W/p), p * p * C]`, each patch in (row, column, channel) order."""
     batch, channels, height, width = images.shape
@@ -93,9 +105,10 @@ def embed_kept_patches(
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]`, ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias and modality `[D]`,
-    pos `[L, D]` -> `[B * K, D]`.
+    images `[B, C, H, W]` (uint8: normalised first), ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias
+    and modality `[D]`, pos `[L, D]` -> `[B * K, D]`.
     """
+    images = normalise_images(images, torch.promote_types(weight.dtype, torch.float32))
     tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     tokens = tokens + pos + modality
     if ids_keep is not None:
@@ -124,9 +137,11 @@ def masked_patch_mse(
 ) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
 
-    pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]`. With `norm_pix_loss` each
-    true patch is normalised first: minus its mean, over the root of (its unbiased variance + 1e-6).
+    pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]` (uint8: normalised first, as
+    images). With `norm_pix_loss` each true patch is normalised too: minus its mean, over the root of (its unbiased
+    variance + 1e-6).
     """
+    images = normalise_images(images, torch.promote_types(pred.dtype, torch.float32))
     target = take_tokens(patchify(images, patch_size), ids_removed)
     if norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -20,14 +20,15 @@ from cavmae_fast.ops import attention_kernels
     embed_kept_patches,
     gather_tokens,
     linear_gelu,
+    log_mel_fbank,
     masked_patch_mse,
     scatter_tokens,
     stream_layer_norm,
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
     for name in (
-        "contrastive_loss", "embed_kept_patches", "gather_tokens", "linear_gelu", "masked_patch_mse", "scatter_tokens",
-        "stream_layer_norm",
+        "contrastive_loss", "embed_kept_patches", "gather_tokens", "linear_gelu", "log_mel_fbank", "masked_patch_mse",
+        "scatter_tokens", "stream_layer_norm",
     )
 )  # fmt: skip
 
@@ -99,9 +100,11 @@ def _tokens(dtype: torch.dtype, length: int, kept: int, width: int) -> None:
             scatter_tokens._backward_triton(dout, places, kept, dtype, sums)
 
 
-def _patches(dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype) -> None:
+def _patches(
+    dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels=torch.float32
+) -> None:
     length = (height // p) * (width // p)
-    images = torch.empty(2, width, height, channels).permute(0, 3, 2, 1)
+    images = torch.empty(2, width, height, channels, dtype=pixels).permute(0, 3, 2, 1)
     ids, removed = (torch.zeros(2, n, dtype=torch.int64) for n in (kept, length - kept or 1))
     weight, bias, pos = torch.empty(dim, channels, p, p, dtype=dtype), torch.empty(dim), torch.empty(length, dim)
     for chosen in (ids, None):
@@ -123,6 +126,8 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"tokens-decoder-{_name}"] = partial(_tokens, _dtype, 708, 177, 512)
     CASES[f"tokens-ones-{_name}"] = partial(_tokens, _dtype, 1, 1, 1)
     CASES[f"patches-video-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32)
+    CASES[f"patches-bytes-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32, torch.uint8)
+    CASES[f"patches-bytes-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.uint8)
     CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32)
     CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype)
     CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype)
@@ -131,3 +136,14 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"contrastive-odd-{_name}"] = partial(_contrastive, _dtype, 97, 33, True)
     CASES[f"contrastive-ones-{_name}"] = partial(_contrastive, _dtype, 1, 1, False)
 CASES["contrastive-fp32"] = partial(_contrastive, torch.float32, 256, 768, True)
+
+
+def _log_mel(dtype: torch.dtype, batch: int, samples: int, counted: bool, rate: int, bins: int, length: int) -> None:
+    waveform, count = torch.empty(batch, samples, dtype=dtype), torch.full((batch,), samples)
+    log_mel_fbank._forward_triton(waveform, count if counted else None, rate, bins, length, -5.081, 4.4849)
+
+
+CASES["log_mel-int16"] = partial(_log_mel, torch.int16, 2, 163840, True, 16000, 128, 1024)
+CASES["log_mel-float"] = partial(_log_mel, torch.float32, 2, 160000, False, 16000, 128, 998)
+CASES["log_mel-odd"] = partial(_log_mel, torch.float32, 3, 30001, True, 22050, 97, 77)
+CASES["log_mel-ones"] = partial(_log_mel, torch.int16, 1, 400, True, 16000, 1, 1)

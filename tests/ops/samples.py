@@ -20,10 +20,12 @@ from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.gather_tokens import gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
+from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.reference import fbank
 from cavmae_fast.reference import operators as reference
 
 
@@ -41,6 +43,8 @@ class Sample:
     "fp32 arithmetic, rounded where the operator hands a tensor on; None: its results alone are rounded."
     low_precision_result: bool = True
     "Whether the results have the inputs' dtype (a loss has float32)."
+    differentiable: bool = True
+    "Whether there are gradients (features need none)."
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.case}"
@@ -85,6 +89,9 @@ class Draw:
 
     def parameter(self, *size: int, shift: float = 0.0) -> Tensor:
         return (self.fixed(*size) + shift).requires_grad_()
+
+    def bytes(self, *size: int) -> Tensor:
+        return torch.randint(256, size, generator=self.generator, dtype=torch.uint8).to(self.device)
 
     def order(self, batch: int, length: int) -> Tensor:
         """A permutation of 0..length-1 for each sample."""
@@ -162,18 +169,22 @@ def _scatter(case: str, batch: int, length: int, kept: int, width: int) -> Sampl
     return Sample("scatter_tokens", case, scatter_tokens, reference.scatter_tokens, draw)
 
 
-def _embed(case: str, images: tuple[int, int, int, int], p: int, kept: int | None, width: int) -> Sample:
+def _embed(
+    case: str, images: tuple[int, int, int, int], p: int, kept: int | None, width: int, pixels: bool = False
+) -> Sample:
     batch, channels, height, columns = images
     length = (height // p) * (columns // p)
 
     def draw(d: Draw) -> list:
         ids = None if kept is None else d.order(batch, length)[:, :kept].contiguous()
         weight = d.low(width, channels, p, p, scale=(channels * p * p) ** -0.5)
-        return [d.fixed(*images), ids, weight, d.parameter(width), d.low(length, width), d.parameter(width)]
+        drawn = d.bytes(*images) if pixels else d.fixed(*images)
+        return [drawn, ids, weight, d.parameter(width), d.low(length, width), d.parameter(width)]
 
     def explicit(pixels, ids, weight, bias, pos, modality):
         """Pixels and projection are rounded to the weight's dtype."""
         dtype = weight.dtype
+        pixels = reference.normalise_images(pixels, torch.float32)
         projected = F.conv2d(pixels.to(dtype).float(), weight.float(), stride=p).to(dtype).float()
         tokens = projected.flatten(2).transpose(1, 2) + pos.float() + bias + modality
         if ids is not None:
@@ -183,12 +194,14 @@ def _embed(case: str, images: tuple[int, int, int, int], p: int, kept: int | Non
     return Sample("embed_kept_patches", case, embed_kept_patches, reference.embed_kept_patches, draw, explicit)
 
 
-def _mse(case: str, images: tuple[int, int, int, int], p: int, removed: int, norm: bool) -> Sample:
+def _mse(
+    case: str, images: tuple[int, int, int, int], p: int, removed: int, norm: bool, pixels: bool = False
+) -> Sample:
     batch, channels, height, columns = images
 
     def draw(d: Draw) -> list:
         ids = d.order(batch, (height // p) * (columns // p))[:, :removed].contiguous()
-        return [d.low(batch, removed, p * p * channels), d.fixed(*images), ids]
+        return [d.low(batch, removed, p * p * channels), d.bytes(*images) if pixels else d.fixed(*images), ids]
 
     return Sample(
         "masked_patch_mse", case,
@@ -217,6 +230,31 @@ def _contrastive(case: str, count: int, width: int, bidirectional: bool) -> Samp
     )  # fmt: skip
 
 
+def _log_mel(case: str, batch: int, samples: int) -> Sample:
+    return Sample(
+        "log_mel_fbank", case, log_mel_fbank, fbank.log_mel_fbank,
+        lambda d: [0.1 * d.fixed(batch, samples)],
+        low_precision_result=False, differentiable=False,
+    )  # fmt: skip
+
+
+def _log_mel_features(case: str, counts: list[int], length: int) -> Sample:
+    """int16 sound of clips of different lengths."""
+
+    def exact(waveform, num_samples):
+        return fbank.log_mel_features(waveform.double() / 32768, num_samples, length, -5.081, 4.4849)
+
+    def draw(d: Draw) -> list:
+        waveform = (3000 * d.fixed(len(counts), max(counts))).round().to(torch.int16)
+        return [waveform, torch.tensor(counts, device=d.device)]
+
+    return Sample(
+        "log_mel_fbank", case,
+        lambda waveform, num_samples: log_mel_features(waveform, num_samples, length, -5.081, 4.4849), exact, draw,
+        lambda *inputs: fbank.log_mel_features(*inputs, length, -5.081, 4.4849), differentiable=False,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
@@ -240,10 +278,14 @@ def _small() -> list[Sample]:
         _scatter("some", 2, 11, 5, 24),
         _embed("kept", (2, 3, 12, 8), 4, 3, 24),
         _embed("all", (2, 1, 8, 12), 4, None, 24),
+        _embed("bytes", (2, 3, 8, 12), 4, 3, 24, pixels=True),
         _mse("normalised", (2, 3, 12, 8), 4, 4, True),
         _mse("plain", (2, 1, 8, 12), 4, 3, False),
+        _mse("bytes", (2, 3, 8, 12), 4, 3, True, pixels=True),
         _contrastive("one-way", 33, 24, False),
         _contrastive("both-ways", 17, 33, True),
+        _log_mel("waveform", 2, 1000),
+        _log_mel_features("features", [800, 400, 1100], 6),
     ]
 
 
@@ -269,9 +311,13 @@ def _real() -> list[Sample]:
         _embed("audio", spectrogram, 16, 128, 768),
         _embed("video", frame, 16, 49, 768),
         _embed("video-all", frame, 16, None, 768),
+        _embed("video-bytes", frame, 16, 49, 768, pixels=True),
         _mse("audio", spectrogram, 16, 384, True),
         _mse("video", frame, 16, 147, True),
         _mse("video-plain", frame, 16, 147, False),
+        _mse("video-bytes", frame, 16, 147, True, pixels=True),
         _contrastive("one-way", 256, 768, False),
         _contrastive("both-ways", 97, 768, True),
+        _log_mel("waveform", 8, 163840),
+        _log_mel_features("features", [163840, 160000, 48000, 400], 1024),
     ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
+from cavmae_fast.data.features import image_features
 from cavmae_fast.ops import registry
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.reference import operators as reference
@@ -12,6 +13,7 @@ CASES = {
     "one pixel": ((1, 1, 1, 1), 1, 1, 1),
     "one patch an image": ((2, 3, 4, 4), 4, None, 5),
     "odd": ((3, 2, 15, 21), 3, 11, 97),
+    "odd rgb": ((3, 3, 15, 21), 3, 11, 97),
     "patch 14": ((2, 3, 28, 42), 14, 4, 33),
     "video": ((2, 3, 224, 224), 16, 49, 96),
     "all video": ((1, 3, 112, 112), 16, None, 768),
@@ -60,6 +62,35 @@ def test_parity(mode, case, dtype, pos_dtype):
     operator = transposed(embed_kept_patches) if case == "audio" else embed_kept_patches
     with registry.override(mode):
         assert_parity(operator, reference.embed_kept_patches, inputs(case, dtype, pos_dtype), baseline=explicit)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("case", ["one patch an image", "odd rgb", "patch 14", "video", "all video"])
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bytes_are_normalised(mode, case, layout, dtype):
+    """uint8 RGB gives what its normalised image gives."""
+    values = inputs(case, dtype)
+    values[0] = (values[0] * 60 + 120).clamp(0, 255).byte()
+
+    def operator(images, *rest):
+        memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
+        return embed_kept_patches(images.contiguous(memory_format=memory), *rest)
+
+    with registry.override(mode):
+        assert_parity(
+            operator,
+            reference.embed_kept_patches,
+            values,
+            baseline=lambda images, *rest: explicit(image_features(images), *rest),
+        )
+
+
+def test_bytes_are_three_channels():
+    images, *rest = inputs("odd", torch.float32)
+    rest[1] = rest[1][:, :1]
+    with pytest.raises(ValueError, match=r"images is torch.uint8 with 1 channels; uint8 is RGB, 3 channels"):
+        embed_kept_patches(images[:, :1].byte(), *rest)
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])

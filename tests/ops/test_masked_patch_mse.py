@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
+from cavmae_fast.data.features import image_features
 from cavmae_fast.ops import registry
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.reference import operators as reference
@@ -11,6 +12,7 @@ from cavmae_fast.reference import operators as reference
 CASES = {
     "one patch": ((1, 1, 4, 4), 4, 1),
     "odd": ((3, 2, 15, 21), 3, 11),
+    "odd rgb": ((3, 3, 15, 21), 3, 11),
     "patch 14": ((2, 3, 28, 42), 14, 5),
     "video": ((2, 3, 224, 224), 16, 147),
     "audio": ((1, 1, 128, 1024), 16, 384),
@@ -53,6 +55,30 @@ def check(mode, case, dtype, norm_pix_loss, shift=0.0):
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_parity(mode, case, dtype, norm_pix_loss):
     check(mode, case, dtype, norm_pix_loss)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("case", ["odd rgb", "patch 14", "video"])
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_bytes_are_normalised(mode, case, layout, dtype, norm_pix_loss):
+    """uint8 RGB gives what its normalised image gives."""
+    pred, images, ids = inputs(case, dtype)
+    p = CASES[case][1]
+    memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
+
+    with registry.override(mode):
+        assert_parity(
+            lambda pred, images, ids: masked_patch_mse(
+                pred, images.contiguous(memory_format=memory), ids, p, norm_pix_loss
+            ),
+            lambda *args: reference.masked_patch_mse(*args, p, norm_pix_loss),
+            [pred, (images * 60 + 120).clamp(0, 255).byte(), ids],
+            baseline=lambda pred, images, ids: reference.masked_patch_mse(
+                pred.float(), image_features(images), ids, p, norm_pix_loss
+            ),
+        )
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])

@@ -79,7 +79,7 @@ def test_operators_run_on_their_tensors_device(monkeypatch):
     for sample in SMALL:
         before = len(entered)
         run(sample.function, sample.inputs(torch.float32))
-        assert len(entered) - before >= 2, f"{sample}: forward and backward"
+        assert len(entered) - before >= 1 + sample.differentiable, f"{sample}: forward and backward"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,8 @@ def test_compiles_whole(sample):
     want, want_gradients, cotangents = run(sample.function, inputs)
     compiled = torch.compile(sample.function, fullgraph=True, backend="aot_eager")
     got, got_gradients, _ = run(compiled, inputs, cotangents)
-    assert len(got) == len(want) and len(got_gradients) == len(want_gradients) > 0
+    assert len(got) == len(want) and len(got_gradients) == len(want_gradients)
+    assert bool(got_gradients) == sample.differentiable
     for a, b in zip([*got, *got_gradients], [*want, *want_gradients]):
         assert torch.equal(a, b)
 
