@@ -175,7 +175,7 @@ def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namesp
 def wait(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
     """Share of the time that a training loop waits for batches."""
     name = "cav-mae-base" if report.on_gpu else "small"
-    batch, steps = (256, 40) if report.on_gpu else (16, 24)
+    batch, steps = (256, 40) if report.on_gpu else (16, 2 if options.tiny else 24)
     model = create_model(name).to(report.device).train()
     sizes = {"image_size": model.patch_embed_v.img_size[0], "audio_length": model.patch_embed_a.img_size[1]}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=default_count(), help="processes, or threads of DALI")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--tiny", action="store_true", help="marks the record as a dry run")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: few short clips; measures nothing")
     options = parser.parse_args(arguments)
     device = find_device(parser, options.device)
     chosen = options.sections.split(",")
@@ -234,14 +234,15 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(path, "data", device, options.tiny, 0.0, provenance(device, command, options.commit))
     report.data["settings"] = {
         name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")
-    } | {"media": [Path(place).name for place in options.media] or "generated, 10 s, 224 pixels"}
+    } | {"media": [Path(place).name for place in options.media] or "generated"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
             if options.media:
                 files = [source.video for source in find_sources(options.media)]
             else:
-                files = generate_clips(folder / "clips", num_train=24, num_test=1, seconds=10.0, size=224)[0]
+                count, seconds = (4, 1.0) if options.tiny else (24, 10.0)
+                files = generate_clips(folder / "clips", num_train=count, num_test=1, seconds=seconds, size=224)[0]
             listed = folder / "list.csv"
             repeated = itertools.islice(itertools.cycle(files), options.clips)
             listed.write_text("".join(f"{Path(file).resolve()}\n" for file in repeated))

@@ -14,6 +14,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import data  # noqa: E402
+import data_contenders  # noqa: E402
 import flops  # noqa: E402
 import gpu_suite  # noqa: E402
 import prove  # noqa: E402
@@ -243,3 +245,45 @@ def test_render_refuses_an_unknown_device(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         render.main(["no-such-device", "--out", str(tmp_path)])
     assert stopped.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_data_writes_every_section(tmp_path, capsys):
+    command = ["--device", "cpu", "--tiny", "--clips", "6", "--batch", "3", "--workers", "1", "--rounds", "1"]
+    assert data.main([*command, "--out", str(tmp_path)]) == 0
+    record = only_record(tmp_path)
+    assert record["status"] == "ok" and record["tiny"] and record["provenance"].keys() >= PROVENANCE
+    assert str(tmp_path) not in json.dumps(record)
+    rates = {row["loader"]: row for row in record["loaders"]}
+    assert rates["published way"]["to_published"] == 1.0
+    assert {"torch, shards", "torch, published layout", "torch, videos"} <= rates.keys()
+    for row in rates.values():
+        assert row["to_published"] == pytest.approx(row["clips_per_s"] / rates["published way"]["clips_per_s"])
+    (prepared,) = record["prepare"]
+    alone, whole = (prepared["rates"][name]["clips_per_s"] for name in ("decoding alone", "prepare"))
+    assert prepared["cost_over_decoding"] == pytest.approx(alone / whole - 1)
+    assert len(record["stages"]) == 9 and all(row["ms_per_clip"] > 0 for row in record["stages"])
+    assert all(0 <= row["waited"] <= 1 and row["clips_per_s"] > 0 for row in record["wait"])
+    text = capsys.readouterr().out
+    assert "| torch, shards |" in text and "more than decoding alone" in text
+    assert "**A dry run at small shapes" in next(tmp_path.glob("*/README.md")).read_text()
+
+
+def test_the_published_way_gives_our_features(tmp_path):
+    """What is timed against our loader computes the same: image and, but for noise and roll, spectrogram."""
+    from media_sets import write_published
+
+    from cavmae_fast.data.loader import Loader
+    from cavmae_fast.data.synthetic import generate_clips
+
+    videos, _ = generate_clips(tmp_path / "clips", num_train=3, num_test=1, seconds=2.0, size=224)
+    listed = write_published(tmp_path / "p", videos, size=224)
+    dataset = data_contenders.PublishedDataset(listed)
+    (batch,) = Loader(listed, 3, workers=0, normalize_images=True)
+    for row, entry in enumerate(dataset.rows):
+        features = (dataset.fbank(dataset.base / entry["wav"]) + 5.081) / 4.4849
+        torch.testing.assert_close(batch.audio[row], features, atol=1e-3, rtol=0)
+        image = dataset.image(dataset.base / "frame_5" / f"{entry['video_id']}.jpg")
+        torch.testing.assert_close(batch.image[row], image, atol=1e-5, rtol=0)

@@ -258,6 +258,16 @@ def test_all_clips_are_evaluated_once_whatever_the_ranks(sets):
         assert len(ids) == 25 == len(set(ids))
 
 
+def test_ranks_are_those_of_torch_distributed(sets, monkeypatch):
+    distributed = torch.distributed
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 3)):
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    order = Loader(sets["shards"], 4, workers=0, **SMALL).order
+    assert (order.rank, order.world_size) == (1, 3)
+    order = Loader(sets["shards"], 4, workers=0, rank=0, world_size=2, **SMALL).order
+    assert (order.rank, order.world_size) == (0, 2)
+
+
 def test_a_state_of_other_data_is_refused(sets):
     loader = Loader(sets["shards"], 4, training=True, seed=1, workers=0, **SMALL)
     for name, value in (("clips", 24), ("seed", 2), ("shuffle", False), ("weighted", True)):

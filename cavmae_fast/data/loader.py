@@ -132,7 +132,7 @@ class Features:
         count = torch.tensor([one.samples for one in loaded], dtype=torch.int64)
         labels = self._labels(loaded, draws)
         on_cpu = self.device.type == "cpu"
-        image = image.permute(0, 3, 1, 2).to(self.device, non_blocking=True)  # [n, 3, S, S], channels last
+        image = image.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # [n, 3, S, S], channels last
         waveform = waveform.to(self.device, non_blocking=True)
         count = count if on_cpu else count.pin_memory().to(self.device, non_blocking=True)
         if self.normalize_images:
@@ -263,6 +263,8 @@ class Loader:
             )
         self.plan = Plan(self.order, augmentation, num_frames, audio_length, training, frame)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # threads do not share the current device
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.backend, self.reason = choose_backend(backend, self.clips, self.device)
         self.features = Features(
             self.device, audio_length, mean, std, augmentation, _label_set(labels, self.clips),
