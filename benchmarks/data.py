@@ -20,15 +20,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import BenchmarkError, add_arguments, device_name, find_device, provenance
-from data_contenders import DecodeOnly, published_batches
+from data_contenders import DecodeOnly, HostWork, published_loader
 from render import data_tables, render
 from report import Report
-from timing import elapsed
+from timing import elapsed, synchronize
 
 from cavmae_fast.data import dali
 from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image, encode_sound
@@ -42,6 +43,7 @@ from cavmae_fast.data.synthetic import generate_clips
 from cavmae_fast.data.workers import Job, Workers, default_count
 from cavmae_fast.models import create_model
 
+CPU = torch.device("cpu")
 SECTIONS = ("stages", "prepare", "loaders", "wait")
 
 
@@ -62,19 +64,31 @@ def export_published(shards: ShardSet, folder: Path) -> Path:
     return folder / "list.json"
 
 
-def interleaved(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Each contender's clips/s, one epoch a round, all in turn; the first round warms up and does not count."""
+def clocked(run: Callable[[], int], device: torch.device) -> float:
+    """Clips/s of `run`, which returns how many clips it went through."""
+    begin = time.perf_counter()
+    clips = run()
+    synchronize(device)
+    return clips / (time.perf_counter() - begin)
+
+
+def interleaved(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """The clips/s that each contender returns, one epoch a round, all in turn; the first round warms up and does not
+    count."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
         for name, run in contenders.items():
-            begin = time.perf_counter()
-            clips = run()
+            rate = run()
             if round_:
-                rates[name].append(clips / (time.perf_counter() - begin))
+                rates[name].append(rate)
     return {
         name: {"clips_per_s": statistics.median(found), "min": min(found), "max": max(found), "rounds": rounds}
         for name, found in rates.items()
     }
+
+
+def _rest(loader: Loader) -> None:
+    loader.load_state_dict({**loader.state_dict(), "position": 0})
 
 
 def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -92,15 +106,14 @@ def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespa
     ]).to(report.device)  # fmt: skip
     count = torch.tensor([len(c.waveform) for c in clips]).to(report.device)
     image = torch.stack([torch.from_numpy(c.frames[5]) for c in clips]).permute(0, 3, 1, 2).to(report.device)
-    cpu = torch.device("cpu")
     work: dict[str, tuple[Callable[[], object], torch.device]] = {
-        "decode a video: 10 frames and sound": (lambda: [read_clip(path) for path in sources], cpu),
-        "decode a video: 1 frame and sound": (lambda: [read_clip(path, frame=5) for path in sources], cpu),
-        "encode 10 JPEG": (lambda: [encode_image(f, 90) for c in clips for f in c.frames], cpu),
-        "encode FLAC": (lambda: [encode_sound(c.waveform) for c in clips], cpu),
-        "read a clip from a shard, with checksums": (lambda: [record.read(5) for record in records], cpu),
-        "decode JPEG": (lambda: [decode_image(data, 224, "") for data in jpegs], cpu),
-        "decode FLAC": (lambda: [decode_sound(data, "") for data in flacs], cpu),
+        "decode a video: 10 frames and sound": (lambda: [read_clip(path) for path in sources], CPU),
+        "decode a video: 1 frame and sound": (lambda: [read_clip(path, frame=5) for path in sources], CPU),
+        "encode 10 JPEG": (lambda: [encode_image(f, 90) for c in clips for f in c.frames], CPU),
+        "encode FLAC": (lambda: [encode_sound(c.waveform) for c in clips], CPU),
+        "read a clip from a shard, with checksums": (lambda: [record.read(5) for record in records], CPU),
+        "decode JPEG": (lambda: [decode_image(data, 224, "") for data in jpegs], CPU),
+        "decode FLAC": (lambda: [decode_sound(data, "") for data in flacs], CPU),
         "log-mel features, batched": (lambda: audio_features(waveform, count), report.device),
         "normalise images, batched": (lambda: image_features(image), report.device),
     }
@@ -131,39 +144,46 @@ def preparing(report: Report, listed: Path, folder: Path, options: argparse.Name
         prepare(PrepareConfig(src=(str(listed),), out=out, workers=options.workers, shard_clips=100))
         return len(sources)
 
-    rates = interleaved({"decoding alone": decode, "prepare": whole}, options.rounds)
+    contenders = {name: partial(clocked, run, CPU) for name, run in (("decoding alone", decode), ("prepare", whole))}
+    rates = interleaved(contenders, options.rounds)
     cost = rates["decoding alone"]["clips_per_s"] / rates["prepare"]["clips_per_s"] - 1
     report.add("prepare", {"workers": options.workers, "rates": rates, "cost_over_decoding": cost})
 
 
 def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Clips/s of each loader, features included, on the same clips and as many processes or threads."""
+    """Clips/s of each loader on the same clips and as many processes or threads: features included, on `--device`; and
+    without them, which is the host's work alone where the features are a GPU's."""
     published = export_published(ShardSet(folder / "shards"), folder / "published")
     opened: list[Loader] = []
 
-    def ours(data: Path, backend: str) -> Callable[[], int]:
+    def ours(data: Path, backend: str, features: bool = True) -> Callable[[], float]:
         loader = Loader(
             data, options.batch, training=True, backend=backend, workers=options.workers, device=report.device
         )  # fmt: skip
         opened.append(loader)
+        if not features:
+            loader.features = HostWork()
 
-        def epoch() -> int:
-            clips = sum(len(batch.ids) for batch in loader)
-            if report.on_gpu:
-                torch.cuda.synchronize(report.device)
-            return clips
+        def epoch() -> float:
+            _rest(loader)  # nothing is decoded ahead when the clock starts
+            rate = clocked(lambda: sum(len(batch.ids) for batch in loader), report.device)
+            _rest(loader)  # and nothing goes on in the others' time
+            return rate
 
         return epoch
 
+    theirs = published_loader(published, options.batch, options.workers)
     contenders = {
-        "published way": lambda: sum(published_batches(published, options.batch, options.workers)),
+        "published way": lambda: clocked(lambda: sum(len(audio) for audio, _ in theirs), report.device),
         "torch, published layout": ours(published, "torch"),
         "torch, shards": ours(folder / "shards", "torch"),
+        "torch, shards, without features": ours(folder / "shards", "torch", features=False),
         "torch, videos": ours(listed, "torch"),
     }
     if dali.available() is None:
         contenders["dali, published layout"] = ours(published, "dali")
         contenders["dali, shards"] = ours(folder / "shards", "dali")
+        contenders["dali, shards, without features"] = ours(folder / "shards", "dali", features=False)
     rates = interleaved(contenders, options.rounds)
     for loader in opened:
         loader.close()
@@ -189,16 +209,14 @@ def wait(report: Report, listed: Path, folder: Path, options: argparse.Namespace
         begin = waited = 0.0
         for step, one in enumerate(itertools.islice(_endless(loader), steps + 4)):
             if step == 4:  # caches and clocks are warm
-                if report.on_gpu:
-                    torch.cuda.synchronize(report.device)
+                synchronize(report.device)
                 begin, waited = time.perf_counter(), loader.waited
             with torch.autocast(report.device.type, torch.bfloat16):
                 loss = model(one.audio, one.image)[0]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if report.on_gpu:
-            torch.cuda.synchronize(report.device)
+        synchronize(report.device)
         seconds = time.perf_counter() - begin
         loader.close()
         report.add("wait", {
@@ -216,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--media", nargs="*", default=[], help="media files or folders; default: generated clips")
-    parser.add_argument("--clips", type=int, default=192, help="clips of an epoch; few files are repeated")
+    parser.add_argument("--clips", type=int, default=480, help="clips of an epoch; few files are repeated")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--workers", type=int, default=default_count(), help="processes, or threads of DALI")
     parser.add_argument("--rounds", type=int, default=5)

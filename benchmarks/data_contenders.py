@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cavmae_fast.data.decoding import Decoded
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, IMAGE_MEAN, IMAGE_STD
+from cavmae_fast.data.loader import Batch
 from cavmae_fast.data.media import MediaError, read_clip
 from cavmae_fast.data.sources import Source
+from cavmae_fast.data.steps import Step
 from cavmae_fast.reference.fbank import log_mel_fbank
 
 TARGET_LENGTH = 1024
@@ -59,12 +61,11 @@ class PublishedDataset(Dataset):
         return features, self.image(frame)
 
 
-def published_batches(listed: Path, batch: int, workers: int) -> Iterator[int]:
-    """Clips of each batch of one epoch."""
-    loader = DataLoader(PublishedDataset(listed), batch, shuffle=True, num_workers=workers, drop_last=True)
-    for audio, image in loader:
-        assert audio.shape[1:] == (TARGET_LENGTH, 128) and image.shape[1:] == (3, 224, 224)
-        yield len(audio)
+def published_loader(listed: Path, batch: int, workers: int) -> DataLoader:
+    """The published loader; its workers are kept from epoch to epoch, so that their start does not count."""
+    return DataLoader(
+        PublishedDataset(listed), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+    )
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,11 @@ class DecodeOnly:
         except MediaError:
             return False
         return True
+
+
+class HostWork:
+    """In the place of a loader's `Features`: nothing. What is left is the work of the host, where features are a GPU's."""
+
+    def __call__(self, step: Step, decoded: Decoded) -> Batch:
+        ids = [loaded.id for loaded in decoded.loaded if loaded is not None]
+        return Batch(ids, decoded.waveform, decoded.image, None, step.draws.frame, step.epoch, step.position, [])

@@ -8,9 +8,10 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cavmae_fast.data.shards import (
     INDEX,
     LABELS,
     MANIFEST,
+    MAX_FRAMES,
     REJECTS,
     VERSION,
     PreparedClip,
@@ -30,6 +32,7 @@ from cavmae_fast.data.shards import (
     finished,
     index_dtype,
     read_record,
+    to_json,
     write_whole,
 )
 from cavmae_fast.data.sources import Source, find_sources, read_file
@@ -37,6 +40,8 @@ from cavmae_fast.data.workers import MEMORY_LIMIT, TIMEOUT, Job, Lost, Workers, 
 
 _PLAN = "prepare.json"
 _JOBS_A_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory
+_HELD_BYTES = 256 << 20  # results that wait for their turn; beyond, nothing more is begun
+_CLIP_BYTES = 64 << 20  # a clip of extracted files; one from a video takes 0.6 MB
 
 
 class PrepareError(RuntimeError):
@@ -52,7 +57,7 @@ class PrepareConfig:
 
     src: tuple[str, ...]
     """Folders, media files, globs, CSV files of paths, or lists as published (JSON)."""
-    out: Path
+    out: Path = Path("shards")
     """Folder for the shards, their index, manifest.json and rejects.jsonl."""
     labels: Path | None = None
     """CSV of the classes (index,mid,display_name); clips with other labels are left out."""
@@ -111,7 +116,11 @@ class EncodeClip:
 
     def _from_files(self, source: Source) -> tuple[list[bytes], np.ndarray]:
         """Extracted frames are taken as they are, byte for byte, once they are known to decode."""
-        images = [source.image(number) for number in range(self.frames)]
+        images: list[bytes] = []
+        for number in range(self.frames):
+            images.append(source.image(number))
+            if (size := sum(map(len, images))) > _CLIP_BYTES:
+                raise MediaError(f"{source}: {len(images)} frames take {size} bytes; allowed: {_CLIP_BYTES} for a clip")
         for image in set(images):
             decode_image(image, self.size, source.frame_path(images.index(image)))
         waveform = decode_sound(read_file(source.sound), source.sound)
@@ -130,23 +139,23 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     _check(config)
     known = frozenset(LabelSet.from_csv(config.labels).mids) if config.labels else None
     sources = find_sources(config.src)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with _locked(config.out):
-        _match_plan(config, sources)
-        if config.labels:
-            shutil.copyfile(config.labels, config.out / LABELS)
-        for part in config.out.glob(".*.part"):
-            part.unlink()
-        encode = EncodeClip(config.frames, config.size, config.seconds, config.quality, known)
-        try:
+    encode = EncodeClip(config.frames, config.size, config.seconds, config.quality, known)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with _locked(config.out):
+            _match_plan(config, sources)
+            if config.labels:
+                write_whole(config.out / LABELS, config.labels.read_text(encoding="utf-8-sig"))
+            for part in config.out.glob(".*.part"):
+                part.unlink()
             _run(config, sources, encode)
             manifest = _publish(config, len(sources))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise PrepareError(
-                    f"{config.out}: {error.strerror}; finished shards are whole; make room and start the same command again"
-                ) from error
-            raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise PrepareError(
+                f"{config.out}: {error.strerror}; finished shards are whole; make room and start the same command again"
+            ) from error
+        raise
     if not manifest["clips"]:
         reason = json.loads((config.out / REJECTS).open(encoding="utf-8").readline())["reason"]
         raise MediaError(f"none of the {len(sources)} clips can be used; the first: {reason}")
@@ -154,9 +163,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _check(config: PrepareConfig) -> None:
+    if not config.src:
+        raise ValueError("SRC names nothing; allowed: folders, media files, globs, CSV files, JSON lists")
     limits = {
-        "frames": (1, 1000), "size": (1, 4096), "quality": (1, 95), "shard_clips": (1, 10**6), "seconds": (0.025, 3600),
-        "timeout": (0.1, 86400), "workers": (1, 4096),
+        "frames": (1, MAX_FRAMES), "size": (1, 4096), "quality": (1, 95), "shard_clips": (1, 10**6),
+        "seconds": (0.025, 3600), "timeout": (0.1, 86400), "workers": (1, 4096),
     }  # fmt: skip
     for name, (low, high) in limits.items():
         if getattr(config, name) is not None and not low <= getattr(config, name) <= high:
@@ -169,7 +180,7 @@ def _locked(out: Path) -> Iterator[None]:
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise PrepareError(f"{out}: another `cavmae-fast prepare` is at work on it") from error
         yield
 
@@ -218,8 +229,9 @@ def _run(config: PrepareConfig, sources: list[Source], encode: EncodeClip) -> No
         if not todo:
             return
         with Workers(
-            encode, count, timeout=config.timeout, report=tqdm.write, describe=lambda item: str(item[1])
-        ) as workers:
+            encode, count, timeout=config.timeout, describe=lambda item: str(item[1]),
+            report=partial(tqdm.write, file=sys.stderr),  # which, unlike stdout, takes names that are no text
+        ) as workers:  # fmt: skip
             results = _in_order(workers, ((key, sources[key]) for span in spans for key in span), _JOBS_A_WORKER * count)
             for number, span in zip(missing, spans, strict=True):
                 writer = ShardWriter(config.out, number)
@@ -246,23 +258,29 @@ def _run(config: PrepareConfig, sources: list[Source], encode: EncodeClip) -> No
 def _in_order(workers: Workers, items: Iterator[Any], window: int) -> Iterator[Any]:
     """The results of `items`, in their order; no more than `window` are under way or waiting for their turn."""
     done: dict[int, Any] = {}
-    sent = taken = 0
+    sent = taken = held = 0
     while True:
-        for item in items:
+        while sent - taken < window and held < _HELD_BYTES and (item := next(items, None)) is not None:
             workers.submit(Job([item], tag=sent))
             sent += 1
-            if sent - taken >= window:
-                break
         if taken == sent:
             return
         while taken not in done:
-            done.update((job.tag, job.results[0]) for job in workers.wait())
-        yield done.pop(taken)
+            for job in workers.wait():
+                done[job.tag] = job.results[0]
+                held += _nbytes(job.results[0])
+        result = done.pop(taken)
+        held -= _nbytes(result)
         taken += 1
+        yield result
+
+
+def _nbytes(result: PreparedClip | str | Lost) -> int:
+    return len(result.sound) + sum(map(len, result.images)) if isinstance(result, PreparedClip) else 0
 
 
 def _line(reject: dict[str, Any]) -> str:
-    return json.dumps(reject, ensure_ascii=False) + "\n"
+    return to_json(reject) + "\n"
 
 
 def _publish(config: PrepareConfig, total: int) -> dict[str, Any]:

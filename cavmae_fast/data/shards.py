@@ -33,6 +33,8 @@ from cavmae_fast.data.media import MediaError
 
 VERSION = 1
 MANIFEST, INDEX, REJECTS, LABELS = "manifest.json", "index.npy", "rejects.jsonl", "labels.csv"
+MAX_FRAMES = 1000
+"Frames a clip may have."
 _BLOCK = 512  # tar
 _OPEN_FILES = 128
 
@@ -88,7 +90,7 @@ class ShardWriter:
         self._clips: list[dict[str, Any]] = []
 
     def add(self, clip: PreparedClip) -> None:
-        members = [json.dumps(clip.meta, ensure_ascii=False).encode(), clip.sound, *clip.images]
+        members = [to_json(clip.meta).encode(), clip.sound, *clip.images]
         sizes = [len(data) for data in members]
         self._clips.append(
             {
@@ -113,7 +115,7 @@ class ShardWriter:
         if self._clips:
             write_whole(self.folder / f"{name}.idx", dali_index(self._clips))
         record = {"number": self.number, "bytes": size if self._clips else 0, "clips": self._clips, "rejects": rejects}
-        write_whole(self.folder / f"{name}.json", json.dumps(record, ensure_ascii=False))
+        write_whole(self.folder / f"{name}.json", to_json(record))
         if self._clips:
             self._part.replace(self.folder / f"{name}.tar")
         else:
@@ -125,6 +127,16 @@ class ShardWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON, in UTF-8 as people read it; in ASCII where a name is no text (file names may be any bytes)."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -143,12 +155,13 @@ def write_whole(path: Path, text: str) -> None:
 
 def finished(folder: Path, number: int) -> dict[str, Any] | None:
     """The record of a shard that is complete, or None."""
-    if not (folder / f"{shard_name(number)}.json").exists():
+    try:
+        record = read_record(folder, number)
+        tar = folder / f"{shard_name(number)}.tar"
+        whole = not record["clips"] or (tar.is_file() and tar.stat().st_size == record["bytes"])
+    except (ShardError, KeyError, TypeError):  # not there, or not what `finish` wrote
         return None
-    record = read_record(folder, number)
-    tar = folder / f"{shard_name(number)}.tar"
-    whole = not record["clips"] or (tar.is_file() and tar.stat().st_size == record["bytes"])
-    return record if whole else None
+    return record if whole and "rejects" in record else None
 
 
 def dali_index(clips: Sequence[dict[str, Any]]) -> str:
@@ -208,6 +221,8 @@ class ShardClip:
         member = 2 + frame
         try:
             descriptor = _files.descriptor(self.path)
+            if starts[-1] + self.sizes[-1] > os.fstat(descriptor).st_size:
+                raise MediaError(f"{self}: {INDEX} places it past the end of the file")
             head = os.pread(descriptor, starts[1] + self.sizes[1] - starts[0], starts[0])  # JSON and FLAC are neighbours
             image = os.pread(descriptor, self.sizes[member], starts[member])
         except OSError as error:
@@ -236,12 +251,12 @@ class ShardSet:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.num_frames = int(self.manifest["frames"])
+        self.num_frames = self.manifest["frames"]
         try:
             self.index = np.load(self.folder / INDEX, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy lets through what a damaged header makes it meet
             raise ShardError(f"{self.folder / INDEX}: not a readable index ({error})") from error
-        if self.index.dtype != index_dtype(self.num_frames) or len(self.index) != self.manifest["clips"]:
+        if self.index.dtype != index_dtype(self.num_frames) or self.index.shape != (self.manifest["clips"],):
             raise ShardError(f"{self.folder / INDEX}: does not fit {MANIFEST}; prepare the shards again")
         for shard in self.manifest["shards"]:
             path = self.folder / f"{shard_name(shard['number'])}.tar"
@@ -271,6 +286,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if manifest["version"] != VERSION:
             raise ShardError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
+        counts = [manifest[name] for name in ("listed", "clips", "frames")]
+        counts += [shard[name] for shard in manifest["shards"] for name in ("number", "clips", "bytes")]
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or not 1 <= manifest["frames"] <= MAX_FRAMES:
+            raise ShardError(f"{path}: not a manifest that `cavmae-fast prepare` wrote (a number is out of range)")
         return manifest
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such file; `cavmae-fast prepare` writes it when all shards are done") from error

@@ -69,20 +69,24 @@ def read_file(path: str) -> bytes:
     """The whole of a small file. Raises MediaError naming it when that fails."""
     try:
         # Non-blocking, so that a pipe among the files does not hang us; a regular file does not notice.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             size = os.fstat(file.fileno()).st_size
             if not 0 < size <= _MAX_FILE_BYTES:
                 raise MediaError(f"{path}: {size} bytes; allowed: 1 byte to 1 GiB")
             return file.read(size)
     except OSError as error:
         raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a name that no file can have
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{path!a}: cannot be read ({error})") from error
 
 
 def find_sources(places: Sequence[str | Path]) -> list[Source]:
     """The clips that `places` name, in a fixed order.
 
     A place is a folder (searched recursively for media files, sorted), a media file, a glob, a CSV file of media paths
-    (first column; an optional column of comma-joined label ids; a first row that names no media file is the heading), or
+    (first column; an optional column of comma-joined label ids; a first row without folder and suffix is the heading), or
     a JSON list as published: `{"data": [{"video_id", "wav", "video_path", "labels"}]}`, where `video_path` is a folder of
     extracted frames or a video file, and `video` may name the video instead. Relative paths in a list start at the list.
 
@@ -120,7 +124,7 @@ def _paths(path: Path) -> list[Source]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MediaError(f"{path}: not a readable CSV list ({error})") from error
     first = rows[0][0].strip() if rows else ""
-    if not first.lower().endswith(VIDEO_SUFFIXES) and not (path.parent / first).is_file():
+    if not ("/" in first or Path(first).suffix or (path.parent / first).is_file()):
         rows = rows[1:]  # the heading
     found = []
     for row in rows:
@@ -133,7 +137,7 @@ def _paths(path: Path) -> list[Source]:
 def _published(path: Path) -> list[Source]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MediaError(f'{path}: not a readable list; allowed: JSON {{"data": [...]}} ({error!r})') from error
     if not isinstance(rows, list):
         raise MediaError(f'{path}: "data" is {type(rows).__name__}; allowed: a list of clips')

@@ -8,6 +8,7 @@ is at. The parent's script is not imported again, so no `if __name__ == "__main_
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import pickle
@@ -28,6 +29,9 @@ TIMEOUT = 25.0
 "Seconds one item may take."
 _POLL_SECONDS = 0.5
 _STRIKES = 2  # workers an item may kill: the first may have been killed from outside
+_BOOT_SECONDS = 300.0  # for Python and the libraries to load, perhaps from a slow network disk
+_GRACE_SECONDS = 5.0  # for a worker to end when its socket is closed
+_FAILED_STARTS = 10  # workers in a row that end before their first item: then it is not the items
 _BOOT = "import sys; from cavmae_fast.data.workers import _serve; _serve(*map(int, sys.argv[1:]))"
 
 
@@ -39,7 +43,8 @@ class Lost:
 
 
 class WorkerError(RuntimeError):
-    """The callable raised in a worker: an error of the program, not of an item; the message holds its traceback."""
+    """An error of the program, not of an item: the callable raised (the message holds its traceback), or workers do not
+    start."""
 
 
 @dataclass(eq=False)
@@ -58,7 +63,7 @@ class Job:
 class _Worker:
     """One process, its socket and its byte of progress."""
 
-    def __init__(self, function: bytes, memory: int, fds: Sequence[int]):
+    def __init__(self, function: bytes, memory: int, timeout: float, fds: Sequence[int]):
         shared = os.memfd_create("progress")
         os.truncate(shared, mmap.PAGESIZE)
         self.progress = mmap.mmap(shared, mmap.PAGESIZE)
@@ -68,34 +73,45 @@ class _Worker:
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(shared), str(memory)],
+                [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(shared), str(memory), str(math.ceil(timeout))],
                 stdin=subprocess.DEVNULL, env=environment, pass_fds=(theirs.fileno(), shared, *fds),
             )  # fmt: skip
         os.close(shared)
         self.connection = Connection(ours.detach())
-        self.connection.send_bytes(function)
+        with contextlib.suppress(OSError):  # it died: found out when its socket is read
+            self.connection.send_bytes(function)
         self.jobs: deque[Job] = deque()  # the first is being worked on, the second waits in the socket
         self.sent: deque[list[int]] = deque()
-        self.seen = (0, time.monotonic())
+        self.rest(0)
 
     def send(self, job: Job) -> None:
         numbers = job.left()
         self.jobs.append(job)
         self.sent.append(numbers)
         if len(self.jobs) == 1:
-            self.seen = (self._count(), time.monotonic())
-        with contextlib.suppress(OSError):  # it died: found out when its socket is read
+            self.rest(self._count())
+        with contextlib.suppress(OSError):
             self.connection.send([job.items[i] for i in numbers])
 
     def _count(self) -> int:
         return int.from_bytes(self.progress[:8], "little")
 
+    def rest(self, count: int) -> None:
+        """Begins to measure anew: `count` is that of the item being worked on, -1 where it is not known."""
+        self.seen, self.looked, self.taken = count, time.monotonic(), 0.0
+
+    @property
+    def booted(self) -> bool:
+        return self._count() > 0
+
     def stuck(self, timeout: float) -> bool:
-        """Whether the item being worked on has taken longer than `timeout`."""
-        count = self._count()
-        if not self.jobs or count != self.seen[0]:
-            self.seen = (count, time.monotonic())
-        return time.monotonic() - self.seen[1] > timeout
+        """Whether the item being worked on has taken longer than `timeout`, as far as this process was awake to see it."""
+        count, now = self._count(), time.monotonic()
+        if count != self.seen:
+            self.rest(count)
+        self.taken += min(now - self.looked, 2 * _POLL_SECONDS)  # more: this process was stopped or busy, like the worker
+        self.looked = now
+        return self.taken > (timeout if count else max(timeout, _BOOT_SECONDS))
 
     def current(self) -> int:
         """The number, within the first job, of the item being worked on."""
@@ -107,7 +123,11 @@ class _Worker:
         if kill:
             self.process.kill()
         self.connection.close()
-        status = self.process.wait()
+        try:
+            status = self.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # its socket is closed, and yet it does not end
+            self.process.kill()
+            status = self.process.wait()
         self.progress.close()
         return status
 
@@ -143,10 +163,17 @@ class Workers:
         self._memory, self._fds, self.timeout = memory, fds, timeout
         self._report, self._describe = report, describe
         self._queue: deque[Job] = deque()
-        self._workers = [self._start() for _ in range(count)]
+        self._failed_starts = 0
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(count):
+                self._workers.append(self._start())
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> _Worker:
-        return _Worker(self._function, self._memory, self._fds)
+        return _Worker(self._function, self._memory, self.timeout, self._fds)
 
     @property
     def pids(self) -> list[int]:
@@ -167,7 +194,7 @@ class Workers:
         """Jobs that are complete, as soon as there is one; an empty list when nothing is under way or time is up.
 
         Raises:
-            WorkerError: the callable raised.
+            WorkerError: the callable raised, or worker after worker ends before it begins.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while any(worker.jobs for worker in self._workers):
@@ -189,10 +216,11 @@ class Workers:
 
     def _collect(self, worker: _Worker) -> list[Job]:
         ok, value = worker.connection.recv()
+        job, numbers = worker.jobs.popleft(), worker.sent.popleft()
+        worker.rest(-1)
+        self._failed_starts = 0
         if not ok:
             raise WorkerError(value)
-        job, numbers = worker.jobs.popleft(), worker.sent.popleft()
-        worker.seen = (-1, time.monotonic())
         job.results.update(zip(numbers, value, strict=True))
         return [] if job.left() else [job]
 
@@ -202,12 +230,17 @@ class Workers:
         The item it was at is lost for `cause`, or when it kills its second worker.
         """
         worker = self._workers[number]
-        culprit = worker.current() if worker.jobs else None
+        booted = worker.booted
+        culprit = worker.current() if worker.jobs and booted else None
         status = worker.close(kill=cause is not None)
+        if not booted:
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                raise WorkerError(f"{_FAILED_STARTS} workers in a row ended before their first item ({_status(status)})")
         self._workers[number] = self._start()
         self._queue.extendleft(reversed(worker.jobs))
         if culprit is None:
-            self._report(f"an idle worker ended ({_status(status)}); another took its place")
+            self._report(f"a worker that was at no item ended ({_status(status)}); another took its place")
             return []
         job = worker.jobs[0]
         job.strikes[culprit] = job.strikes.get(culprit, 0) + 1
@@ -256,7 +289,7 @@ def default_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _serve(socket_fd: int, progress_fd: int, memory: int) -> None:
+def _serve(socket_fd: int, progress_fd: int, memory: int, timeout: int) -> None:
     """A worker's life: the callable first, then jobs until the parent closes the socket or is gone."""
     import resource
     import traceback
@@ -267,17 +300,23 @@ def _serve(socket_fd: int, progress_fd: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(socket_fd)
     progress = mmap.mmap(progress_fd, mmap.PAGESIZE)
-    count = 0
+    # Should the parent be gone when an item hangs, nobody else stops this process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    deadline = 2 * timeout + 60
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         function = pickle.loads(connection.recv_bytes())
+        count = 1
+        progress[:8] = count.to_bytes(8, "little")
         while True:
             items, results = connection.recv(), []
             try:
                 for position, item in enumerate(items):
                     count += 1
                     progress[:16] = count.to_bytes(8, "little") + position.to_bytes(8, "little")
+                    signal.alarm(deadline)
                     results.append(function(item))
                 reply = (True, results)
             except Exception:
                 reply = (False, traceback.format_exc())
+            signal.alarm(0)
             connection.send(reply)
