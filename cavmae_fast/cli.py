@@ -55,7 +55,7 @@ def _prepare(config) -> None:
     print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e9:.2f} GB: {config.out}")
     if manifest["rejects"]:
         print(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
-    print(f"next: look at them with  cavmae-fast check {config.out}  and train with  cavmae-fast pretrain --data {config.out}")
+    print(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")
 
 
 def _check(config) -> None:

@@ -27,10 +27,9 @@ from cavmae_fast.data import prepare as module
 from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image
 from cavmae_fast.data.media import MediaError, read_clip
 from cavmae_fast.data.prepare import EncodeClip, PrepareConfig, PrepareError, prepare
-from cavmae_fast.data.shards import PreparedClip, ShardSet
+from cavmae_fast.data.shards import ShardSet
 from cavmae_fast.data.sources import Source, find_sources
 from cavmae_fast.data.synthetic import generate_clips
-from cavmae_fast.data.workers import Job
 
 SCRIPT = """
 import json, sys
@@ -346,39 +345,6 @@ def test_a_clip_of_huge_files_is_left_out(tmp_path):
     (tmp_path / "frame_0" / "v.jpg").write_bytes(frame)
     result = EncodeClip(10, 32, 1.0, 90, None)((0, Source("v", frames=str(tmp_path), sound="/no/such")))
     assert re.fullmatch(r"/no/such: 3 frames take \d+ bytes; allowed: 67108864 for a clip", result)
-
-
-class Instant:
-    """Workers that answer newest first, and count what is under way."""
-
-    def __init__(self, result):
-        self.jobs: list[Job] = []
-        self.result, self.most, self.submitted = result, 0, 0
-
-    def submit(self, job: Job) -> None:
-        self.submitted += 1
-        self.jobs.append(job)
-        self.most = max(self.most, len(self.jobs))
-
-    def wait(self) -> list[Job]:
-        job = self.jobs.pop()
-        job.results[0] = self.result(job.items[0])
-        return [job]
-
-
-def test_results_come_in_order_and_few_are_held():
-    workers = Instant(str)
-    assert list(module._in_order(workers, iter(range(100)), 8)) == list(map(str, range(100)))
-    assert workers.most == 8
-    big = PreparedClip(0, {}, bytes(1), [bytes(module._HELD_BYTES // 4)])
-    workers = Instant(lambda item: big)
-    results = module._in_order(workers, iter(range(10**9)), 10)
-    begun = []
-    for _ in range(12):
-        next(results)
-        begun.append(workers.submitted)
-    assert begun[:7] == [10] * 7 and begun[-1] > 10  # nothing is begun while ten, nine, ... four large results wait
-    assert len(list(module._in_order(Instant(lambda item: big), iter(range(100)), 1000))) == 100
 
 
 @pytest.mark.parametrize("error, reason", [

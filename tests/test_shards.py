@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 import tracemalloc
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -220,8 +221,7 @@ def test_names_in_the_tar_lead_nowhere(made, name):
 
 
 def test_open_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_FILES", 3)
-    monkeypatch.setattr(shards, "_files", shards._Files())
+    monkeypatch.setattr(shards, "_open", lru_cache(maxsize=3)(shards._File))
     for number in range(8):
         write(tmp_path / "s", number, [number])
     data = ShardSet(publish(tmp_path / "s", list(range(8))))
@@ -231,6 +231,20 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
     descriptors = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     opened = [os.readlink(path) for path in descriptors if path.is_symlink()]
     assert sum(path.startswith(str(tmp_path)) and path.endswith(".tar") for path in opened) == 3
+
+
+def test_a_file_stays_open_while_it_is_read(made, monkeypatch):
+    """Another thread may open so many shards meanwhile that this one is closed."""
+    monkeypatch.setattr(shards, "_open", lru_cache(maxsize=1)(shards._File))
+    folder, _ = made
+    data, pread = ShardSet(folder), os.pread
+
+    def crowded(descriptor, *place):
+        shards._open.cache_clear()
+        return pread(descriptor, *place)
+
+    monkeypatch.setattr(os, "pread", crowded)
+    assert data[0].read(1)[0]["id"] == "clip-0"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cavmae_fast.data import workers as module
 from cavmae_fast.data.workers import Job, Lost, WorkerError, Workers
 
 
@@ -281,3 +282,36 @@ def alive(pid: str) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+class Instant(Workers):
+    """Workers that answer newest first, and count what is under way."""
+
+    def __init__(self, result):
+        self.jobs: list[Job] = []
+        self.result, self.most, self.submitted = result, 0, 0
+
+    def submit(self, job: Job) -> None:
+        self.submitted += 1
+        self.jobs.append(job)
+        self.most = max(self.most, len(self.jobs))
+
+    def wait(self, timeout: float | None = None) -> list[Job]:
+        job = self.jobs.pop()
+        job.results[0] = self.result(job.items[0])
+        return [job]
+
+
+def test_results_come_in_order_and_few_are_held(monkeypatch):
+    workers = Instant(str)
+    assert list(workers.in_order(iter(range(100)), 8)) == list(map(str, range(100)))
+    assert workers.most == 8
+    workers = Instant(lambda item: bytes(1000))
+    monkeypatch.setattr(module, "HELD_BYTES", 4000)
+    results = workers.in_order(iter(range(10**9)), 10, len)
+    begun = []
+    for _ in range(12):
+        next(results)
+        begun.append(workers.submitted)
+    assert begun[:7] == [10] * 7 and begun[-1] > 10  # nothing is begun while ten, nine, ... four large results wait
+    assert len(list(Instant(lambda item: bytes(1000)).in_order(iter(range(100)), 1000, len))) == 100

@@ -26,7 +26,6 @@ from cavmae_fast.data.encoded import SAMPLE_RATE
 from cavmae_fast.data.inspecting import InspectClip, Inspected, Item, Shards, Thresholds
 from cavmae_fast.data.labels import LabelError, LabelSet, balance_weights, class_counts, read_weights, write_weights
 from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.prepare import _in_order
 from cavmae_fast.data.shards import (
     LABELS,
     MANIFEST,
@@ -296,7 +295,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
         census = _Census(findings, label_set, _LogMel(audio_length))
         for source, reason in shards.wrong() if shards else ():
             findings.add("shard", reason, source=source)
-        for result in _in_order(workers, items(), _JOBS_A_WORKER * count):
+        for result in workers.in_order(items(), _JOBS_A_WORKER * count):
             number, item = sent.popleft()
             if isinstance(result, Lost):
                 result = Inspected(findings=[("unreadable", result.reason)])

@@ -32,7 +32,7 @@ from cavmae_fast.data.shards import (
     shard_name,
 )
 from cavmae_fast.data.sources import Source, read_file
-from cavmae_fast.data.workers import MEMORY_LIMIT
+from cavmae_fast.data.workers import unusable
 
 _BLOCK = 512  # tar
 
@@ -105,13 +105,8 @@ class InspectClip:
             images, waveform = read(item, result)
             result.findings += self._look(str(item), images, waveform)
             result.waveform = waveform
-        except MediaError as error:
-            result.findings.append((error.kind if isinstance(error, Found) else "unreadable", str(error)))
-        except MemoryError:
-            result.findings.append(("unreadable", f"{item}: needs more than the {MEMORY_LIMIT >> 20} MiB of memory"))
         except Exception as error:
-            # Damaged files make libraries raise what they do not document.
-            result.findings.append(("unreadable", f"{item}: {type(error).__name__}: {error}"))
+            result.findings.append((error.kind if isinstance(error, Found) else "unreadable", unusable(error, item)))
         return result
 
     def _from_source(self, source: Source, result: Inspected) -> tuple[Sequence[np.ndarray], np.ndarray]:

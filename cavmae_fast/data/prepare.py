@@ -36,11 +36,10 @@ from cavmae_fast.data.shards import (
     write_whole,
 )
 from cavmae_fast.data.sources import Source, find_sources, read_file
-from cavmae_fast.data.workers import MEMORY_LIMIT, TIMEOUT, Job, Lost, Workers, default_count
+from cavmae_fast.data.workers import TIMEOUT, Lost, Workers, default_count, unusable
 
 _PLAN = "prepare.json"
 _JOBS_A_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory
-_HELD_BYTES = 256 << 20  # results that wait for their turn; beyond, nothing more is begun
 _CLIP_BYTES = 64 << 20  # a clip of extracted files; one from a video takes 0.6 MB
 
 
@@ -94,13 +93,8 @@ class EncodeClip:
                 return f"{source}: its labels {', '.join(sorted(unknown))} are not in the CSV of the classes"
             images, waveform = self._from_video(source) if source.video else self._from_files(source)
             sound = encode_sound(waveform)
-        except MediaError as error:
-            return str(error)
-        except MemoryError:
-            return f"{source}: needs more than the {MEMORY_LIMIT >> 20} MiB of memory that a clip may take"
         except Exception as error:
-            # Damaged files make libraries raise what they do not document; every clip ends prepared or named.
-            return f"{source}: {type(error).__name__}: {error}"
+            return unusable(error, source)
         digest = hashlib.sha256(sound)
         for image in images:
             digest.update(image)
@@ -232,7 +226,8 @@ def _run(config: PrepareConfig, sources: list[Source], encode: EncodeClip) -> No
             encode, count, timeout=config.timeout, describe=lambda item: str(item[1]),
             report=partial(tqdm.write, file=sys.stderr),  # which, unlike stdout, takes names that are no text
         ) as workers:  # fmt: skip
-            results = _in_order(workers, ((key, sources[key]) for span in spans for key in span), _JOBS_A_WORKER * count)
+            items = ((key, sources[key]) for span in spans for key in span)
+            results = workers.in_order(items, _JOBS_A_WORKER * count, _nbytes)
             for number, span in zip(missing, spans, strict=True):
                 writer = ShardWriter(config.out, number)
                 try:
@@ -253,26 +248,6 @@ def _run(config: PrepareConfig, sources: list[Source], encode: EncodeClip) -> No
                 left_out += len(own)
                 reject_file.writelines(map(_line, own))
                 reject_file.flush()
-
-
-def _in_order(workers: Workers, items: Iterator[Any], window: int) -> Iterator[Any]:
-    """The results of `items`, in their order; no more than `window` are under way or waiting for their turn."""
-    done: dict[int, Any] = {}
-    sent = taken = held = 0
-    while True:
-        while sent - taken < window and held < _HELD_BYTES and (item := next(items, None)) is not None:
-            workers.submit(Job([item], tag=sent))
-            sent += 1
-        if taken == sent:
-            return
-        while taken not in done:
-            for job in workers.wait():
-                done[job.tag] = job.results[0]
-                held += _nbytes(job.results[0])
-        result = done.pop(taken)
-        held -= _nbytes(result)
-        taken += 1
-        yield result
 
 
 def _nbytes(result: PreparedClip | str | Lost) -> int:

@@ -13,7 +13,7 @@ from cavmae_fast.data.labels import LabelSet
 from cavmae_fast.data.media import Clip, MediaError, read_clip
 from cavmae_fast.data.shards import ShardClip
 from cavmae_fast.data.sources import Source
-from cavmae_fast.data.workers import MEMORY_LIMIT
+from cavmae_fast.data.workers import unusable
 
 Record = ShardClip | Source
 """Where one clip is."""
@@ -158,13 +158,8 @@ def load_into(reader: Reader, request: Request, image: np.ndarray, waveform: np.
     """Reads a clip into `image [S, S, 3]` and `waveform [samples]` (zeros past its end), or says why that cannot be."""
     try:
         loaded, frame, sound = reader.read(request)
-    except MediaError as error:
-        return str(error)
-    except MemoryError:
-        return f"{request}: needs more than the {MEMORY_LIMIT >> 20} MiB of memory that a clip may take"
     except Exception as error:
-        # Damaged files make libraries raise what they do not document; the clip is named, and the run goes on.
-        return f"{request}: {type(error).__name__}: {error}"
+        return unusable(error, request)
     image[:] = frame
     waveform[: len(sound)] = sound
     waveform[len(sound) :] = 0

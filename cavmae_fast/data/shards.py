@@ -20,9 +20,9 @@ import json
 import os
 import tarfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,6 @@ MANIFEST, INDEX, REJECTS, LABELS = "manifest.json", "index.npy", "rejects.jsonl"
 MAX_FRAMES = 1000
 "Frames a clip may have."
 _BLOCK = 512  # tar
-_OPEN_FILES = 128
 
 
 class ShardError(MediaError):
@@ -183,19 +182,21 @@ def _starts(offset: int, sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-class _Files(OrderedDict[str, int]):
-    """Open file descriptors of this process, the latest used ones."""
+class _File:
+    """An open file; closed when nobody holds it any more, so also not while another thread reads it."""
 
-    def descriptor(self, path: str) -> int:
-        if path not in self:
-            self[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self) > _OPEN_FILES:
-                os.close(self.popitem(last=False)[1])
-        self.move_to_end(path)
-        return self[path]
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self.descriptor, size, start)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.descriptor)
 
 
-_files = _Files()
+_open = lru_cache(maxsize=128)(_File)  # the shards read last stay open
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +221,11 @@ class ShardClip:
         starts = _starts(self.offset, self.sizes)
         member = 2 + frame
         try:
-            descriptor = _files.descriptor(self.path)
-            if starts[-1] + self.sizes[-1] > os.fstat(descriptor).st_size:
+            file = _open(self.path)
+            if starts[-1] + self.sizes[-1] > os.fstat(file.descriptor).st_size:
                 raise MediaError(f"{self}: {INDEX} places it past the end of the file")
-            head = os.pread(descriptor, starts[1] + self.sizes[1] - starts[0], starts[0])  # JSON and FLAC are neighbours
-            image = os.pread(descriptor, self.sizes[member], starts[member])
+            head = file.read(starts[0], starts[1] + self.sizes[1] - starts[0])  # JSON and FLAC are neighbours
+            image = file.read(starts[member], self.sizes[member])
         except OSError as error:
             raise MediaError(f"{self}: cannot be read ({error.strerror})") from error
         meta, sound = head[: self.sizes[0]], head[starts[1] - starts[0] :]
