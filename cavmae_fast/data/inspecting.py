@@ -25,9 +25,7 @@ from cavmae_fast.data.shards import (
     ShardClip,
     ShardError,
     ShardSet,
-    index_dtype,
     member_names,
-    read_manifest,
     read_record,
     shard_name,
 )
@@ -204,15 +202,7 @@ class Shards(ShardSet):
     """Opens also when a shard is missing or has another size: that is what is to be reported."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        self.num_frames = self.manifest["frames"]
-        try:
-            self.index = np.load(self.folder / INDEX, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # NumPy lets through what a damaged header makes it meet
-            raise ShardError(f"{self.folder / INDEX}: not a readable index ({error})") from error
-        if self.index.dtype != index_dtype(self.num_frames) or self.index.shape != (self.manifest["clips"],):
-            raise ShardError(f"{self.folder / INDEX}: does not fit {MANIFEST}; prepare the shards again")
+        super().__init__(folder, complete=False)
         self._names = lru_cache(maxsize=1)(self._record)
 
     def _record(self, shard: int) -> dict[int, tuple[str, tuple[str, ...]]]:
@@ -230,15 +220,11 @@ class Shards(ShardSet):
 
     def wrong(self) -> Iterator[tuple[str, str]]:
         """(tar file, reason) for shards that are not what the manifest says."""
+        yield from self.incomplete()
         counts = Counter(np.asarray(self.index["shard"]).tolist())
         for shard in self.manifest["shards"]:
-            path = self.folder / f"{shard_name(shard['number'])}.tar"
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                is_now = "is missing" if size is None else f"has {size} bytes"
-                yield str(path), f"{path}: {is_now}; {MANIFEST} says {shard['bytes']} bytes"
-            if counts[shard["number"]] != shard["clips"]:
-                found = counts[shard["number"]]
+            if (found := counts[shard["number"]]) != shard["clips"]:
+                path = self.folder / f"{shard_name(shard['number'])}.tar"
                 yield str(path), f"{path}: {INDEX} lists {found} clips of it; {MANIFEST} says {shard['clips']}"
 
     def items(self) -> Iterator[tuple[int | None, ShardClip | Unclaimed]]:

@@ -245,11 +245,11 @@ class ShardSet:
         index: `[clips]` of `index_dtype(num_frames)`, mapped from the file.
 
     Raises:
-        ShardError: the folder is no finished set of shards, or a shard is missing or has another size than it was
-            written with.
+        ShardError: the folder is no finished set of shards, or (where it must be `complete`) a shard is missing or has
+            another size than it was written with.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, complete: bool = True):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.num_frames = self.manifest["frames"]
@@ -259,12 +259,18 @@ class ShardSet:
             raise ShardError(f"{self.folder / INDEX}: not a readable index ({error})") from error
         if self.index.dtype != index_dtype(self.num_frames) or self.index.shape != (self.manifest["clips"],):
             raise ShardError(f"{self.folder / INDEX}: does not fit {MANIFEST}; prepare the shards again")
+        if complete:
+            for _, reason in self.incomplete():
+                raise ShardError(reason)
+
+    def incomplete(self) -> Iterator[tuple[str, str]]:
+        """(tar file, reason) for shards that are missing or have another size than they were written with."""
         for shard in self.manifest["shards"]:
             path = self.folder / f"{shard_name(shard['number'])}.tar"
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 is_now = "is missing" if size is None else f"has {size} bytes"
-                raise ShardError(f"{path}: {is_now}; {MANIFEST} says {shard['bytes']} bytes")
+                yield str(path), f"{path}: {is_now}; {MANIFEST} says {shard['bytes']} bytes"
 
     def __len__(self) -> int:
         return len(self.index)
