@@ -270,9 +270,14 @@ def test_ranks_are_those_of_torch_distributed(sets, monkeypatch):
 
 def test_a_state_of_other_data_is_refused(sets):
     loader = Loader(sets["shards"], 4, training=True, seed=1, workers=0, **SMALL)
-    for name, value in (("clips", 24), ("seed", 2), ("shuffle", False), ("weighted", True)):
+    for name, value in (
+        ("clips", 24), ("seed", 2), ("shuffle", False), ("weighted", True), ("data", 5),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"the state's {name} is {value}; this loader's is"):
             loader.load_state_dict({**loader.state_dict(), name: value})
+    for change in ({"position": -4}, {"position": 26}, {"epoch": -1}, {"epoch": None}):
+        with pytest.raises(ValueError, match=r"the state's epoch is .* and its position"):
+            loader.load_state_dict({**loader.state_dict(), **change})
 
 
 # -------------------------------------------------------------------------------------------------------- bad clips
@@ -427,6 +432,38 @@ def test_dali_reads_sound_at_another_rate(sets, tmp_path):
     assert same(a, b) and a.audio[1].std() > 0.5
 
 
+def test_dali_decodes_all_that_the_torch_loader_does(sets, tmp_path):
+    """Formats that DALI reads in another way, or refuses: PNG, 24 and 32 bits, floating point."""
+    pytest.importorskip("nvidia.dali")
+    import soundfile
+    from PIL import Image
+
+    videos = sorted(sets["videos"].iterdir())[:5]
+    listed = write_published(tmp_path / "p", videos)
+    tone = 0.4 * np.sin(np.arange(16000) * 0.05)
+    for path, kind in zip(videos, ("FLOAT", "PCM_24", "DOUBLE", "PCM_32", "PCM_U8"), strict=True):
+        sound = tmp_path / "p" / "sound" / f"{path.stem}.flac"  # the name says nothing
+        soundfile.write(sound.with_suffix(".wav"), tone, 16000, subtype=kind)
+        sound.with_suffix(".wav").rename(sound)
+    frame = tmp_path / "p" / "frame_5" / f"{videos[0].stem}.jpg"
+    Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(frame, "PNG")
+    Image.open(tmp_path / "p" / "frame_5" / f"{videos[1].stem}.jpg").save(frame.with_stem(videos[2].stem), "WEBP")
+    a, b = (Loader(listed, 5, workers=1, backend=name, **SMALL) for name in ("dali", "torch"))
+    (one,), (other,) = a, b
+    assert same(one, other) and len(one.ids) == 4 and a.rejects == b.rejects and len(a.rejects) == 1
+
+
+def test_dali_meets_a_damaged_clip_once(damaged, monkeypatch):
+    """What DALI failed at is decoded here ever after: a pipeline is not rebuilt each epoch."""
+    pytest.importorskip("nvidia.dali")
+    loader = Loader(damaged[0], 5, training=True, augmentation=PLAIN, backend="dali", workers=1, **SMALL)
+    repairs = []
+    repair = loader._decoder._repair
+    monkeypatch.setattr(loader._decoder, "_repair", lambda fed: repairs.append(fed) or repair(fed))
+    run(loader, 6)
+    assert len(repairs) <= 2 and len(loader.rejects) == 4  # "no sound" and "no image"; the others are not there at all
+
+
 def test_dali_reads_no_videos_on_a_cpu(sets):
     pytest.importorskip("nvidia.dali")
     with pytest.raises(ValueError, match="decodes videos with NVDEC, on a CUDA device"):
@@ -494,6 +531,117 @@ def test_keep_decodes_once(sets, monkeypatch):
     assert len(reads) == len(set(reads)) == 25
 
 
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_an_interrupted_batch_is_not_lost(sets, monkeypatch, backend):
+    """The features are the consumer's work: Ctrl-C may come there, again and again."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    options = {"training": True, "augmentation": PLAIN, **SMALL}
+    reference = run(Loader(sets["shards"], 5, workers=0, **options))
+    loader = Loader(sets["shards"], 5, workers=1, prefetch=1, backend=backend, **options)
+    features, interrupted, batches = loader.features, [], []
+
+    def sometimes(step, decoded):
+        if len(interrupted) < 3:
+            interrupted.append(step.position)
+            raise KeyboardInterrupt
+        return features(step, decoded)
+
+    loader.features = sometimes
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(loader))
+    batches = run(loader)
+    assert interrupted == [0, 0, 0] and all(map(same, batches, reference)) and len(batches) == 5
+
+
+def test_a_forked_child_is_told(sets):
+    loader = Loader(sets["shards"], 5, training=True, workers=1, **SMALL)
+    next(iter(loader))
+    if (child := os.fork()) == 0:
+        try:
+            next(iter(loader))
+        except RuntimeError as error:
+            os._exit(7 if "was made in process" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert len(next(iter(loader)).ids) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_closed_loader_says_so(sets, workers):
+    loader = Loader(sets["shards"], 5, workers=workers, **SMALL)
+    next(iter(loader))
+    loader.close()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        next(iter(loader))
+
+
+def test_one_rank_may_have_nothing_but_a_bad_clip(damaged):
+    listed, _ = damaged
+    lengths = [sum(len(b.ids) for b in Loader(listed, 1, workers=0, rank=r, world_size=14, **SMALL)) for r in range(14)]
+    assert sorted(lengths) == [0] * 4 + [1] * 10
+
+
+def test_another_loop_ends_the_first(sets):
+    loader = Loader(sets["shards"], 5, workers=0, **SMALL)
+    next(first := iter(loader))
+    assert len(list(loader)) == 4
+    with pytest.raises(RuntimeError, match="another loop over this loader has begun"):
+        next(first)
+
+
+def test_few_clips_ahead_are_shared_out(sets):
+    loader = Loader(sets["shards"], 4, training=True, workers=4, prefetch=1, **SMALL)
+    assert loader._decoder.chunk == 1
+    run(loader, 2)
+    assert all(worker.seen for worker in loader._decoder.workers._workers)
+
+
+def test_a_loader_that_was_collected_in_its_own_thread(sets):
+    """A reference cycle may be found there."""
+    loader = Loader(sets["shards"], 4, training=True, workers=1, **SMALL)
+    next(iter(loader))
+    pump, decoder, finalizer = loader._pump, loader._decoder, loader._finalizer
+    put = pump._queue.put
+
+    class Queue:
+        def put(self, item):
+            finalizer()
+            put(item)
+
+        get = pump._queue.get
+
+    pump._queue = Queue()
+    end = time.monotonic() + 20
+    while finalizer.alive or pump.thread.is_alive() or decoder.workers.pids:
+        if time.monotonic() > end:
+            raise AssertionError("not closed")
+        if not finalizer.alive:
+            time.sleep(0.05)
+            continue
+        ready = pump.get()
+        ready()
+
+
+def test_an_error_comes_after_the_steps_before_it(sets, tmp_path):
+    """Whole steps are handed out first, with workers as without."""
+    folder = tmp_path / "p"
+    listed = write_published(folder, sorted(sets["videos"].iterdir())[:2])
+    rows = json.loads(listed.read_text())["data"]
+    bad = [{**rows[0], "video_id": f"gone{k}"} for k in range(30)]
+    listed.write_text(json.dumps({"data": rows + bad}))
+    counts = []
+    for workers in (0, 2):
+        loader = Loader(listed, 2, training=True, augmentation=PLAIN, workers=workers, seed=4, **SMALL)
+        batches = []
+        with pytest.raises(UnusableDataError):
+            for batch in loader:
+                batches.append(batch.ids)
+        counts.append(batches)
+    assert counts[0] == counts[1] != []
+
+
 # ----------------------------------------------------------------------------------------------------------- options
 
 
@@ -510,7 +658,9 @@ def test_weights_of_the_list_fit_its_shards(sets, tmp_path):
     assert np.array_equal(Loader(listed, 4, training=True, weights=tmp_path / "w.csv", workers=0).order.weights, weights)
     write_weights(tmp_path / "w.csv", weights[:9])
     with pytest.raises(LabelError, match=r"w\.csv: holds 9 rows"):
-        Loader(folder, 4, weights=tmp_path / "w.csv", workers=0)
+        Loader(folder, 4, training=True, weights=tmp_path / "w.csv", workers=0)
+    with pytest.raises(LabelError, match=r"gone\.csv: cannot be read"):
+        Loader(folder, 4, training=True, weights=tmp_path / "gone.csv", workers=0)
 
 
 @pytest.mark.parametrize(
@@ -524,6 +674,11 @@ def test_weights_of_the_list_fit_its_shards(sets, tmp_path):
         ({"rank": 2, "world_size": 2}, "allowed: clips and batch_size >= 1, 0 <= rank < world_size"),
         ({"training": True, "world_size": 10, "rank": 0}, "batch_size=4 on 10 ranks; allowed: 25 clips"),
         ({"backend": "ffmpeg"}, "backend is 'ffmpeg'; allowed: auto, torch, dali"),
+        ({"backend": "dali"}, "workers is 0; allowed with backend='dali': 1 or more threads"),
+        ({"weights": np.ones(25)}, "weights and mixup are for training=True"),
+        ({"augmentation": Augmentation(mixup=0.5)}, "weights and mixup are for training=True"),
+        ({"seed": -1}, "seed is -1; allowed: integers of 0 or more"),
+        ({"training": True, "augmentation": Augmentation.FINE_TUNE}, "time_mask is 192; allowed: 0 to 112"),
     ],
 )
 def test_bad_options(sets, options, words):

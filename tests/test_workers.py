@@ -168,7 +168,7 @@ def test_what_the_callable_raises_ends_the_run():
         with pytest.raises(WorkerError, match="ZeroDivisionError: on purpose"):
             while workers.wait():
                 pass
-        workers.drain()  # as generators do on their way out
+        workers.reset()
     assert time.monotonic() - begin < 10
 
 
@@ -231,7 +231,7 @@ def test_interrupts_are_the_parents():
         assert run(["sleep 0.2", 3], workers=workers) == ["sleep 0.2", 6] and workers.pids == [pid]
 
 
-def test_first_and_drain():
+def test_first_and_reset():
     with Workers(act, 1) as workers:
         jobs = [Job([i], tag=i) for i in range(6)]
         for job in jobs[:5]:
@@ -243,9 +243,27 @@ def test_first_and_drain():
         assert order == [0, 1, 5, 2, 3, 4]  # two were at the worker already
         for i in range(6):
             workers.submit(Job([i]))
-        workers.drain()
-        assert workers.wait() == []
+        pids = workers.pids
+        workers.reset()
+        assert workers.wait() == [] and workers.pids == pids  # it was done in time
+        workers.submit(Job(["sleep 30"]))
+        begin = time.monotonic()
+        workers.reset(grace=0.3)
+        assert time.monotonic() - begin < 5 and workers.pids != pids
         assert run([4], workers=workers) == [8]
+
+
+def test_reset_after_errors_of_the_program():
+    """However many workers raise, none goes on with a job."""
+    with Workers(act, 3) as workers:
+        for item in ("raise", "raise", "sleep 20"):
+            workers.submit(Job([item]))
+        with pytest.raises(WorkerError):
+            while workers.wait():
+                pass
+        workers.reset(grace=0.5)
+        assert not any(worker.jobs for worker in workers._workers)
+        assert run([1, 2, 3], workers=workers) == [2, 4, 6]
 
 
 def test_wait_gives_up_when_asked_to():

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event, Semaphore
 from typing import Any, NamedTuple
 
@@ -25,15 +26,16 @@ from cavmae_fast.data.encoded import (
     decode_sound,
     encode_png,
     encode_wav,
-    sample_rate,
+    is_jpeg,
+    is_plain_sound,
 )
 from cavmae_fast.data.media import MediaError, read_clip, read_sound
 from cavmae_fast.data.reading import LoadClip, Loaded, Reader, Record, Request, Slots, image_name, load_into, read_encoded
 from cavmae_fast.data.sources import Source, read_file
 from cavmae_fast.data.steps import Want
-from cavmae_fast.data.workers import TIMEOUT, Job, Lost, Workers
+from cavmae_fast.data.workers import TIMEOUT, Job, Lost, WorkerError, Workers, unusable
 
-_CHUNK = 8  # clips a job: few enough to share a batch out evenly, enough that messages do not count
+_CHUNK = 8  # most clips a job: enough that messages do not count
 _PAUSE = 0.2  # seconds between looks at whether the loader was closed
 MOST_ATTEMPTS = 20
 "Clips tried for one place of a batch before the data set is given up."
@@ -53,6 +55,9 @@ class UnusableDataError(MediaError):
     def __init__(self, rejects: list[Reject]):
         super().__init__(f"{len(rejects)} clips in a row cannot be used; the first: {rejects[0].reason}")
         self.rejects = rejects
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.rejects,)
 
 
 class Decoded(NamedTuple):
@@ -118,7 +123,7 @@ class InProcess:
     """Decodes in this process, one clip after the other. `records[clip]` says where a clip is."""
 
     def __init__(self, records: Sequence[Record], reader: Reader, substitute: Substitute):
-        self.records, self.reader, self.substitute = records, reader, substitute
+        self.records, self.reader, self.substitute, self.closing = records, reader, substitute, False
 
     def decode(self, steps: Iterator[Sequence[Want]], stopped: Event) -> Iterator[Decoded]:
         """The clips of each step, in order."""
@@ -151,6 +156,8 @@ class _Step:
 class InWorkers:
     """Decodes in worker processes, some steps ahead of the one that is handed out.
 
+    `closing` is set before `close` is called: then the processes are not made ready for another loop.
+
     Args:
         records: `records[clip]` says where a clip is.
         reader: decodes one.
@@ -176,17 +183,23 @@ class InWorkers:
         report: Callable[[str], None] = lambda message: None,
         pin: bool = False,
     ):
-        self.records, self.substitute = records, substitute
+        self.records, self.substitute, self.closing = records, substitute, False
         self.bases = range(0, rows * (prefetch + 1), rows)
-        fd = os.memfd_create("clips")
-        slots = Slots(fd, rows * (prefetch + 1), reader.size, reader.samples)
-        os.truncate(fd, slots.nbytes())
-        self.images, self.waveforms = map(torch.from_numpy, slots.arrays())
-        if pin:
-            _pin(self.waveforms.data_ptr(), slots.nbytes())
-        self.workers = Workers(LoadClip(reader, slots), workers, timeout=timeout, fds=[fd], report=report)
-        os.set_inheritable(fd, False)
-        self._fd = fd
+        # Small enough that every worker has something to do, however few clips there are ahead.
+        self.chunk = max(1, min(_CHUNK, len(self.bases) * rows // (2 * workers)))
+        self._fd = os.memfd_create("clips")
+        self._pinned = False
+        try:
+            slots = Slots(self._fd, rows * (prefetch + 1), reader.size, reader.samples)
+            os.truncate(self._fd, slots.nbytes())
+            self.images, self.waveforms = map(torch.from_numpy, slots.arrays())
+            self.workers = Workers(LoadClip(reader, slots), workers, timeout=timeout, fds=[self._fd], report=report)
+            if pin:
+                _call_cuda("cudaHostRegister", self.waveforms.data_ptr(), slots.nbytes(), 0)
+                self._pinned = True
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def decode(self, steps: Iterator[Sequence[Want]], stopped: Event) -> Iterator[Decoded]:
         """The clips of each step, in order. `stopped` ends it early."""
@@ -194,7 +207,7 @@ class InWorkers:
         for base in self.bases:
             free.put(base)
         under_way: deque[_Step] = deque()
-        ended = False
+        ended, failure = False, None
         try:
             while not stopped.is_set():
                 while not ended and (base := _take(free, 0.0 if under_way else _PAUSE)) is not None:
@@ -205,18 +218,24 @@ class InWorkers:
                         under_way.append(self._begin(wants, base))
                 if under_way and not under_way[0].missing:
                     yield self._decoded(under_way.popleft(), free)
+                elif failure is not None:
+                    raise failure
                 elif under_way:
-                    for job in self.workers.wait(_PAUSE):
-                        self._note(job)
+                    try:
+                        for job in self.workers.wait(_PAUSE):
+                            self._note(job)
+                    except (WorkerError, UnusableDataError) as error:
+                        ended, failure = True, error  # the steps before it that are whole come first
                 elif ended:
                     return
         finally:
-            self.workers.drain()
+            if not self.closing:
+                self.workers.reset()  # whatever is still decoded would land in the next loop's rows
 
     def _begin(self, wants: Sequence[Want], base: int) -> _Step:
         step = _Step(Places(wants, self.substitute), base, len(wants))
-        for first in range(0, len(wants), _CHUNK):
-            self._submit(step, range(first, min(first + _CHUNK, len(wants))))
+        for first in range(0, len(wants), self.chunk):
+            self._submit(step, range(first, min(first + self.chunk, len(wants))))
         return step
 
     def _submit(self, step: _Step, numbers: Sequence[int], first: bool = False) -> None:
@@ -242,9 +261,13 @@ class InWorkers:
         return step.places.decoded(self.images[rows], self.waveforms[rows], lambda: free.put(step.base))
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes and gives the memory back. What was handed out must have been used or copied."""
         self.workers.close()
         os.close(self._fd)
+        if self._pinned:
+            torch.cuda.synchronize()
+            _call_cuda("cudaHostUnregister", self.waveforms.data_ptr())
+        del self.images, self.waveforms
 
 
 class _Fed(list):
@@ -281,6 +304,8 @@ class InDali:
         prefetch: int = 3,
     ):
         self.records, self.reader, self.substitute, self.prefetch = records, reader, substitute, prefetch
+        self.closing = False
+        self._doubtful: set[int] = set()  # clips that are decoded here, because DALI failed at their batch
         self.videos = isinstance(records[0], Source) and records[0].video is not None
         self.options: dict[str, Any] = {
             "image_size": reader.size, "samples": reader.samples, "device": device, "threads": threads, "max_batch": rows,
@@ -315,39 +340,39 @@ class InDali:
             image, waveform = image[: len(used)], waveform[: len(used)]
             yield Decoded(places.clips, places.loaded, image, waveform, places.rejects, ahead.release)
 
-    def _fetch(self, places: Places, row: int, surely: bool = False) -> Encoded | EncodedVideo | None:
-        """The bytes for a place of a step, or those of its substitute; None when the place stays empty. `surely`: DALI
-        failed at one of the batch, so only what was decoded here goes to it."""
+    def _fetch(self, places: Places, row: int) -> Encoded | EncodedVideo | None:
+        """The bytes for a place of a step, or those of its substitute; None when the place stays empty."""
         while (clip := places.clips[row]) is not None:
             record = self.records[clip]
             try:
-                places.loaded[row], encoded = self._read(record, places.wants[row].frame, surely)
+                places.loaded[row], encoded = self._read(record, places.wants[row].frame, clip in self._doubtful)
                 return encoded
-            except MediaError as error:
+            except Exception as error:
+                self._doubtful.add(clip)
                 places.loaded[row] = None
-                places.retry(row, record, str(error))
+                places.retry(row, record, unusable(error, record))
         return None
 
-    def _read(self, record: Record, frame: int, surely: bool) -> tuple[Loaded, Encoded | EncodedVideo]:
+    def _read(self, record: Record, frame: int, doubtful: bool) -> tuple[Loaded, Encoded | EncodedVideo]:
         reader = self.reader
         if self.videos:
             reader.check_labels(record, record.labels)
             options = {"num_frames": reader.num_frames, "frame": frame, "seconds": reader.samples / SAMPLE_RATE}
-            if surely:
+            if doubtful:
                 read_clip(record.video, **options)
             waveform, number = read_sound(record.video, **options)
             return Loaded(record.id, record.labels, len(waveform)), EncodedVideo(read_file(record.video), number, waveform)
-        clip_id, labels, encoded = read_encoded(record, frame)
+        clip_id, labels, (image, sound) = read_encoded(record, frame)
         reader.check_labels(record, labels)
-        if surely:
-            image = decode_image(encoded.image, reader.size, image_name(record, frame))
-            encoded = Encoded(encode_png(image), encode_wav(decode_sound(encoded.sound, str(record))))
-        elif sample_rate(encoded.sound) != SAMPLE_RATE:
-            encoded = encoded._replace(sound=encode_wav(decode_sound(encoded.sound, str(record))))
-        return Loaded(clip_id, labels, 0), encoded
+        # What DALI would decode in another way than the torch loader, or not at all, is decoded here.
+        if doubtful or not is_jpeg(image):
+            image = encode_png(decode_image(image, reader.size, image_name(record, frame)))
+        if doubtful or not is_plain_sound(sound):
+            sound = encode_wav(decode_sound(sound, str(record)))
+        return Loaded(clip_id, labels, 0), Encoded(image, sound)
 
-    def _fed(self, places: Places, rows: Sequence[int], surely: bool = False) -> _Fed:
-        clips = list(self._threads.map(lambda row: self._fetch(places, row, surely), rows))
+    def _fed(self, places: Places, rows: Sequence[int]) -> _Fed:
+        clips = list(self._threads.map(partial(self._fetch, places), rows))
         found = [(row, clip) for row, clip in zip(rows, clips, strict=True) if clip is not None]
         if found:
             return _Fed([clip for _, clip in found], places, [row for row, _ in found])
@@ -358,8 +383,15 @@ class InDali:
         return _Fed([nothing], places, [])
 
     def _repair(self, fed: _Fed) -> _Fed:
-        """A batch in place of one that DALI could not decode."""
-        return self._fed(fed.places, fed.rows, surely=True)
+        """A batch in place of one that DALI could not decode: all of it is decoded here, once, to find the culprits, which
+        are decoded here ever after."""
+        places, before = fed.places, set(self._doubtful)
+        batch = {places.clips[row] for row in fed.rows}
+        self._doubtful |= batch
+        repaired = self._fed(places, fed.rows)
+        if culprits := batch - {places.clips[row] for row in fed.rows}:  # else it may be any of them
+            self._doubtful -= batch - culprits - before
+        return repaired
 
     def close(self) -> None:
         """Ends the threads."""
@@ -373,7 +405,7 @@ def _take(free: queue.SimpleQueue, timeout: float) -> int | None:
         return None
 
 
-def _pin(pointer: int, nbytes: int) -> None:
-    code = torch.cuda.cudart().cudaHostRegister(pointer, nbytes, 0)
-    if int(code) != 0:
-        raise RuntimeError(f"CUDA could not register {nbytes >> 20} MiB of the loader's memory (error {int(code)})")
+def _call_cuda(function: str, *arguments: int) -> None:
+    code = int(getattr(torch.cuda.cudart(), function)(*arguments))
+    if code != 0:
+        raise RuntimeError(f"{function} failed for the loader's memory (CUDA error {code})")

@@ -144,13 +144,20 @@ def encode_sound(waveform: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def sample_rate(data: bytes) -> int | None:
-    """The rate in the header of a FLAC or WAV file; None where it is not in its usual place."""
+def is_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG file, by its first bytes."""
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def is_plain_sound(data: bytes) -> bool:
+    """Whether this is a FLAC or WAV file of 16-bit samples at 16 kHz, by its header where that is in its usual place."""
     if data[:4] == b"fLaC":
-        return int.from_bytes(data[18:21], "big") >> 4
-    if data[:4] == b"RIFF" and data[8:16] == b"WAVEfmt ":
-        return int.from_bytes(data[24:28], "little")
-    return None
+        field = int.from_bytes(data[18:22], "big")  # 20 bits of rate, 3 of channels, 5 of sample size
+        return len(data) > 42 and (field >> 12, (field >> 4 & 31) + 1) == (SAMPLE_RATE, 16)
+    if data[:4] == b"RIFF" and data[8:16] == b"WAVEfmt " and len(data) > 36:
+        kind, rate, bits = (int.from_bytes(data[i:j], "little") for i, j in ((20, 22), (24, 28), (34, 36)))
+        return (kind, rate, bits) == (1, SAMPLE_RATE, 16)
+    return False
 
 
 def encode_png(image: np.ndarray) -> bytes:

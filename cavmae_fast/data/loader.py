@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
 import time
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -67,7 +71,9 @@ class Batch:
 
 
 class Decoder(Protocol):
-    """What a back end does: steps to decoded arrays, in order."""
+    """What a back end does: steps to decoded arrays, in order. `closing`: `close` is about to be called."""
+
+    closing: bool
 
     def decode(self, steps: Iterator[Sequence[Want]], stopped: threading.Event) -> Iterator[Decoded]: ...
 
@@ -100,7 +106,7 @@ def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
     prepared has a row for each clip of that list. LabelError when it does not fit."""
     if isinstance(weights, np.ndarray):
         return weights
-    if isinstance(clips, ShardSet) and clips.manifest["listed"] != len(clips):
+    if isinstance(clips, ShardSet) and clips.manifest["listed"] != len(clips) and Path(weights).is_file():
         with Path(weights).open() as file:
             rows = sum(1 for _ in file)
         if rows == clips.manifest["listed"]:
@@ -171,10 +177,12 @@ class Features:
 class Loader:
     """Batches of a data set, decoded ahead, their features computed in batch on the training device.
 
-    `for batch in loader` runs to the end of the epoch; the next loop is the next epoch. Clips, frames and augmentation
-    depend on (seed, epoch, position in the epoch) alone: not on the back end, the number of workers or, clip by clip, the
-    number of ranks. A clip that cannot be used is named in the batch's `rejects` and in `loader.rejects`; in training
-    another clip, drawn by the same rule, takes its place; in evaluation it is left out.
+    `for batch in loader` runs to the end of the epoch; the next loop is the next epoch. Clips, frames and all decisions of
+    the augmentation depend on (seed, epoch, position in the epoch) alone: not on the back end, the workers, the ranks. (The
+    noise field, drawn for a whole batch, depends on how the epoch is cut into batches, and on the kind of device.)
+
+    A clip that cannot be used is named in the batch's `rejects` and in `loader.rejects`; in training another clip, drawn by
+    the same rule, takes its place, so that all ranks take as many full steps; in evaluation it is left out.
 
     Args:
         data: a folder that `cavmae-fast prepare` wrote; or folders, media files, globs, CSV or published JSON lists.
@@ -186,7 +194,7 @@ class Loader:
         backend: 'torch' (worker processes: PyAV, Pillow, FLAC), 'dali', or 'auto'; `loader.backend` and `loader.reason`
             say which it is and why.
         device: where the features are computed and the batches lie.
-        workers: decoding processes ('torch') or threads ('dali'); default: one a core; 0 decodes in this process.
+        workers: decoding processes ('torch') or threads ('dali'); default: one a core; 0 decodes in this process ('torch').
         image_size, audio_length: of the model's inputs, in pixels and in frames of 10 ms.
         mean, std: of the log-mel values of the training data.
         normalize_images: give float32 images; else uint8, which the models normalise on the way into the patch
@@ -196,7 +204,7 @@ class Loader:
         frame: which frame to use, for evaluation on another than the middle one.
         keep: hold decoded clips in memory, for small data sets (with `workers=0`).
         prefetch: steps decoded ahead.
-        timeout: seconds a clip may take.
+        timeout: seconds a clip may take in a worker process.
         report: called with a sentence when a worker process died.
 
     Attributes:
@@ -239,8 +247,12 @@ class Loader:
         if workers is not None and workers < 0:
             raise ValueError(f"workers is {workers}; allowed: 0 or more")
         workers = default_count() if workers is None else workers
+        if backend == "dali" and not workers:
+            raise ValueError("workers is 0; allowed with backend='dali': 1 or more threads")
         if keep and workers:
             raise ValueError(f"keep=True with workers={workers}; allowed: workers=0, for kept clips are this process's")
+        if not training and (weights is not None or (augmentation and augmentation.mixup)):
+            raise ValueError("weights and mixup are for training=True; evaluation takes every clip once, as it is")
         if image_size < 1 or audio_length < 1 or prefetch < 1:
             raise ValueError(
                 f"image_size={image_size}, audio_length={audio_length}, prefetch={prefetch}; allowed: 1 or more"
@@ -272,27 +284,27 @@ class Loader:
         )  # fmt: skip
         self.epoch = self.position = 0
         self.waited = 0.0
+        self._loops = 0
+        self._process = os.getpid()
         self.rejects: dict[str, Reject] = {}
         reader = Reader(num_frames, image_size, samples_of(audio_length), keep, self.features.label_set)
         self._exact = InProcess(self.clips, reader, self.plan.substitute)
         rows = 2 * batch_size if augmentation.mixup else batch_size
-        self._threaded = True
-        on_cuda = self.device.type == "cuda"
-        if self.backend == "dali":
-            self._decoder: Decoder = InDali(
-                self.clips, reader, self.plan.substitute, rows=rows, threads=max(workers, 1), device=self.device,
-                prefetch=prefetch,
-            )  # fmt: skip
-        elif workers:
-            self._decoder = InWorkers(
-                self.clips, reader, self.plan.substitute, rows=rows, workers=workers, prefetch=prefetch, timeout=timeout,
-                report=report, pin=on_cuda,
-            )  # fmt: skip
-        else:
-            self._decoder, self._threaded = self._exact, False
+        # On a GPU all work for a batch runs on a stream of its own, beside the model's.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        options: dict[str, Any] = {"rows": rows, "prefetch": prefetch}
+        with _beside(self._stream):
+            if self.backend == "dali":
+                options |= {"threads": workers, "device": self.device}
+                self._decoder: Decoder = InDali(self.clips, reader, self.plan.substitute, **options)
+            elif workers:
+                options |= {"workers": workers, "timeout": timeout, "report": report, "pin": self._stream is not None}
+                self._decoder = InWorkers(self.clips, reader, self.plan.substitute, **options)
+            else:
+                self._decoder = self._exact
         self._pump: _Pump | None = None
         self._open: dict[str, Any] = {"decoder": self._decoder}
-        self._finalizer = weakref.finalize(self, _close, self._open)
+        self._finalizer = weakref.finalize(self, _close, self._open, self._process)
 
     # ------------------------------------------------------------------------------------------------------- iteration
 
@@ -301,35 +313,55 @@ class Loader:
         return self.order.steps(self.position) or self.order.steps()
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._finalizer.alive:
+            raise ValueError("the loader is closed; allowed: a new one")
+        if self._process != os.getpid():
+            raise RuntimeError(f"the loader was made in process {self._process}; make it in the process that loops over it")
+        self._loops += 1
+        loop = self._loops
         if not self.order.steps(self.position):  # the last loop ended with the epoch's last batch
             self._next_epoch()
-        good, rejects = False, []
+        from_start, good, rejects = self.position == 0, False, []
         while self.order.steps(self.position):
-            if self._pump is None:
-                steps = self.plan.steps(self.epoch, self.position)
-                self._pump = _Pump(self._decoder, steps, self._finisher(), self._threaded)
-                self._open["pump"] = self._pump
-            begin = time.perf_counter()
-            try:
-                ready = self._pump.get()
-            except BaseException:
-                self._stop()
-                raise
-            self.waited += time.perf_counter() - begin
-            if ready is None:  # evaluation: this rank has no clip in what is left
+            batch = self._next()
+            if batch is None:  # evaluation: this rank has no clip in what is left
                 break
-            batch = ready()
-            self.position = min(batch.position + self.order.stride, self.order.clips)
-            rejects += batch.rejects
             self.rejects |= {reject.path: reject for reject in batch.rejects}
+            if not self.training:
+                rejects += batch.rejects
             if batch.ids:
                 good = True
                 yield batch
+            if self._loops != loop:
+                raise RuntimeError("another loop over this loader has begun; a loader is where its last loop is")
         self._next_epoch()
         if not self.training:
             self._stop()
-            if not good and rejects:
+            # Of several ranks one may well have nothing but a clip that cannot be used.
+            if from_start and not good and rejects and self.order.world_size == 1:
                 raise UnusableDataError(rejects)
+
+    def _next(self) -> Batch | None:
+        """The next batch, and the state behind it; None after the last. What goes wrong leaves the state as it was."""
+        try:
+            if self._pump is not None and self._pump.stopped:  # its end was interrupted
+                self._stop()
+            if self._pump is None:
+                steps = self.plan.steps(self.epoch, self.position)
+                self._pump = self._open["pump"] = _Pump(self._decoder, steps, self._finisher(), self._stream)
+            begin = time.perf_counter()
+            ready = self._pump.get()
+            self.waited += time.perf_counter() - begin
+            if ready is None:
+                if self.training:
+                    raise RuntimeError("the loader's thread ended, though training has no end")
+                return None
+            batch = ready()
+        except BaseException:
+            self._stop()
+            raise
+        self.position = min(batch.position + self.order.stride, self.order.clips)
+        return batch
 
     def _next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
@@ -352,14 +384,26 @@ class Loader:
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"the state's {name} is {state.get(name)}; this loader's is {value}")
+        epoch, position = state.get("epoch"), state.get("position")
+        if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or not 0 <= position <= self.order.clips:
+            raise ValueError(f"the state's epoch is {epoch} and its position {position}; allowed: what state_dict gives")
         self._stop()
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.epoch, self.position = epoch, position
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "clips": self.order.clips, "seed": self.order.seed, "shuffle": self.order.shuffle,
+            "clips": self.order.clips, "seed": self.order.seed, "shuffle": self.order.shuffle, "data": self._checksum,
             "weighted": self.order.weights is not None,
         }  # fmt: skip
+
+    @cached_property
+    def _checksum(self) -> int:
+        """CRC-32 of what tells this data set from others of its size, and of the weights."""
+        if isinstance(self.clips, ShardSet):
+            crc = zlib.crc32(np.ascontiguousarray(self.clips.index["crc"][:, 1]))
+        else:
+            crc = zlib.crc32("\n".join(clip.id for clip in self.clips).encode(errors="surrogateescape"))
+        return crc if self.order.weights is None else zlib.crc32(np.ascontiguousarray(self.order.weights), crc)
 
     # --------------------------------------------------------------------------------------------------------- threads
 
@@ -367,38 +411,32 @@ class Loader:
         """What the thread does with a decoded step, to give what the consumer calls for its batch.
 
         On a CPU the features are the consumer's work: two threads with products of their own would fight for the cores.
-        On a GPU they run on a stream of their own, beside the model's work.
         """
-        features, device = self.features, self.device
-        if device.type == "cpu":
+        features, stream = self.features, self._stream
 
-            def later(step: Step, decoded: Decoded) -> Callable[[], Batch]:
-                def batch() -> Batch:
-                    result = features(step, decoded)
-                    decoded.release()
-                    return result
-
-                return batch
-
-            return later
-        stream = torch.cuda.Stream(device)
-
-        def beside(step: Step, decoded: Decoded) -> Callable[[], Batch]:
-            with torch.cuda.device(device), torch.cuda.stream(stream):
+        def later(step: Step, decoded: Decoded) -> Callable[[], Batch]:
+            def batch() -> Batch:
                 result = features(step, decoded)
-                done = stream.record_event()
+                decoded.release()
+                return result
+
+            return batch
+
+        def at_once(step: Step, decoded: Decoded) -> Callable[[], Batch]:
+            result = features(step, decoded)
+            done = stream.record_event()
 
             def batch() -> Batch:
                 done.synchronize()  # long past, as a rule; now the host memory it was copied from is free, too
                 decoded.release()
                 for tensor in (result.audio, result.image, result.labels):
                     if tensor is not None:
-                        tensor.record_stream(torch.cuda.current_stream(device))
+                        tensor.record_stream(torch.cuda.current_stream(stream.device))
                 return result
 
             return batch
 
-        return beside
+        return later if stream is None else at_once
 
     def _stop(self) -> None:
         if self._pump is not None:
@@ -411,16 +449,32 @@ class Loader:
         self._pump = None
 
 
-class _Pump:
-    """Runs a decoder over steps, in a thread where it is told to; knows nothing of the loader, which can so be collected."""
+@contextlib.contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """On this stream and its device; threads have a current device and stream of their own."""
+    if stream is None:
+        yield
+    else:
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield
 
-    def __init__(self, decoder: Decoder, steps: Iterator[Step], finish: Callable, threaded: bool):
-        self._stopped = threading.Event()
+
+class _Pump:
+    """Runs a decoder over steps, in a thread where it does not decode in this process; knows nothing of the loader, which
+    can so be collected."""
+
+    def __init__(self, decoder: Decoder, steps: Iterator[Step], finish: Callable, stream: torch.cuda.Stream | None):
+        self._stopped, self._stream = threading.Event(), stream
         self._batches = self._decode(decoder, steps, finish)
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True) if threaded else None
-        if self._thread:
-            self._thread.start()
+        self.thread: threading.Thread | None = None
+        if not isinstance(decoder, InProcess):
+            self.thread = threading.Thread(target=self._run, name="loader", daemon=True)
+            self.thread.start()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
 
     def _decode(self, decoder: Decoder, steps: Iterator[Step], finish: Callable) -> Iterator[Callable[[], Batch]]:
         begun: deque[Step] = deque()
@@ -435,32 +489,47 @@ class _Pump:
 
     def _run(self) -> None:
         try:
-            for batch in self._batches:  # the decoder, which has so much memory and no more, keeps it from running ahead
-                self._queue.put(batch)
+            with _beside(self._stream):
+                for batch in self._batches:  # the decoder, which has so much memory and no more, keeps it from running ahead
+                    self._queue.put(batch)
             self._queue.put(None)
         except BaseException as error:  # raised where the batch is asked for
             self._queue.put(error)
 
     def get(self) -> Callable[[], Batch] | None:
         """The next batch, to be called for; None after the last."""
-        if self._thread is None:
-            return next(self._batches, None)
+        if self.thread is None:
+            with _beside(self._stream):
+                return next(self._batches, None)
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self) -> None:
+        """Ends the thread; may be called again when it was interrupted."""
         self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self.thread is not None:
+            self.thread.join()
         self._batches.close()
 
 
-def _close(parts: dict[str, Any]) -> None:
-    for name in ("pump", "decoder"):
-        if (part := parts.pop(name, None)) is not None:
-            part.close()
+def _close(parts: dict[str, Any], process: int) -> None:
+    """Ends the thread and the decoder; nothing in a process that was forked from the loader's."""
+    if os.getpid() != process:
+        return
+    pump, decoder = parts.pop("pump", None), parts.pop("decoder", None)
+    if pump is not None and pump.thread is threading.current_thread():  # the collector ran there: it cannot wait for itself
+        threading.Thread(target=_close, args=({"pump": pump, "decoder": decoder}, process)).start()
+        return
+    if decoder is not None:
+        decoder.closing = True
+    try:
+        if pump is not None:
+            pump.close()
+    finally:
+        if decoder is not None:
+            decoder.close()
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,6 +37,8 @@ class Order:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; allowed: integers of 0 or more")
         if self.clips < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError(
                 f"clips={self.clips}, batch_size={self.batch_size}, rank={self.rank}, world_size={self.world_size}; "
@@ -82,5 +85,8 @@ class Order:
     def substitute(self, position: int, partner: bool, clip: int, attempt: int) -> int:
         """The clip that takes the place of `clip`, which cannot be used, when `attempt` clips have failed there."""
         generator = np.random.default_rng([self.seed, position, partner, clip, attempt])
-        allowed = None if self.weights is None else np.flatnonzero(self.weights)
-        return int(generator.integers(self.clips) if allowed is None else generator.choice(allowed))
+        return int(generator.integers(self.clips) if self.weights is None else generator.choice(self._drawable))
+
+    @cached_property
+    def _drawable(self) -> np.ndarray:
+        return np.flatnonzero(self.weights)

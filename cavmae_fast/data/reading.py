@@ -27,8 +27,7 @@ class Loaded(NamedTuple):
     samples: int
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One clip to load: `row` of the batch, `frame` of the clip's frames."""
 
     row: int

@@ -21,7 +21,6 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,8 +198,7 @@ class _File:
 _open = lru_cache(maxsize=128)(_File)  # the shards read last stay open
 
 
-@dataclass(frozen=True, slots=True)
-class ShardClip:
+class ShardClip(NamedTuple):
     """Where one clip lies in a shard: a row of the index and the shard's path."""
 
     path: str
@@ -259,6 +257,7 @@ class ShardSet:
             raise ShardError(f"{self.folder / INDEX}: not a readable index ({error})") from error
         if self.index.dtype != index_dtype(self.num_frames) or self.index.shape != (self.manifest["clips"],):
             raise ShardError(f"{self.folder / INDEX}: does not fit {MANIFEST}; prepare the shards again")
+        self._paths = {n: str(self.folder / f"{shard_name(n)}.tar") for n in np.unique(self.index["shard"]).tolist()}
         if complete:
             for _, reason in self.incomplete():
                 raise ShardError(reason)
@@ -277,7 +276,7 @@ class ShardSet:
 
     def __getitem__(self, number: int) -> ShardClip:
         row = self.index[number]
-        path = os.path.join(self.folder, f"{shard_name(row['shard'])}.tar")
+        path = self._paths[int(row["shard"])]
         return ShardClip(path, int(row["key"]), int(row["offset"]), tuple(row["size"].tolist()), tuple(row["crc"].tolist()))
 
     def clips(self) -> Iterator[dict[str, Any]]:

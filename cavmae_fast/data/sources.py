@@ -8,9 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cavmae_fast.data.encoded import Encoded
 from cavmae_fast.data.labels import split_labels
@@ -19,8 +18,7 @@ from cavmae_fast.data.media import VIDEO_SUFFIXES, MediaError, find_media
 _MAX_FILE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One clip and where it is: a media file, or the published layout of extracted frames and sound.
 
     Attributes:

@@ -57,6 +57,16 @@ class Plan:
     training: bool
     frame: int | None = None
 
+    def __post_init__(self) -> None:
+        self.draw(0, range(0))  # masks wider than the spectrogram are an error now, not in the first step
+
+    def draw(self, epoch: int, span: range) -> Draws:
+        """The decisions for these positions."""
+        return draw(
+            self.augmentation, seed=self.order.seed, epoch=epoch, position=span.start, rows=len(span),
+            num_clips=self.order.clips, num_frames=self.num_frames, audio_length=self.audio_length,
+        )  # fmt: skip
+
     def steps(self, epoch: int, position: int) -> Iterator[Step]:
         """This rank's steps from there on: to the end of the epoch or, in training, without end."""
         while True:
@@ -73,10 +83,7 @@ class Plan:
     def step(self, epoch: int, position: int, sequence: np.ndarray) -> Step:
         """The step at `position` of an epoch whose sequence this is."""
         span = self.order.span(position)
-        draws = draw(
-            self.augmentation, seed=self.order.seed, epoch=epoch, position=span.start, rows=len(span),
-            num_clips=self.order.clips, num_frames=self.num_frames, audio_length=self.audio_length,
-        )  # fmt: skip
+        draws = self.draw(epoch, span)
         frames = draws.frame if self.frame is None else np.full(len(span), self.frame)
         wants = [Want(p, False, int(sequence[p]), int(frame)) for p, frame in zip(span, frames, strict=True)]
         for row in np.flatnonzero(draws.mixed):

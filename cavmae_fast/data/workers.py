@@ -34,7 +34,7 @@ HELD_BYTES = 256 << 20
 _POLL_SECONDS = 0.5
 _STRIKES = 2  # workers an item may kill: the first may have been killed from outside
 _BOOT_SECONDS = 300.0  # for Python and the libraries to load, perhaps from a slow network disk
-_GRACE_SECONDS = 5.0  # for a worker to end when its socket is closed
+_GRACE_SECONDS = 2.0  # for a worker to end when its socket is closed, or its job when nobody waits for it
 _FAILED_STARTS = 10  # workers in a row that end before their first item: then it is not the items
 _BOOT = "import sys; from cavmae_fast.data.workers import _serve; _serve(*map(int, sys.argv[1:]))"
 
@@ -298,11 +298,20 @@ class Workers:
             taken += 1
             yield result
 
-    def drain(self) -> None:
-        """Forgets the jobs that no worker has yet, and waits for the others."""
+    def reset(self, grace: float = _GRACE_SECONDS) -> None:
+        """Forgets all jobs. Workers that are not done with theirs within `grace` seconds are replaced, so that none goes on
+        with an item that nobody waits for."""
         self._queue.clear()
-        while self.wait():
-            self._queue.clear()
+        end = time.monotonic() + grace
+        with contextlib.suppress(WorkerError):  # what a forgotten job raises is of no interest
+            while any(worker.jobs for worker in self._workers) and (left := end - time.monotonic()) > 0:
+                self.wait(left)
+                self._queue.clear()
+        self._queue.clear()
+        for number, worker in enumerate(self._workers):
+            if worker.jobs or worker.connection.closed:
+                worker.close(kill=True)
+                self._workers[number] = self._start()
 
     def close(self) -> None:
         """Stops all workers, whatever they are at."""

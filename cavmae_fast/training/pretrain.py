@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 
 from ..data.decoding import Reject, UnusableDataError
 from ..data.features import IMAGE_MEAN, IMAGE_STD, image_features
-from ..data.loader import Batch, Clips, Loader, open_clips
+from ..data.loader import Batch, Clips, Loader, choose_backend, open_clips
 from ..data.synthetic import generate_clips
 from ..data.workers import default_count
 from ..evaluation.retrieval import embed, retrieval_metrics
@@ -126,26 +126,28 @@ class ClipSource:
         """A loader of these clips for the run's model."""
         from tqdm import tqdm
 
-        config, workers = self.config, self.config.workers
-        keep = training and not workers and len(clips) <= CACHED_CLIPS
-        if workers is None:
-            workers = 0 if len(clips) <= CACHED_CLIPS else default_count()
+        config = self.config
+        backend, _ = choose_backend(config.loader, clips, torch.device(config.device))
+        small = backend == "torch" and len(clips) <= CACHED_CLIPS
+        workers = config.workers if config.workers is not None else 0 if small else default_count()
         return Loader(
-            clips, min(config.batch_size, len(clips)), training=training, backend=config.loader, device=config.device,
-            workers=workers, seed=config.seed, keep=keep, report=tqdm.write, **self.sizes,
+            clips, min(config.batch_size, len(clips)), training=training, backend=backend, device=config.device,
+            workers=workers, seed=config.seed, keep=training and small and not workers, report=tqdm.write, **self.sizes,
         )  # fmt: skip
 
     def batches(self, loader: Loader) -> Iterator[Batch]:
         """One epoch."""
         try:
             for batch in loader:
-                self.name(batch.rejects)
+                self.name(loader.rejects.values())
                 yield batch
         except UnusableDataError as error:
             self.name(error.rejects)
             raise
+        finally:
+            self.name(loader.rejects.values())
 
-    def name(self, rejects: list[Reject]) -> None:
+    def name(self, rejects: Iterable[Reject]) -> None:
         for reject in rejects:
             if reject.path not in self.named:
                 self.named.add(reject.path)
@@ -188,7 +190,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     with JsonLines(out / "metrics.jsonl") as metrics, JsonLines(out / "rejects.jsonl") as rejects:
         source = ClipSource(config, model, rejects)
         loader = source.loader(train_clips, training=True)
-        tqdm.write(f"loader {loader.backend}: {loader.reason}")
+        tqdm.write(f"loader {loader.backend}: {choose_backend(config.loader, train_clips, loader.device)[1]}")
         rows = train(model, source, loader, config, metrics)
         loader.close()
         model.save_pretrained(out / "model")
