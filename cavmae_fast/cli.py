@@ -52,7 +52,7 @@ def _prepare(config) -> None:
     from .data.prepare import prepare
 
     manifest = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
-    print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e9:.2f} GB: {config.out}")
+    print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e6:,.1f} MB: {config.out}")
     if manifest["rejects"]:
         print(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
     print(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")

@@ -557,21 +557,17 @@ def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[st
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "torch":
         return "torch", "asked for"
-    videos = not isinstance(clips, ShardSet) and any(clip.video for clip in clips)
-    missing = dali.available()
     if backend == "dali":
-        if missing:
+        if missing := dali.available():
             raise ValueError(f"backend is 'dali', but {missing}")
+        videos = not isinstance(clips, ShardSet) and any(clip.video for clip in clips)
         if videos and (device.type != "cuda" or not all(clip.video for clip in clips)):
             raise ValueError(
                 "backend is 'dali', which decodes videos with NVDEC, on a CUDA device, and no mixture of videos and "
                 "extracted frames; allowed: backend='torch', or shards (`cavmae-fast prepare`)"
             )
         return "dali", "asked for"
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "torch", "the device is a CPU"
-    if videos:
-        return "torch", "the clips are videos; DALI is for shards and extracted frames"
-    if missing:
-        return "torch", missing
-    return "dali", "images are decoded on the GPU"
+    # As with kernels: what never ran on a GPU is not the default on one.
+    return "torch", "DALI has not been proven on a GPU; backend='dali' asks for it"
