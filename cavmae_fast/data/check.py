@@ -24,12 +24,21 @@ import numpy as np
 
 from cavmae_fast.data.encoded import SAMPLE_RATE
 from cavmae_fast.data.inspecting import InspectClip, Inspected, Item, Shards, Thresholds
-from cavmae_fast.data.labels import LabelError, LabelSet, balance_weights, class_counts, read_weights, write_weights
+from cavmae_fast.data.labels import (
+    LabelError,
+    LabelSet,
+    balance_weights,
+    class_counts,
+    foreign_labels,
+    read_weights,
+    write_weights,
+)
 from cavmae_fast.data.media import MediaError
+from cavmae_fast.data.options import check_ranges
 from cavmae_fast.data.shards import (
     LABELS,
-    MANIFEST,
     ShardClip,
+    shard_folder,
     write_whole,
 )
 from cavmae_fast.data.sources import Source, find_sources
@@ -193,8 +202,7 @@ class _Census:
         if self.label_set is not None:
             if unknown := self.label_set.unknown(result.labels):
                 self.unknown.update(unknown)
-                reason = f"{item}: its labels {', '.join(unknown)} are not in the CSV of the classes"
-                result.findings.append(("label", reason))
+                result.findings.append(("label", foreign_labels(item, unknown)))
             elif not result.labels:
                 result.findings.append(("unlabelled", f"{item}: no label"))
         for kind, reason in result.findings:
@@ -335,17 +343,12 @@ def _validate(config: CheckConfig) -> None:
         "seconds": (0.05, 3600), "workers": (1, 4096), "timeout": (0.1, 86400), "min_seconds": (0, 3600),
         "silence_db": (-200, 0), "black_level": (0, 255), "flat_levels": (0, 255),
     }  # fmt: skip
-    for name, (low, high) in limits.items():
-        if getattr(config, name) is not None and not low <= getattr(config, name) <= high:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {getattr(config, name)}; it must be in {low} to {high}")
+    check_ranges(config, limits)
 
 
 def _open(data: Sequence[str]) -> Shards | list[Source]:
-    shards = [place for place in data if (Path(place) / MANIFEST).is_file()]
-    if shards and len(data) > 1:
-        raise MediaError(f"{shards[0]}: is a folder of shards; allowed: one such folder, and nothing beside it")
-    clips = Shards(shards[0]) if shards else find_sources(data)
+    folder = shard_folder(data)
+    clips = find_sources(data) if folder is None else Shards(folder)
     if not len(clips):
         raise MediaError(f"{data[0]}: holds no clip")
     return clips

@@ -26,13 +26,12 @@ from cavmae_fast.data.shards import (
     ShardError,
     ShardSet,
     member_names,
+    padded,
     read_record,
     shard_name,
 )
 from cavmae_fast.data.sources import Source, read_file
 from cavmae_fast.data.workers import unusable
-
-_BLOCK = 512  # tar
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class InspectClip:
         return images, decode_sound(read_file(source.sound), source.sound)[: self.samples]
 
     def _from_shard(self, clip: ShardClip, result: Inspected) -> tuple[Sequence[np.ndarray], np.ndarray]:
-        data = _read(clip.path, clip.offset, clip.offset + sum(_padded(np.array(clip.sizes))), str(clip))
+        data = _read(clip.path, clip.offset, clip.offset + sum(map(padded, clip.sizes)), str(clip))
         members, parts = _members(data), []
         for number, name in enumerate(member_names(clip.key, self.num_frames)):
             size = clip.sizes[number]
@@ -160,11 +159,6 @@ class InspectClip:
         # By channel: a picture of one colour is constant, too.
         elif (span := max(int(np.ptp(image, axis=(0, 1)).max()) for image in images)) < self.limits.flat_levels:
             yield "constant", f"{name}: the pixels of a frame differ by {span} at most"
-
-
-def _padded(sizes: np.ndarray) -> np.ndarray:
-    """Bytes that members of `sizes` take in a tar file: a header each, and the data in whole blocks."""
-    return _BLOCK + -(-sizes.astype(np.int64) // _BLOCK) * _BLOCK
 
 
 def _read(path: str, start: int, stop: int, name: str) -> bytes:
@@ -236,7 +230,7 @@ class Shards(ShardSet):
                 yield number, (clip := self[number])
             rows, place = self.index[first:last], 0
             size = os.path.getsize(clip.path) if os.path.isfile(clip.path) else 0
-            ends = rows["offset"].astype(np.int64) + _padded(rows["size"]).sum(axis=1)
+            ends = rows["offset"].astype(np.int64) + padded(rows["size"].astype(np.int64)).sum(axis=1)
             for offset, end in [*sorted(zip(rows["offset"].tolist(), ends.tolist(), strict=True)), (size, size)]:
                 if place < min(offset, size):
                     yield None, Unclaimed(clip.path, place, min(offset, size))

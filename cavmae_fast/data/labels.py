@@ -173,6 +173,11 @@ class LabelSet:
         return indices
 
 
+def foreign_labels(clip: object, unknown: Iterable[str]) -> str:
+    """Why a clip with these labels cannot be used, in one sentence that names it."""
+    return f"{clip}: its labels {', '.join(unknown)} are not in the CSV of the classes"
+
+
 def class_counts(labels: Sequence[Sequence[str]], label_set: LabelSet) -> np.ndarray:
     """How often each class occurs among the labels of all clips: `[K]` int64.
 

@@ -33,10 +33,9 @@ from cavmae_fast.data.augment import (
 from cavmae_fast.data.decoding import Decoded, InDali, InProcess, InWorkers, Reject, UnusableDataError
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, audio_features, image_features, samples_of
 from cavmae_fast.data.labels import LabelSet, read_weights
-from cavmae_fast.data.media import MediaError
 from cavmae_fast.data.order import Order
 from cavmae_fast.data.reading import Reader
-from cavmae_fast.data.shards import LABELS, MANIFEST, ShardSet
+from cavmae_fast.data.shards import LABELS, ShardSet, shard_folder
 from cavmae_fast.data.sources import Source, find_sources
 from cavmae_fast.data.steps import Plan, Step, Want
 from cavmae_fast.data.workers import TIMEOUT, default_count
@@ -93,12 +92,8 @@ def open_clips(data: str | Path | Sequence[str | Path] | Clips) -> Clips:
     if isinstance(data, ShardSet) or (not isinstance(data, str | Path) and data and isinstance(data[0], Source)):
         return data
     places = [data] if isinstance(data, str | Path) else list(data)
-    shards = [place for place in places if (Path(place) / MANIFEST).is_file()]
-    if not shards:
-        return find_sources(places)
-    if len(places) > 1:
-        raise MediaError(f"{shards[0]}: is a folder of shards; allowed: one such folder, and nothing beside it")
-    return ShardSet(shards[0])
+    folder = shard_folder(places)
+    return find_sources(places) if folder is None else ShardSet(folder)
 
 
 def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:

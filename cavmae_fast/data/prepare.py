@@ -7,7 +7,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from cavmae_fast.data.encoded import SAMPLE_RATE, decode_image, decode_sound, encode_image, encode_sound
-from cavmae_fast.data.labels import LabelSet
+from cavmae_fast.data.labels import LabelSet, foreign_labels
 from cavmae_fast.data.media import MediaError, read_clip
+from cavmae_fast.data.options import check_ranges
 from cavmae_fast.data.shards import (
     INDEX,
     LABELS,
@@ -31,6 +31,7 @@ from cavmae_fast.data.shards import (
     ShardWriter,
     finished,
     index_dtype,
+    put_whole,
     read_record,
     to_json,
     write_whole,
@@ -90,7 +91,7 @@ class EncodeClip:
         key, source = item
         try:
             if self.known_labels is not None and (unknown := set(source.labels) - self.known_labels):
-                return f"{source}: its labels {', '.join(sorted(unknown))} are not in the CSV of the classes"
+                return foreign_labels(source, sorted(unknown))
             images, waveform = self._from_video(source) if source.video else self._from_files(source)
             sound = encode_sound(waveform)
         except Exception as error:
@@ -163,10 +164,7 @@ def _check(config: PrepareConfig) -> None:
         "frames": (1, MAX_FRAMES), "size": (1, 4096), "quality": (1, 95), "shard_clips": (1, 10**6),
         "seconds": (0.025, 3600), "timeout": (0.1, 86400), "workers": (1, 4096),
     }  # fmt: skip
-    for name, (low, high) in limits.items():
-        if getattr(config, name) is not None and not low <= getattr(config, name) <= high:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {getattr(config, name)}; it must be in {low} to {high}")
+    check_ranges(config, limits)
 
 
 @contextlib.contextmanager
@@ -272,12 +270,8 @@ def _publish(config: PrepareConfig, total: int) -> dict[str, Any]:
             places = [(number, c["key"], c["offset"], c["size"], c["crc"]) for c in record["clips"]]
             rows.append(np.array(places, dtype))
     write_whole(config.out / REJECTS, "".join(map(_line, rejects)))
-    part = config.out / f".{INDEX}.part"
-    with part.open("wb") as file:
-        np.save(file, np.concatenate([*rows, np.zeros(0, dtype)]))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(config.out / INDEX)
+    index = np.concatenate([*rows, np.zeros(0, dtype)])
+    put_whole(config.out / INDEX, lambda file: np.save(file, index))
     manifest = {
         "version": VERSION, "listed": total, "clips": sum(shard["clips"] for shard in shards), "rejects": len(rejects),
         "frames": config.frames, "size": config.size, "seconds": config.seconds, "sample_rate": SAMPLE_RATE,

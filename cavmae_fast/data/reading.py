@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cavmae_fast.data.encoded import SAMPLE_RATE, Encoded, decode_image, decode_sound
-from cavmae_fast.data.labels import LabelSet
+from cavmae_fast.data.labels import LabelSet, foreign_labels
 from cavmae_fast.data.media import Clip, MediaError, read_clip
 from cavmae_fast.data.shards import ShardClip
 from cavmae_fast.data.sources import Source
@@ -95,7 +95,7 @@ class Reader:
     def check_labels(self, record: Record, labels: tuple[str, ...]) -> None:
         """Raises MediaError when a label is not one of the classes."""
         if self.label_set is not None and (unknown := self.label_set.unknown(labels)):
-            raise MediaError(f"{record}: its labels {', '.join(unknown)} are not in the CSV of the classes")
+            raise MediaError(foreign_labels(record, unknown))
 
     def _video(self, path: str, frame: int) -> tuple[Clip, int]:
         options = {"num_frames": self.num_frames, "size": self.size, "seconds": self.samples / SAMPLE_RATE}

@@ -20,10 +20,10 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -63,8 +63,8 @@ def index_dtype(num_frames: int) -> np.dtype:
     )
 
 
-def _padded(size: int) -> int:
-    """Bytes that a member of `size` takes in a tar file: its header, and its data in whole blocks."""
+def padded(size: Any) -> Any:
+    """Bytes that a member of `size` takes in a tar file: its header, and its data in whole blocks. Also of an array."""
     return _BLOCK + -(-size // _BLOCK) * _BLOCK
 
 
@@ -100,7 +100,7 @@ class ShardWriter:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
-        self._offset += sum(map(_padded, sizes))
+        self._offset += sum(map(padded, sizes))
 
     def finish(self, rejects: list[dict[str, Any]]) -> None:
         """Publishes the shard; one without a clip leaves a record alone. `rejects` go into the record."""
@@ -139,10 +139,15 @@ def to_json(value: Any) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole or not at all."""
+    put_whole(path, lambda file: file.write(text.encode()))
+
+
+def put_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets `write` fill a hidden file, and gives it its name when it is on the disk."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -177,7 +182,7 @@ def _starts(offset: int, sizes: Sequence[int]) -> list[int]:
     starts = []
     for size in sizes:
         starts.append(offset + _BLOCK)
-        offset += _padded(size)
+        offset += padded(size)
     return starts
 
 
@@ -283,6 +288,14 @@ class ShardSet:
         """What each clip's JSON file says, in order, from the shards' own records (no tar file is read)."""
         for shard in self.manifest["shards"]:
             yield from (clip["meta"] for clip in read_record(self.folder, shard["number"])["clips"])
+
+
+def shard_folder(places: Sequence[str | Path]) -> str | Path | None:
+    """The place that is a folder of finished shards; None when none is. MediaError when there is anything beside it."""
+    shards = [place for place in places if (Path(place) / MANIFEST).is_file()]
+    if shards and len(places) > 1:
+        raise MediaError(f"{shards[0]}: is a folder of shards; allowed: one such folder, and nothing beside it")
+    return shards[0] if shards else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
