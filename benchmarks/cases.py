@@ -262,7 +262,7 @@ def _fbank(d: Draw, name: str, batch: int, seconds: float) -> Case:
 
 
 def _features(d: Draw, name: str, batch: int, seconds: float) -> Case:
-    """int16 sound to normalised features."""
+    """int16 sound to normalized features."""
     samples = int(16000 * seconds)
     waveform = (3000 * d.fixed(batch, samples)).to(torch.int16)
     length = fbank.num_frames(samples)

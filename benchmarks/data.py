@@ -115,7 +115,7 @@ def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespa
         "decode JPEG": (lambda: [decode_image(data, 224, "") for data in jpegs], CPU),
         "decode FLAC": (lambda: [decode_sound(data, "") for data in flacs], CPU),
         "log-mel features, batched": (lambda: audio_features(waveform, count), report.device),
-        "normalise images, batched": (lambda: image_features(image), report.device),
+        "normalize images, batched": (lambda: image_features(image), report.device),
     }
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.rounds + 1):

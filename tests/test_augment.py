@@ -201,7 +201,7 @@ def test_every_column_is_uniform():
 
 
 @pytest.mark.parametrize("other", ["column", "position", "seed", "epoch", "swapped"])
-def test_neighbours_are_independent(other):
+def test_neighbors_are_independent(other):
     rows = 20_000
     base = uniforms(1, 2, 0, rows)
     compared = {
@@ -404,13 +404,13 @@ def test_bad_images(image, other, lam, error, cause):
 # Spectrograms
 
 
-def normalise(log_mel: torch.Tensor) -> torch.Tensor:
+def normalize(log_mel: torch.Tensor) -> torch.Tensor:
     return (log_mel - AUDIO_MEAN) / AUDIO_STD
 
 
 @DEVICES
 @pytest.mark.parametrize("place", [torch.from_numpy, np.asarray], ids=["tensor", "array"])
-def test_masks_equal_masking_with_zero_before_normalising(device, place):
+def test_masks_equal_masking_with_zero_before_normalizing(device, place):
     log_mel = torch.randn(40, 200, 128, generator=torch.Generator().manual_seed(0)) * 4 - 5
     draws = draws_of(rows=40, audio_length=200)
     expected = log_mel.clone()
@@ -418,10 +418,10 @@ def test_masks_equal_masking_with_zero_before_normalising(device, place):
         (bin0, bins), (frame0, frames) = draws.freq[row], draws.time[row]
         expected[row, :, bin0 : bin0 + bins] = 0
         expected[row, frame0 : frame0 + frames, :] = 0
-    features = normalise(log_mel)
+    features = normalize(log_mel)
     before = features.clone()
     masked = mask_spectrogram(features.to(device), place(draws.freq), place(draws.time))
-    assert torch.equal(masked.cpu(), normalise(expected)) and torch.equal(features, before)
+    assert torch.equal(masked.cpu(), normalize(expected)) and torch.equal(features, before)
     assert not torch.equal(masked.cpu(), before)
 
 
@@ -518,10 +518,10 @@ def test_no_step_waits_for_the_gpu():
 
 
 def test_the_whole_chain_is_the_published_one():
-    """Mask, normalise, add noise and roll, one clip at a time, from the same draws and the same noise."""
+    """Mask, normalize, add noise and roll, one clip at a time, from the same draws and the same noise."""
     draws = draws_of(rows=16, audio_length=250)
     log_mel = torch.randn(16, 250, 128, generator=torch.Generator().manual_seed(0)) * 4 - 5
-    ours = mask_spectrogram(normalise(log_mel), draws.freq, draws.time)
+    ours = mask_spectrogram(normalize(log_mel), draws.freq, draws.time)
     ours = noise_and_roll(ours, draws.level, draws.shift, generator_for("cpu", 7, 3, 0))
     noise = torch.rand(log_mel.shape, generator=generator_for("cpu", 7, 3, 0))
     for row in range(16):
@@ -529,6 +529,6 @@ def test_the_whole_chain_is_the_published_one():
         (bin0, bins), (frame0, frames) = draws.freq[row], draws.time[row]
         clip[:, bin0 : bin0 + bins] = 0
         clip[frame0 : frame0 + frames] = 0
-        clip = normalise(clip) + noise[row] * float(draws.level[row])
+        clip = normalize(clip) + noise[row] * float(draws.level[row])
         clip = torch.cat([clip[-int(draws.shift[row]) % 250 :], clip[: -int(draws.shift[row]) % 250]])
         torch.testing.assert_close(ours[row], clip, rtol=0, atol=1e-6)

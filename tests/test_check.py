@@ -43,7 +43,7 @@ class Folder:
         self.list = root / "train.json"
 
     def add(self, name, labels="/m/a", sound=None, level=None, frames=range(10), format="FLAC"):
-        """A clip with a picture of noise, or of one grey level or colour."""
+        """A clip with a picture of noise, or of one gray level or color."""
         import soundfile
         from PIL import Image
 

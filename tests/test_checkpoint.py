@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ENCODER, TINY, inputs, one_thread, randomise  # noqa: F401
+from tiny import ENCODER, TINY, inputs, one_thread, randomize  # noqa: F401
 from torch import nn
 
 from cavmae_fast.models import (
@@ -29,7 +29,7 @@ from cavmae_fast.models import (
 
 @pytest.fixture(scope="module")
 def trained() -> CAVMAE:
-    return randomise(CAVMAE(**TINY), seed=7)
+    return randomize(CAVMAE(**TINY), seed=7)
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -427,7 +427,7 @@ SAVED = {
 @pytest.mark.parametrize("name", SAVED)
 def test_round_trip(tmp_path, name):
     config = TINY | SAVED[name]
-    model = randomise(CAVMAE(**config))
+    model = randomize(CAVMAE(**config))
     folder = model.save_pretrained(tmp_path / "deep" / "folder")
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     again = CAVMAE.from_pretrained(folder)
@@ -446,7 +446,7 @@ def test_round_trip(tmp_path, name):
 
 @pytest.mark.parametrize("kind", [CAVMAEFT, CAVMAEFTAudio])
 def test_round_trip_of_the_classifiers(tmp_path, kind):
-    model = randomise(kind(5, **ENCODER, norm_layer=lambda width: nn.LayerNorm(width, eps=1e-3)))
+    model = randomize(kind(5, **ENCODER, norm_layer=lambda width: nn.LayerNorm(width, eps=1e-3)))
     again = kind.from_pretrained(model.save_pretrained(tmp_path))
     assert same(values(again), values(model)) and again.norm_a.eps == 1e-3
     audio, imgs = inputs(dtype=torch.float32)
@@ -507,7 +507,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, trained, monkeypatch
             path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    other = randomise(CAVMAE(**TINY | {"norm_pix_loss": True}), seed=9)
+    other = randomize(CAVMAE(**TINY | {"norm_pix_loss": True}), seed=9)
     with monkeypatch.context() as patch:
         if moment == "config":
             patch.setattr(checkpoint.json, "dumps", lambda *_, **__: interrupted(None, None))
@@ -521,7 +521,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, trained, monkeypatch
 
 
 def test_saving_takes_any_dtype_and_strides(tmp_path):
-    model = randomise(CAVMAE(**TINY)).to(torch.bfloat16)
+    model = randomize(CAVMAE(**TINY)).to(torch.bfloat16)
     model.decoder_embed.weight.data = model.decoder_embed.weight.data.T.contiguous().T
     again = CAVMAE.from_pretrained(model.save_pretrained(tmp_path))
     assert same(values(again.to(torch.bfloat16)), values(model))

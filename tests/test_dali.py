@@ -61,11 +61,11 @@ def square(image, size=SIZE):
 
 
 def plain(number):
-    """A clip that says which it is: the picture's grey level and the sound's samples are `number`."""
+    """A clip that says which it is: the picture's gray level and the sound's samples are `number`."""
     from PIL import Image
 
-    grey = Image.new("RGB", (SIZE, SIZE), (number, number, number))
-    return Encoded(image_bytes(grey), sound_bytes(np.full(500 + number, number, np.int16)))
+    gray = Image.new("RGB", (SIZE, SIZE), (number, number, number))
+    return Encoded(image_bytes(gray), sound_bytes(np.full(500 + number, number, np.int16)))
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def numbers_of(batches, repair=never, **options):
 def test_pixels_are_exactly_pillows(shape):
     from PIL import Image
 
-    image, grey = picture(*shape), picture(*shape).convert("L")
+    image, gray = picture(*shape), picture(*shape).convert("L")
     files = [image_bytes(image, quality=95, subsampling=subsampling) for subsampling in (0, 1, 2)]
-    files += [image_bytes(image, quality=60, progressive=True), image_bytes(grey, quality=95)]
-    files += [image_bytes(image, "PNG"), image_bytes(grey, "PNG"), image_bytes(image.convert("P"), "PNG")]
+    files += [image_bytes(image, quality=60, progressive=True), image_bytes(gray, quality=95)]
+    files += [image_bytes(image, "PNG"), image_bytes(gray, "PNG"), image_bytes(image.convert("P"), "PNG")]
     exif = Image.Exif()
     exif[0x112] = 6  # "turn me": Pillow does not
     files += [image_bytes(image, quality=95, exif=exif)]
@@ -251,7 +251,7 @@ def test_repair_may_take_several_goes_and_leave_clips_out(clips):
     assert goes == [4, 3, 2]
 
 
-@pytest.mark.parametrize("kind, message", [("no sound", "fn.decoders.audio: .*Format not recognised"), ("rate", "44100")])
+@pytest.mark.parametrize("kind, message", [("no sound", "fn.decoders.audio: .*Format not recognized"), ("rate", "44100")])
 def test_a_repair_that_changes_nothing_ends_in_dalis_words(clips, kind, message):
     goes = []
     batches = decode_batches(
@@ -390,7 +390,7 @@ def test_the_graph_for_the_gpu_can_be_built(graph, outputs):
 
 
 def video_bytes(frames, height=72, width=96, format="avi"):
-    """MJPEG, frame `i` of grey level `20 * i`, its left half the inverse."""
+    """MJPEG, frame `i` of gray level `20 * i`, its left half the inverse."""
     import av
 
     file = io.BytesIO()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from tiny import TINY, gradients, inputs, one_thread, randomise  # noqa: F401
+from tiny import TINY, gradients, inputs, one_thread, randomize  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
 from cavmae_fast.models import CAVMAE
@@ -23,7 +23,7 @@ CASES = [("all", 1.0), ("rank", 1.0), ("all", 0.0)]
 
 
 def build(kind: type = CAVMAE, mae_loss_weight: float = 1.0) -> torch.nn.Module:
-    model = randomise(kind(**TINY | {"norm_pix_loss": True})).double()
+    model = randomize(kind(**TINY | {"norm_pix_loss": True})).double()
     if mae_loss_weight == 0:
         for name, parameter in model.named_parameters():
             if name.startswith(("decoder_", "mask_token", "norm.")) or ("blocks_u" in name and ".norm" in name):

@@ -86,13 +86,13 @@ FLAC = sound_bytes(tone(16000), kind="FLAC")
 JPEG = image_bytes(picture(SIZE, SIZE))
 
 IMAGES = {
-    "rgb": image_bytes(picture(SIZE, SIZE)), "grey": image_bytes(picture(80, 90, "L")),
+    "rgb": image_bytes(picture(SIZE, SIZE)), "gray": image_bytes(picture(80, 90, "L")),
     "cmyk": image_bytes(picture(80, 90, "CMYK")),
     "progressive": image_bytes(picture(90, 80), progressive=True), "444": image_bytes(picture(90, 80), subsampling=0),
     "wide": image_bytes(picture(70, 333)), "tall": image_bytes(picture(333, 71)), "small": image_bytes(picture(9, 17)),
     "one pixel": image_bytes(picture(1, 1)), "png": image_bytes(picture(100, 64), "PNG"),
     "rgba": image_bytes(picture(64, 100, "RGBA"), "PNG"), "palette": image_bytes(picture(64, 64, "P"), "PNG"),
-    "grey png": image_bytes(picture(65, 64, "L"), "PNG"), "1 bit": image_bytes(picture(64, 65, "1"), "PNG"),
+    "gray png": image_bytes(picture(65, 64, "L"), "PNG"), "1 bit": image_bytes(picture(64, 65, "1"), "PNG"),
     "with a tail": JPEG + b"garbage",
 }  # fmt: skip
 

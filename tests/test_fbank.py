@@ -1,4 +1,4 @@
-"""The log-mel features: against Kaldi, the published values and an oracle; and the normalised model inputs."""
+"""The log-mel features: against Kaldi, the published values and an oracle; and the normalized model inputs."""
 
 import importlib
 import math
@@ -130,7 +130,7 @@ def test_errors(function):
 
 
 def published_features(samples: torch.Tensor, audio_length: int) -> torch.Tensor:
-    """One clip as the published loader does it, in float64: centre, log-mel, pad or cut, normalise."""
+    """One clip as the published loader does it, in float64: center, log-mel, pad or cut, normalize."""
     waveform = samples.double() / 32768
     features = reference.log_mel_fbank(waveform - waveform.mean())[0][:audio_length]
     padded = torch.nn.functional.pad(features, (0, 0, 0, audio_length - len(features)))

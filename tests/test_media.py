@@ -28,7 +28,7 @@ def write_clip(
     path, *, frames=30, fps=10, width=64, height=64, video="mjpeg", pix="yuvj420p", times=None, picture=None,
     sound=None, rate=16000, audio="pcm_s16le", audio_format=None, rotation=0, gop=12,
 ):  # fmt: skip
-    """Encode a clip; frame `i` is the grey level `8 * i % 256` unless `picture(i)` gives `[height, width, 3]`."""
+    """Encode a clip; frame `i` is the gray level `8 * i % 256` unless `picture(i)` gives `[height, width, 3]`."""
     import av
 
     with av.open(str(path), "w") as out:
@@ -148,7 +148,7 @@ def test_variable_frame_rate(tmp_path, suffix):
 
 @pytest.mark.parametrize("width, height", [(64, 36), (36, 64), (63, 35), (35, 63), (3, 5), (1, 1), (400, 10)])
 def test_shapes(tmp_path, width, height):
-    """The shorter side is scaled to `size` and the centre kept: left/top is dark, right/bottom bright."""
+    """The shorter side is scaled to `size` and the center kept: left/top is dark, right/bottom bright."""
     long = max(width, height)
     ramp = np.broadcast_to(np.arange(long) * 255 // max(1, long - 1), (min(width, height), long))
     ramp = (ramp if width >= height else ramp.T)[..., None].repeat(3, -1).astype(np.uint8)
@@ -169,7 +169,7 @@ def test_shapes(tmp_path, width, height):
     assert np.abs(frames[0] - expected).max() <= 1
 
 
-def test_rotation_is_honoured(tmp_path):
+def test_rotation_is_honored(tmp_path):
     corner = np.zeros((32, 64, 3), np.uint8)
     corner[:16, :32] = 255  # top left of the stored picture
     for angle, (row, column) in {90: (1, 0), -90: (0, 1), 180: (1, 1)}.items():
@@ -183,7 +183,7 @@ def test_rotation_is_honoured(tmp_path):
 
 
 def write_streams(path, sounds, pictures):
-    """Encode streams in the given order: `sounds` as `[1, samples]`, `pictures` as (grey level, count, is a cover)."""
+    """Encode streams in the given order: `sounds` as `[1, samples]`, `pictures` as (gray level, count, is a cover)."""
     import av
 
     with av.open(str(path), "w") as out:

@@ -95,7 +95,7 @@ SHAPES = {
     "with-channel": (AUDIO[:, None], IMGS, "audio has shape [3, 1, 64, 128]"),
     "empty": (AUDIO[:0], IMGS[:0], "audio has shape [0, 64, 128]"),
     "scalar": (torch.tensor(1.0), IMGS, "audio has shape []"),
-    "grey": (AUDIO, IMGS[:, :1], "has shape [3, 1, 32, 32] | [B, 3, 32, 32]"),
+    "gray": (AUDIO, IMGS[:, :1], "has shape [3, 1, 32, 32] | [B, 3, 32, 32]"),
     "channels-last": (AUDIO, IMGS.permute(0, 2, 3, 1), "has shape [3, 32, 32, 3] | [B, 3, 32, 32]"),
     "large": (AUDIO, torch.randn(3, 3, 64, 64), "has shape [3, 3, 64, 64] | [B, 3, 32, 32]"),
     "frames": (AUDIO, IMGS[:, None], "has shape [3, 1, 3, 32, 32] | [B, 3, 32, 32]"),
@@ -329,7 +329,7 @@ def test_nan_weights_reach_the_loss(implementation):
 )
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_nan_scores_are_not_hidden(attention, part):
-    """NaN in the projection of the queries or the keys alone, as after a bad step of the optimiser."""
+    """NaN in the projection of the queries or the keys alone, as after a bad step of the optimizer."""
     broken = models.CAVMAE(**TINY, attention=attention)
     with torch.no_grad():
         broken.blocks_a[0].attn.qkv.weight[0 if part == "q" else 48] = NAN

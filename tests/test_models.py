@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ENCODER, OUTPUTS, TINY, gradients, inputs, one_thread, pair, randomise, relative  # noqa: F401
+from tiny import ENCODER, OUTPUTS, TINY, gradients, inputs, one_thread, pair, randomize, relative  # noqa: F401
 from torch import nn
 
 import cavmae_fast
@@ -401,7 +401,7 @@ def test_tokens_of_audio_are_frequency_major():
 
 
 def rgb(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images `[B, 3, H, W]`, channels last in memory as decoders give them, and the same normalised in float64."""
+    """uint8 images `[B, 3, H, W]`, channels last in memory as decoders give them, and the same normalized in float64."""
     pixels = (imgs * 60 + 120).clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return pixels, (pixels.double() / 255 - mean) / std
@@ -409,14 +409,14 @@ def rgb(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["default", "norm_pix", "two-shared", "wide-images", "patch-8"])
 @pytest.mark.parametrize("method", ["forward", "forward_inpaint"])
-def test_bytes_are_normalised_on_the_way_in(name, method):
-    """Fast and reference models on uint8, against the reference on images that were normalised first."""
+def test_bytes_are_normalized_on_the_way_in(name, method):
+    """Fast and reference models on uint8, against the reference on images that were normalized first."""
     config = TINY | CONFIGS[name]
     fast, plain = pair(CAVMAE, reference.CAVMAE, **config)
     audio, imgs = inputs(config)
-    pixels, normalised = rgb(imgs)
+    pixels, normalized = rgb(imgs)
     results = []
-    for model, images in ((plain, normalised), (plain, pixels), (fast, pixels)):
+    for model, images in ((plain, normalized), (plain, pixels), (fast, pixels)):
         torch.manual_seed(0)
         out = getattr(model, method)(audio, images)
         model.zero_grad()
@@ -429,20 +429,20 @@ def test_bytes_are_normalised_on_the_way_in(name, method):
 
 def test_bytes_in_features_and_classifier():
     audio, imgs = inputs()
-    pixels, normalised = rgb(imgs)
+    pixels, normalized = rgb(imgs)
     for fast, plain in (pair(CAVMAE, reference.CAVMAE, **TINY), pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER)):
-        for got, want in zip(fast.forward_feat(audio, pixels), plain.forward_feat(audio, normalised), strict=True):
+        for got, want in zip(fast.forward_feat(audio, pixels), plain.forward_feat(audio, normalized), strict=True):
             assert relative(got, want) < 1e-9
         assert relative(plain.forward_feat(audio, pixels)[1], want) < 1e-12
     for mode in reference.MODES:
-        want = plain(audio, normalised, mode)
+        want = plain(audio, normalized, mode)
         assert relative(fast(audio, pixels, mode), want) < 1e-9 and relative(plain(audio, pixels, mode), want) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_under_autocast_and_in_low_precision(dtype):
     """uint8 gives what `image_features` gives: the same float32 numbers, to rounding."""
-    model = randomise(CAVMAE(**TINY))
+    model = randomize(CAVMAE(**TINY))
     audio, imgs = inputs(dtype=torch.float32)
     pixels, _ = rgb(imgs)
     losses = []
@@ -510,7 +510,7 @@ def test_audio_model_equals_reference(name):
 
 
 def test_audio_model_is_the_audio_branch_of_the_classifier():
-    both, alone = randomise(CAVMAEFT(5, **ENCODER)).double(), CAVMAEFTAudio(5, **ENCODER).double()
+    both, alone = randomize(CAVMAEFT(5, **ENCODER)).double(), CAVMAEFTAudio(5, **ENCODER).double()
     alone.load_state_dict({k: v for k, v in both.state_dict().items() if k in alone.state_dict()})
     audio, _ = inputs()
     torch.testing.assert_close(alone.forward_pred(audio), both(audio, None, "audioonly"), rtol=1e-10, atol=1e-12)
@@ -555,7 +555,7 @@ def test_bf16_autocast_is_as_near_to_float64_as_the_reference():
 
 
 def test_dtypes_under_autocast():
-    model = randomise(CAVMAE(**TINY))
+    model = randomize(CAVMAE(**TINY))
     audio, imgs = inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = dict(zip(OUTPUTS, model(audio, imgs)))
@@ -570,7 +570,7 @@ def test_dtypes_under_autocast():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("input_dtype", ["same", torch.float32])
 def test_whole_model_in_another_dtype(dtype, input_dtype):
-    model = randomise(CAVMAE(**TINY)).to(dtype)
+    model = randomize(CAVMAE(**TINY)).to(dtype)
     audio, imgs = inputs(dtype=dtype if input_dtype == "same" else input_dtype)
     torch.manual_seed(0)
     out = dict(zip(OUTPUTS, model(audio, imgs)))
@@ -579,10 +579,10 @@ def test_whole_model_in_another_dtype(dtype, input_dtype):
     out["loss"].backward()
     assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients(model).values())
     torch.manual_seed(0)
-    exact = randomise(CAVMAE(**TINY))(*inputs(dtype=torch.float32))[0]
+    exact = randomize(CAVMAE(**TINY))(*inputs(dtype=torch.float32))[0]
     assert abs(out["loss"] - exact) < 0.02 * exact
     assert model.forward_feat(audio, imgs)[0].dtype == dtype
-    classifier = randomise(CAVMAEFT(5, **ENCODER)).to(dtype)
+    classifier = randomize(CAVMAEFT(5, **ENCODER)).to(dtype)
     assert all(classifier(audio, imgs, mode).dtype == dtype for mode in reference.MODES)
 
 
@@ -697,7 +697,7 @@ def test_every_trainable_parameter_gets_a_gradient(name):
     assert [n for n, p in model.named_parameters() if p.requires_grad != (p.grad is not None)] == []
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = CAVMAE(**TINY)
     for name, p in model.named_parameters():
@@ -731,7 +731,7 @@ def test_deepcopy_and_pickle():
         assert torch.equal(run(other, TINY)["loss"], want)
         other.norm.weight.data.zero_()
         assert fast.norm.weight.abs().sum() > 0
-    classifier = randomise(CAVMAEFT(5, **ENCODER))
+    classifier = randomize(CAVMAEFT(5, **ENCODER))
     x = inputs(dtype=torch.float32)
     assert torch.equal(copy.deepcopy(classifier)(*x, "multimodal"), classifier(*x, "multimodal"))
 

@@ -24,7 +24,7 @@ def one_thread():
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random values for every parameter but frozen positions: biases are not 0, norm weights not 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def pair(fast: type, plain: type, *args, dtype: torch.dtype = torch.float64, **c
     """The fast and the reference model with the same random weights. `attention` is the fast one's alone."""
     attention = config.pop("attention", None)
     one, other = fast(*args, attention=attention, **config), plain(*args, **config)
-    randomise(other)
+    randomize(other)
     one.load_state_dict(other.state_dict())
     return one.to(dtype), other.to(dtype)
 

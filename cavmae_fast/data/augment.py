@@ -233,7 +233,7 @@ def _own_samples(waveform: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @torch.no_grad()
 def mix_images(image: Tensor, other: Tensor, lam: Tensor | np.ndarray) -> Tensor:
-    """Normalised images mixed as `lam * image + (1 - lam) * other`; where `lam` is 1, exactly `image`.
+    """Normalized images mixed as `lam * image + (1 - lam) * other`; where `lam` is 1, exactly `image`.
 
     Args:
         image, other: `[batch, 3, height, width]`, one floating-point dtype and device, finite.
@@ -246,7 +246,7 @@ def mix_images(image: Tensor, other: Tensor, lam: Tensor | np.ndarray) -> Tensor
         TypeError, ValueError: a wrong type or shape.
     """
     if not image.is_floating_point() or other.dtype != image.dtype:
-        raise TypeError(f"image is {image.dtype} and other {other.dtype}; allowed: one floating-point dtype (normalised)")
+        raise TypeError(f"image is {image.dtype} and other {other.dtype}; allowed: one floating-point dtype (normalized)")
     if image.dim() != 4 or image.shape != other.shape:
         raise ValueError(
             f"image is {list(image.shape)} and other {list(other.shape)}; allowed: both one shape, [batch, 3, height, width]"
@@ -261,9 +261,9 @@ def mask_spectrogram(
     """SpecAugment: one band of mel bins and one of frames of each clip are set to `fill`.
 
     Args:
-        features: `[batch, frames, mel bins]`, floating point, normalised.
+        features: `[batch, frames, mel bins]`, floating point, normalized.
         freq, time: `[batch, 2]` integers, first masked bin or frame and number of them.
-        fill: `(0 - mean) / std`. The published order, masking with 0 and then normalising, gives the same.
+        fill: `(0 - mean) / std`. The published order, masking with 0 and then normalizing, gives the same.
 
     Returns:
         `[batch, frames, mel bins]` in the dtype of `features`.
@@ -287,7 +287,7 @@ def noise_and_roll(
     """Add noise, uniform in [0, 1) times `level`, then roll by `shift` frames: what leaves one end enters at the other.
 
     Args:
-        features: `[batch, frames, mel bins]`, floating point, normalised.
+        features: `[batch, frames, mel bins]`, floating point, normalized.
         level: `[batch]`, the noise's upper end.
         shift: `[batch]` integers, frames towards the end.
         generator: of the noise, on the features' device; see `generator_for`.

@@ -100,7 +100,7 @@ class CheckConfig:
     silence_db: float = -90.0
     """Clips whose sound swings less than this are reported as silent (dBFS; -90: one step of 16 bits)."""
     black_level: float = 2.0
-    """Clips with no frame of at least this mean grey level, 0 to 255, are reported as black."""
+    """Clips with no frame of at least this mean gray level, 0 to 255, are reported as black."""
     flat_levels: float = 4.0
     """Clips in which no channel of a frame spans at least so many of 255 levels are reported as constant."""
 

@@ -52,8 +52,8 @@ def decode_batches(
 
     A picture whose shorter side is `image_size` keeps its pixels: on the CPU exactly Pillow's (8 bits a channel, EXIF
     rotation not applied), on the GPU nvJPEG's. Any other has its shorter side scaled to `image_size` (bicubic,
-    antialiased) with torchvision's rounding of sizes; the centre is cut out. Pillow rounds and clips between the two
-    passes of the filter, DALI does not: video frames differ by at most 10 grey levels and 0.25 on average, saturating
+    antialiased) with torchvision's rounding of sizes; the center is cut out. Pillow rounds and clips between the two
+    passes of the filter, DALI does not: video frames differ by at most 10 gray levels and 0.25 on average, saturating
     noise by 26 and 0.55 (measured on the CPU). Sound is exactly what soundfile reads as int16.
 
     DALI gives up a whole batch, and itself, for one damaged clip. `repair` is then called with that batch and returns
@@ -107,7 +107,7 @@ def decode_videos(
     The frame is scaled and cut as `read_clip` does (bilinear, antialiased), but not turned: rotation metadata is not
     read. A frame number past the end of the video is damage.
 
-    **It has not been run on a GPU.** Its graph is tested with DALI's CPU decoder; NVDEC and its colours are not.
+    **It has not been run on a GPU.** Its graph is tested with DALI's CPU decoder; NVDEC and its colors are not.
 
     Args, yields, raises: as `decode_batches`, and ValueError for a device other than `cuda`.
     """
@@ -261,7 +261,7 @@ def _videos(feed: _Feed, *, image_size: int, samples: int, gpu: bool) -> tuple:
 
 
 def _square(image: Any, sides: Any, size: int, interpolation: Any) -> Any:
-    """`[size, size, 3]`: the shorter side of `image` [H, W, 3] scaled to `size`, its centre kept; `sides` is [H, W]."""
+    """`[size, size, 3]`: the shorter side of `image` [H, W, 3] scaled to `size`, its center kept; `sides` is [H, W]."""
     from nvidia.dali import fn, math, types
 
     short = math.min(sides[0], sides[1])
@@ -269,7 +269,7 @@ def _square(image: Any, sides: Any, size: int, interpolation: Any) -> Any:
     half = (scaled - size) // 2
     start = half + ((scaled - size) & half & 1)  # halves are rounded to even, as Python's round does
     scale = fn.cast(sides, dtype=types.FLOAT) / scaled
-    # Where nothing is scaled, nearest neighbour (0) copies what a filter would copy as well, at several times the cost.
+    # Where nothing is scaled, nearest neighbor (0) copies what a filter would copy as well, at several times the cost.
     kind = fn.cast(int(interpolation) * (short != size), dtype=types.INTERP_TYPE)
     # Scaling only the part that stays is the same arithmetic as scaling all and cropping, without the waste.
     window = {"roi_start": start * scale, "roi_end": (start + size) * scale}

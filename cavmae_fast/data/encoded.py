@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
 def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     """The image `[size, size, 3]` uint8: as it is when it has that size, else its shorter side scaled to `size`
-    (bicubic, by Pillow, as published) and its centre cut out.
+    (bicubic, by Pillow, as published) and its center cut out.
 
     Raises:
         MediaError: `data` cannot be decoded; the message begins with `name`.

@@ -1,4 +1,4 @@
-"""What the models take: normalised log-mel spectrograms and normalised images, from integers, on any device."""
+"""What the models take: normalized log-mel spectrograms and normalized images, from integers, on any device."""
 
 from functools import lru_cache
 
@@ -22,10 +22,10 @@ def samples_of(audio_length: int) -> int:
 def audio_features(
     waveform: Tensor, num_samples: Tensor, audio_length: int = 1024, mean: float = AUDIO_MEAN, std: float = AUDIO_STD
 ) -> Tensor:
-    """Normalised log-mel spectrograms of a batch of clips, each as if it had been computed alone.
+    """Normalized log-mel spectrograms of a batch of clips, each as if it had been computed alone.
 
     Every clip loses the mean of its own samples; its `1 + (n - 400) // 160` frames are zero-padded or cut to
-    `audio_length`, and then normalised as `(x - mean) / std` (so padding becomes `-mean / std`, as published).
+    `audio_length`, and then normalized as `(x - mean) / std` (so padding becomes `-mean / std`, as published).
 
     Args:
         waveform: `[batch, samples]` at 16 kHz: int16, or floating point with full scale 1.0. What lies past a clip's
@@ -57,7 +57,7 @@ def _image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def image_features(image: Tensor) -> Tensor:
-    """Images normalised with ImageNet's mean and standard deviation.
+    """Images normalized with ImageNet's mean and standard deviation.
 
     Args:
         image: `[batch, 3, height, width]` uint8, RGB, any device.

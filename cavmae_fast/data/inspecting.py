@@ -156,7 +156,7 @@ class InspectClip:
         brightest = max(float(image.mean()) for image in images)
         if brightest < self.limits.black_level:
             yield "black", f"{name}: its brightest frame has a mean of {brightest:.1f}"
-        # By channel: a picture of one colour is constant, too.
+        # By channel: a picture of one color is constant, too.
         elif (span := max(int(np.ptp(image, axis=(0, 1)).max()) for image in images)) < self.limits.flat_levels:
             yield "constant", f"{name}: the pixels of a frame differ by {span} at most"
 

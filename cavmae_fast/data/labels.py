@@ -189,7 +189,7 @@ def class_counts(labels: Sequence[Sequence[str]], label_set: LabelSet) -> np.nda
 
 
 def balance_weights(labels: Sequence[Sequence[str]], label_set: LabelSet) -> np.ndarray:
-    """Sampling weights that favour clips of rare classes, as published (`src/gen_weight_file.py`).
+    """Sampling weights that favor clips of rare classes, as published (`src/gen_weight_file.py`).
 
     Returns:
         `[clips]` float64: the sum over a clip's labels of `1000 / (count of the class + 0.01)`; 0 without labels.

@@ -50,9 +50,9 @@ class Batch:
 
     Attributes:
         ids: names of the clips.
-        audio: `[B, audio_length, 128]` float32, normalised log-mel.
-        image: `[B, 3, S, S]` RGB, as the channels lie last in memory: uint8 (the models normalise it), or float32
-            normalised with ImageNet's mean and standard deviation.
+        audio: `[B, audio_length, 128]` float32, normalized log-mel.
+        image: `[B, 3, S, S]` RGB, as the channels lie last in memory: uint8 (the models normalize it), or float32
+            normalized with ImageNet's mean and standard deviation.
         labels: `[B, classes]` float32, or None where the loader knows no classes.
         clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
         epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.
@@ -192,10 +192,10 @@ class Loader:
         workers: decoding processes ('torch') or threads ('dali'); default: one a core; 0 decodes in this process ('torch').
         image_size, audio_length: of the model's inputs, in pixels and in frames of 10 ms.
         mean, std: of the log-mel values of the training data.
-        normalize_images: give float32 images; else uint8, which the models normalise on the way into the patch
+        normalize_images: give float32 images; else uint8, which the models normalize on the way into the patch
             projection (with mixup images are always float32).
         seed: of the order, the frames and the augmentation.
-        rank, world_size: of this process and of all; default: torch.distributed's where it is initialised, else 0 of 1.
+        rank, world_size: of this process and of all; default: torch.distributed's where it is initialized, else 0 of 1.
         frame: which frame to use, for evaluation on another than the middle one.
         keep: hold decoded clips in memory, for small data sets (with `workers=0`).
         prefetch: steps decoded ahead.

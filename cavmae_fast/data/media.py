@@ -91,8 +91,8 @@ def read_clip(
     """Frames and sound of one media file, from its first video and its first audio stream.
 
     Frame `i` of `num_frames` is the file's frame `int(i * T / num_frames)` with `T = min(frame count, int(10 * fps))`,
-    upright (rotation metadata is honoured), its shorter side scaled to `size` (bilinear, pixels taken as square, as
-    published), its centre cut out. A video with fewer frames repeats them. The sound is the stream's first channel,
+    upright (rotation metadata is honored), its shorter side scaled to `size` (bilinear, pixels taken as square, as
+    published), its center cut out. A video with fewer frames repeats them. The sound is the stream's first channel,
     not a mixture, resampled to `sample_rate`, at most `seconds` of it.
 
     Decoding stops as soon as both are complete, so a long file costs as much as a short one. What a damaged or
@@ -312,7 +312,7 @@ class _Sound:
 
 
 def _square(frame: "av.VideoFrame", size: int) -> np.ndarray:
-    """`[size, size, 3]` uint8: the frame upright, shorter side scaled to `size`, centre kept."""
+    """`[size, size, 3]` uint8: the frame upright, shorter side scaled to `size`, center kept."""
     from PIL import Image
 
     image = Image.fromarray(frame.reformat(format="rgb24", threads=1).to_ndarray())

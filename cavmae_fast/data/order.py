@@ -13,7 +13,7 @@ class Order:
     """The order of a data set's clips, a function of (seed, epoch) alone.
 
     The sequence of an epoch is cut into steps of `world_size * batch_size` positions, each step into one piece a rank. So
-    the ranks' pieces of a step are neighbours, neither overlap nor leave a gap, and a run can go on from any position
+    the ranks' pieces of a step are neighbors, neither overlap nor leave a gap, and a run can go on from any position
     with another number of ranks.
 
     Attributes:

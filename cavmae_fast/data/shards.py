@@ -227,7 +227,7 @@ class ShardClip(NamedTuple):
             file = _open(self.path)
             if starts[-1] + self.sizes[-1] > os.fstat(file.descriptor).st_size:
                 raise MediaError(f"{self}: {INDEX} places it past the end of the file")
-            head = file.read(starts[0], starts[1] + self.sizes[1] - starts[0])  # JSON and FLAC are neighbours
+            head = file.read(starts[0], starts[1] + self.sizes[1] - starts[0])  # JSON and FLAC are neighbors
             image = file.read(starts[member], self.sizes[member])
         except OSError as error:
             raise MediaError(f"{self}: cannot be read ({error.strerror})") from error

@@ -5,7 +5,7 @@ A clip shows one shape on a noisy background and plays one sound. What is seen d
 | seen   | values                                | heard  | values                                       |
 | ------ | ------------------------------------- | ------ | -------------------------------------------- |
 | shape  | circle, square, triangle, cross, star | timbre | sine, square, saw, bell (FM), noise band     |
-| colour | 16 hues                               | pitch  | 16 pitches, 220 to 2960 Hz                   |
+| color | 16 hues                               | pitch  | 16 pitches, 220 to 2960 Hz                   |
 | motion | still, right, left, up, down          | rhythm | held, 2, 4 or 8 notes a second, long-short   |
 
 Motion is visible in a single frame: a moving shape drags fading copies of itself behind it. Position, size, speed,
@@ -47,14 +47,14 @@ Combination = tuple[int, int, int]  # indices into (SHAPES, TIMBRES), (HUES, PIT
 def combinations(seed: int = 0) -> tuple[list[Combination], list[Combination]]:
     """The training combinations (336) and the test combinations (64), both shuffled by `seed`.
 
-    Of the five shapes that go with a (colour, motion) at most two are held out, and likewise for the other pairs, so
+    Of the five shapes that go with a (color, motion) at most two are held out, and likewise for the other pairs, so
     that every pair of values is left in training.
     """
     rng = np.random.default_rng([seed, 2])
     relabel = [rng.permutation(n) for n in (len(SHAPES), len(HUES), len(MOTIONS))]
     every = [tuple(int(x) for x in c) for c in product(range(len(SHAPES)), range(len(HUES)), range(len(MOTIONS)))]
     rng.shuffle(every)
-    # A Latin square: each of its five classes holds exactly one shape for each (colour, motion).
+    # A Latin square: each of its five classes holds exactly one shape for each (color, motion).
     every.sort(key=lambda c: sum(int(table[x]) for table, x in zip(relabel, c, strict=True)) % len(SHAPES))
     test, train = every[:TEST_COMBINATIONS], every[TEST_COMBINATIONS:]
     rng.shuffle(test)
@@ -128,10 +128,10 @@ def generate_clips(
 
 
 def _row(split: str, index: int, combination: Combination) -> dict[str, Any]:
-    shape, colour, motion = combination
+    shape, color, motion = combination
     return {
         "file": f"{split}/{split}_{index:05d}.mp4", "split": split, "index": index, "shape": SHAPES[shape],
-        "hue": HUES[colour], "motion": MOTIONS[motion], "timbre": TIMBRES[shape], "pitch_hz": PITCHES[colour],
+        "hue": HUES[color], "motion": MOTIONS[motion], "timbre": TIMBRES[shape], "pitch_hz": PITCHES[color],
         "rhythm": RHYTHMS[motion],
     }  # fmt: skip
 
@@ -182,13 +182,13 @@ def _draw(row: dict[str, Any], count: int, size: int, rng: np.random.Generator) 
 
     noise = rng.normal(0, 1, (size, size, 1)) * rng.uniform(2, 10)
     patches = rng.normal(0, 1, (4, 4, 1)).repeat(size // 4 + 1, 0).repeat(size // 4 + 1, 1)[:size, :size]
-    grey = rng.uniform(30, 130) + rng.normal(0, 4, 3)  # nearly colourless: the hue belongs to the shape
-    background = Image.fromarray(np.clip(grey + noise + 8 * patches, 0, 255).astype(np.uint8))
+    gray = rng.uniform(30, 130) + rng.normal(0, 4, 3)  # nearly colorless: the hue belongs to the shape
+    background = Image.fromarray(np.clip(gray + noise + 8 * patches, 0, 255).astype(np.uint8))
 
     radius = size * rng.uniform(0.19, 0.25)
     mask = _mask(row["shape"], radius, rng.uniform(-0.2, 0.2))
     hue = (row["hue"] + rng.uniform(-4, 4)) % 360
-    colour = tuple(int(x) for x in _rgb(hue, rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)))
+    color = tuple(int(x) for x in _rgb(hue, rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)))
 
     direction = np.array(_DIRECTIONS[row["motion"]])
     path = size * rng.uniform(0.06, 0.12) * direction  # from the first to the last frame
@@ -202,12 +202,12 @@ def _draw(row: dict[str, Any], count: int, size: int, rng: np.random.Generator) 
     frames = []
     for i in range(count):
         frame = background.copy()
-        centre = start + path * (i / max(1, count - 1))
+        center = start + path * (i / max(1, count - 1))
         for behind, strength in ((3, 0.25), (2, 0.4), (1, 0.6), (0, 1.0)):
             if behind == 0 or direction.any():
-                left, top = np.round(centre - behind * gap - mask.width / 2).astype(int).tolist()
+                left, top = np.round(center - behind * gap - mask.width / 2).astype(int).tolist()
                 faded = mask.point(lambda value, strength=strength: value * strength)
-                frame.paste(colour, (left, top), faded)
+                frame.paste(color, (left, top), faded)
         frames.append(frame)
     return frames
 

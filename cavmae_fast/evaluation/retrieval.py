@@ -16,7 +16,7 @@ CHUNK = 4096
 
 @torch.no_grad()
 def embed(model: CAVMAE, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batches of (audio `[B, T, 128]`, imgs `[B, C, H, W]`) -> L2-normalised token means, audio and video `[N, D]`."""
+    """Batches of (audio `[B, T, 128]`, imgs `[B, C, H, W]`) -> L2-normalized token means, audio and video `[N, D]`."""
     was_training = model.training
     model.eval()
     parts = []
@@ -43,7 +43,7 @@ def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def retrieval_metrics(audio: Tensor, video: Tensor) -> dict[str, float]:
-    """Matching rows of audio and video `[N, D]` (L2-normalised) -> R@1/5/10 in per cent and median rank, both directions.
+    """Matching rows of audio and video `[N, D]` (L2-normalized) -> R@1/5/10 in per cent and median rank, both directions.
 
     Keys: `A->V R@1`, ..., `V->A median rank`, and `chance R@1`, what a random ranking would reach. Raises ValueError
     when the shapes differ, when there is no clip, or when an embedding is not finite.

@@ -31,7 +31,7 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
     """CAV-MAE for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
     Images are floating-point, or uint8 RGB `[B, 3, img_size, img_size]` of any strides, in every forward function: uint8 RGB
-    is normalised with ImageNet's mean and standard deviation on the way into the patch projection and the loss.
+    is normalized with ImageNet's mean and standard deviation on the way into the patch projection and the loss.
 
     Positional arguments, defaults, returned tuples and state-dict keys are the published ones. Ours, by keyword:
 

@@ -13,7 +13,7 @@ from .encoder import PackedEncoder
 class CAVMAEFT(Pretrained, PackedEncoder, reference.CAVMAEFT):
     """The classifier. Arguments, modes and state-dict keys are the published ones; `depth`, `attention` as in `CAVMAE`.
 
-    uint8 RGB images are normalised with ImageNet's mean and standard deviation on the way into the patch projection.
+    uint8 RGB images are normalized with ImageNet's mean and standard deviation on the way into the patch projection.
     """
 
     def forward(self, a: Tensor | None, v: Tensor | None, mode: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints: published `.pth` files, safetensors, ImageNet-MAE initialisation, and our own folders.
+"""Checkpoints: published `.pth` files, safetensors, ImageNet-MAE initialization, and our own folders.
 
 Everything is read with `weights_only=True` or as safetensors: a checkpoint cannot run code.
 """
@@ -118,7 +118,7 @@ def _patterns(allow: str | Iterable[str]) -> list[str]:
 
 
 def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:
-    """Initialises a CAV-MAE model from an image MAE checkpoint (ViT with or without decoder and class token).
+    """Initializes a CAV-MAE model from an image MAE checkpoint (ViT with or without decoder and class token).
 
     The RGB projection goes to video and, summed over channels, to audio; the first blocks to both modality-specific stacks
     and the rest to the shared blocks, whose norms and the final norm are copied to the `_a` and `_v` ones; the decoder,

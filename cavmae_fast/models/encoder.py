@@ -19,7 +19,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class PackedEncoder(reference.Encoder):
-    """Encoder whose streams lie packed in one buffer. Parameters, names and initialisation are the reference's."""
+    """Encoder whose streams lie packed in one buffer. Parameters, names and initialization are the reference's."""
 
     attentions = ("auto", *BACKENDS)
 

@@ -155,7 +155,7 @@ def contrastive_backward_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     PER_X: tl.constexpr, PER_Y: tl.constexpr,
 ):  # fmt: skip
-    """Gradient to the normalised rows of x; PER_X, PER_Y: whose softmaxes (over the other side) are in the loss."""
+    """Gradient to the normalized rows of x; PER_X, PER_Y: whose softmaxes (over the other side) are in the loss."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -189,7 +189,7 @@ def contrastive_backward_kernel(
 
 
 @triton.jit
-def normalise_backward_kernel(
+def normalize_backward_kernel(
     x,  # [N, D]
     inverse,  # [N] fp32
     dunit,  # [N, D] fp32
@@ -260,7 +260,7 @@ def _backward_triton(dloss, audio, video, inverse_a, inverse_v, softmax, tempera
             dloss, x, y, inverse_x, inverse_y, softmax_x, softmax_y, dunit, count, 1 / temperature,
             D=width, BLOCK_D=block_d, PER_X=per_x, PER_Y=per_y, num_warps=8, num_stages=2, **blocks,
         )  # fmt: skip
-        normalise_backward_kernel[(triton.cdiv(count, BLOCK_R),)](
+        normalize_backward_kernel[(triton.cdiv(count, BLOCK_R),)](
             x, inverse_x, dunit, dx, count, NORM_EPS,
             D=width, BLOCK_R=BLOCK_R, BLOCK_D=triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
@@ -303,11 +303,11 @@ def _backward_torch(dloss, audio, video, inverse_a, inverse_v, softmax, temperat
         ds.add_(scores.sub_(softmax[1, 0].unsqueeze(1)).sub_(softmax[1, 1].unsqueeze(1)).exp_()).mul_(0.5)
     ds.diagonal().copy_(softmax[:, 2].mean(0))
     ds.mul_(dloss / (audio.shape[0] * temperature))
-    daudio = _normalise_backward(a, inverse_a, ds @ v, audio.dtype)
-    return daudio, _normalise_backward(v, inverse_v, ds.t() @ a, video.dtype)
+    daudio = _normalize_backward(a, inverse_a, ds @ v, audio.dtype)
+    return daudio, _normalize_backward(v, inverse_v, ds.t() @ a, video.dtype)
 
 
-def _normalise_backward(unit, inverse, dunit, dtype):
+def _normalize_backward(unit, inverse, dunit, dtype):
     """Gradient of `x * inverse`; a row shorter than NORM_EPS is only scaled."""
     along = (unit * dunit).sum(1, keepdim=True).masked_fill_((inverse >= 1 / NORM_EPS).unsqueeze(1), 0)
     return (dunit - unit * along).mul_(inverse.unsqueeze(1)).to(dtype)

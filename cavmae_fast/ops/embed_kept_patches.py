@@ -4,7 +4,7 @@
     out = patches weight^T + bias + modality + pos[ids]                                [B * K, D] in pos' dtype
 
 Three steps: a kernel gathers the patches straight from the (strided) images into the weight's dtype, PyTorch's GEMM
-projects them, a kernel adds the three terms. Pixels of uint8 RGB images are normalised where they are gathered, so that no
+projects them, a kernel adds the three terms. Pixels of uint8 RGB images are normalized where they are gathered, so that no
 floating-point image is ever written. Backward, with slot[b, l] = the k for which ids[b, k] = l, or -1:
 
     dweight = dout^T patches   (GEMM in the weight's dtype),   dpos[l] = sum over b of dout[b, slot[b, l]],
@@ -46,7 +46,7 @@ SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(value) for value in PIXEL_SHIFT)
 
 @triton.jit
 def load_pixels(pointers, valid, channel):
-    """Pixels in their own dtype, or, of uint8 RGB images, normalised in fp32; 0 where not valid."""
+    """Pixels in their own dtype, or, of uint8 RGB images, normalized in fp32; 0 where not valid."""
     value = tl.load(pointers, mask=valid, other=0)
     if value.dtype == tl.uint8:
         scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
@@ -142,7 +142,7 @@ def patch_grid(images: Tensor, patch_size: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def pixel_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and shift `[3]` that normalise uint8 RGB, in float32 (float64 for float64), kept: to copy them from the host
+    """Scale and shift `[3]` that normalize uint8 RGB, in float32 (float64 for float64), kept: to copy them from the host
     for each batch would wait for the device."""
     dtype = torch.promote_types(dtype, torch.float32)
     scale, shift = (torch.tensor(values, dtype=dtype, device=device) for values in (PIXEL_SCALE, PIXEL_SHIFT))
@@ -150,7 +150,7 @@ def pixel_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def take_patches(images: Tensor, ids: Tensor | None, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`, normalised from uint8."""
+    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`, normalized from uint8."""
     grid = patch_grid(images, patch_size)
     if ids is not None:
         sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
@@ -310,7 +310,7 @@ def embed_kept_patches(
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` with any strides: floating-point, or uint8 RGB, which is normalised with ImageNet's mean and
+    images `[B, C, H, W]` with any strides: floating-point, or uint8 RGB, which is normalized with ImageNet's mean and
     standard deviation (in float32, then rounded to the weight's dtype); ids_keep `[B, K]` int64 in 0..L-1, unique in each
     sample (neither is checked: that would wait for the device), or None for all L patches in order; weight
     `[D, C, p, p]`, bias and modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the

@@ -1,4 +1,4 @@
-"""Kaldi-compatible log-mel filter banks, and the normalised features of a batch of clips, from the samples in one pass.
+"""Kaldi-compatible log-mel filter banks, and the normalized features of a batch of clips, from the samples in one pass.
 
     m = mean of the frame x;  y[t] = (x[t] - m) - 0.97 (x[t-1] - m);  X = DFT of (y window)
     feature[b, f, j] = (log max(sum over k of |X[k]|^2 filter[k, j], 1.19e-7) - mean) / std
@@ -7,7 +7,7 @@ and `-mean / std` for frames that do not lie within the clip's own samples. `cav
 the published loader takes the clip's mean away first changes nothing but rounding: every frame loses its own.
 
 Triton: a program makes a tile of frames from the samples (int16 or float32, read straight from the batch) to the features.
-The DFT is a product with a table. The window is symmetric, so with the origin of time at the frame's centre, which the
+The DFT is a product with a table. The window is symmetric, so with the origin of time at the frame's center, which the
 power does not notice, cosines meet `y[c+i] + y[c-i]` and sines `y[c+i] - y[c-i]`: half the products. float32 accuracy comes
 from fp16 products: data (scaled by a power of two, frame by frame) and table are each split into a high and a low fp16
 part, together 2^-24 of a value at most from it; three of the four products count. Every 16 terms are summed apart and added
@@ -147,7 +147,7 @@ def _tables(sample_rate: int, num_mel_bins: int, device: torch.device) -> tuple[
     half, bins = (window + 1) // 2, dft_length // 2
     weight = reference.hann_window(window)[window // 2 :] * 2**TABLE_BITS
     if window % 2:
-        weight[0] /= 2  # the sample at the centre is its own mirror image
+        weight[0] /= 2  # the sample at the center is its own mirror image
     time = torch.arange(half, dtype=torch.float64) + (0.0 if window % 2 else 0.5)
     angle = time[:, None] * torch.arange(bins, dtype=torch.float64) * (2 * math.pi / dft_length)
     pad = (0, -bins % BLOCK_N, 0, -half % BLOCK_K)
@@ -225,11 +225,11 @@ def _forward_torch(waveform, num_samples, sample_rate, num_mel_bins, length, mea
         means = sound.unfold(-1, window, shift).mean(dim=-1)  # [clips, frames]
         # Every frame loses its mean anyway: losing the average of all first keeps float32 digits for the sound.
         if num_samples is None:
-            centre = means.mean(dim=1, keepdim=True)
+            center = means.mean(dim=1, keepdim=True)
         else:
-            centre = torch.where(own[chosen], means, 0.0).sum(dim=1, keepdim=True) / own_frames[chosen]
-        sound = sound - centre
-        means = (means - centre).unsqueeze(-1)
+            center = torch.where(own[chosen], means, 0.0).sum(dim=1, keepdim=True) / own_frames[chosen]
+        sound = sound - center
+        means = (means - center).unsqueeze(-1)
         # Once over the clip, not in each of the overlapping frames, and without the first sample, which never counts:
         # (x[t] - m) - 0.97 (x[t-1] - m) = (x[t] - 0.97 x[t-1]) - 0.03 m.
         emphasised = torch.sub(sound[:, 1:], sound[:, :-1], alpha=reference.PRE_EMPHASIS)
@@ -307,9 +307,9 @@ def log_mel_features(
     waveform: Tensor, num_samples: Tensor, length: int, mean: float, std: float, sample_rate: int = 16000,
     num_mel_bins: int = 128,
 ) -> Tensor:  # fmt: skip
-    """Normalised log-mel energies of a batch of clips of different lengths, each as if it had been computed alone.
+    """Normalized log-mel energies of a batch of clips of different lengths, each as if it had been computed alone.
 
-    The frames of a clip's own samples are zero-padded or cut to `length`, and then normalised as `(x - mean) / std`
+    The frames of a clip's own samples are zero-padded or cut to `length`, and then normalized as `(x - mean) / std`
     (so padding becomes `-mean / std`, as published).
 
     Args:

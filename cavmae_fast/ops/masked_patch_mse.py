@@ -1,6 +1,6 @@
 """Mean squared error between predicted and true patches, over the removed patches alone, straight from the pixels.
 
-    t[b, m] = pixels of patch ids[b, m] in (row, column, channel) order, normalised where the images are uint8 RGB
+    t[b, m] = pixels of patch ids[b, m] in (row, column, channel) order, normalized where the images are uint8 RGB
     target  = (t - mean(t)) * rstd(t)  with rstd = 1 / sqrt(var(t) + 1e-6), var unbiased      (norm_pix_loss; else t)
     loss    = mean over all (b, m, pixel) of (pred - target)^2
 
@@ -58,15 +58,15 @@ def masked_patch_mse_forward_kernel(
     )
     if NORM:
         mu = tl.sum(target, axis=1) / WIDTH
-        centred = tl.where(valid, target - mu[:, None], 0.0)
+        centered = tl.where(valid, target - mu[:, None], 0.0)
         # Where pixels vary little, rstd is large and the rounding of that sum would show: correct it by what is left.
-        rest = tl.sum(centred, axis=1) / WIDTH
+        rest = tl.sum(centered, axis=1) / WIDTH
         mu += rest
-        centred = tl.where(valid, centred - rest[:, None], 0.0)
-        r = tl.rsqrt(tl.sum(centred * centred, axis=1) / (WIDTH - 1) + eps)
+        centered = tl.where(valid, centered - rest[:, None], 0.0)
+        r = tl.rsqrt(tl.sum(centered * centered, axis=1) / (WIDTH - 1) + eps)
         tl.store(mean + row, mu, mask=row < rows)
         tl.store(rstd + row, r, mask=row < rows)
-        target = centred * r[:, None]
+        target = centered * r[:, None]
     value = tl.load(pred + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=valid, other=0.0).to(tl.float32)
     error = tl.where(valid, value - target, 0.0)
     tl.store(partial + row, tl.sum(error * error, axis=1) / WIDTH, mask=row < rows)
@@ -106,7 +106,7 @@ def _launch(images, ids, patch_size):
     """Grid, arguments and options that both kernels share."""
     channels, width = images.shape[1], images.shape[1] * patch_size**2
     integers = (ids.numel(), ids.shape[1], images.shape[3] // patch_size, *images.stride())
-    warps = 8 if images.dtype == torch.uint8 else 4  # normalising takes registers, which 4 warps spill on sm_100
+    warps = 8 if images.dtype == torch.uint8 else 4  # normalizing takes registers, which 4 warps spill on sm_100
     options = {"WIDTH": width, "P": patch_size, "C": channels, "BLOCK_R": BLOCK_R, "num_warps": warps}
     return (triton.cdiv(ids.numel(), BLOCK_R),), integers, options | {"BLOCK_W": triton.next_power_of_2(width)}
 
@@ -206,9 +206,9 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids_removed: Tensor, patch_si
     """Mean squared error between predicted and true patches, over the removed patches alone.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` (int64 in 0..L-1; not checked: that would wait for the
-    device) of images `[B, C, H, W]` with any strides, floating-point, or uint8 RGB, which is normalised with ImageNet's
+    device) of images `[B, C, H, W]` with any strides, floating-point, or uint8 RGB, which is normalized with ImageNet's
     mean and standard deviation -> a float32 scalar (float64 for a float64 pred). With
-    `norm_pix_loss` each true patch is normalised: minus its mean, over the root of (its unbiased variance + 1e-6).
+    `norm_pix_loss` each true patch is normalized: minus its mean, over the root of (its unbiased variance + 1e-6).
     There is no gradient to the images. Raises ValueError or TypeError when a shape or dtype does not fit.
     """
     check_images(images, patch_size)

@@ -25,7 +25,7 @@ from .registry import register
 from .stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 FORWARD_ROWS = 4
-"Rows a program normalises at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."
+"Rows a program normalizes at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."
 BACKWARD_ROWS = 2
 BACKWARD_ROWS_PER_PROGRAM = 64
 "Rows whose weight gradients one program sums before it writes them: the partial sums are 1/64 of the input."
@@ -56,18 +56,18 @@ def stream_layer_norm_forward_kernel(
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
     if HAS_DELTA:
         value += tl.load(delta + offset, mask=valid, other=0.0).to(tl.float32)
-        # What is stored is what is normalised, so that backward sees the same x' as forward did.
+        # What is stored is what is normalized, so that backward sees the same x' as forward did.
         stored = value.to(x_new.dtype.element_ty)
         tl.store(x_new + offset, stored, mask=valid)
         value = stored.to(tl.float32)
     mu = tl.sum(value, axis=1) / D
-    centred = tl.where(inside[None, :], value - mu[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    centered = tl.where(inside[None, :], value - mu[:, None], 0.0)
+    r = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)
     tl.store(mean + first + row, mu, mask=row < count)
     tl.store(rstd + first + row, r, mask=row < count)
     w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(pick(stream, b0, b1, b2) + column, mask=inside, other=0.0).to(tl.float32)
-    result = centred * r[:, None] * w[None, :] + b[None, :]
+    result = centered * r[:, None] * w[None, :] + b[None, :]
     tl.store(y + offset, result.to(y.dtype.element_ty), mask=valid)
 
 

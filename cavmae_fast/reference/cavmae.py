@@ -116,12 +116,12 @@ class Encoder(nn.Module):
         return audio.unsqueeze(1).transpose(2, 3)
 
     def images(self, m: str, x: Tensor) -> Tensor:
-        """The input of modality `m` as images `[B, C, H, W]`, uint8 not yet normalised."""
+        """The input of modality `m` as images `[B, C, H, W]`, uint8 not yet normalized."""
         return self.spectrogram(x) if m == "a" else x
 
     def embed(self, m: str, x: Tensor) -> Tensor:
         """Input of modality `m` -> its tokens `[B, L, D]` with position and modality."""
-        images = operators.normalise_images(self.images(m, x), self.norm.weight.dtype)
+        images = operators.normalize_images(self.images(m, x), self.norm.weight.dtype)
         tokens = getattr(self, f"patch_embed_{m}")(images)
         return tokens + getattr(self, f"pos_embed_{m}") + getattr(self, f"modality_{m}")
 
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 class CAVMAE(Encoder):
     """The pretraining model. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
-    uint8 RGB is normalised with ImageNet's mean and standard deviation on the way into the patch projection.
+    uint8 RGB is normalized with ImageNet's mean and standard deviation on the way into the patch projection.
     Arguments and defaults are the published ones; `depth` (encoder blocks in all, 12 there), `attention` and
     `bidirect_contrast` (the mean of both directions in the contrastive loss) are ours.
     """

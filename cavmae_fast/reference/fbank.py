@@ -113,10 +113,10 @@ def log_mel_features(
     waveform: Tensor, num_samples: Tensor, length: int, mean: float, std: float, sample_rate: int = 16000,
     num_mel_bins: int = 128,
 ) -> Tensor:  # fmt: skip
-    """Normalised log-mel energies of a batch of clips, one clip after the other, as the published loader makes them.
+    """Normalized log-mel energies of a batch of clips, one clip after the other, as the published loader makes them.
 
     waveform `[batch, samples]`, int16 or floating point; `num_samples [batch]` are the clip's own. Each clip loses the mean
-    of its own samples; its frames are zero-padded or cut to `length`, then normalised as `(x - mean) / std`.
+    of its own samples; its frames are zero-padded or cut to `length`, then normalized as `(x - mean) / std`.
     -> `[batch, length, num_mel_bins]`, float64 for float64 input and else float32.
     """
     waveform = waveform / 32768 if waveform.dtype == torch.int16 else waveform

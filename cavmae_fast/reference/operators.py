@@ -70,7 +70,7 @@ def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int]
     return torch.cat(outputs)
 
 
-def normalise_images(images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 RGB images `[B, 3, H, W]` -> `(x / 255 - mean) / std` with ImageNet's mean and standard deviation, computed in
     float32 (float64 for float64) and rounded to `dtype`. Images of any other dtype are returned as they are."""
     if images.dtype != torch.uint8:
@@ -105,10 +105,10 @@ def embed_kept_patches(
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` (uint8: normalised first), ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias
+    images `[B, C, H, W]` (uint8: normalized first), ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias
     and modality `[D]`, pos `[L, D]` -> `[B * K, D]`.
     """
-    images = normalise_images(images, torch.promote_types(weight.dtype, torch.float32))
+    images = normalize_images(images, torch.promote_types(weight.dtype, torch.float32))
     tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     tokens = tokens + pos + modality
     if ids_keep is not None:
@@ -137,11 +137,11 @@ def masked_patch_mse(
 ) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
 
-    pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]` (uint8: normalised first, as
-    images). With `norm_pix_loss` each true patch is normalised too: minus its mean, over the root of (its unbiased
+    pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]` (uint8: normalized first, as
+    images). With `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased
     variance + 1e-6).
     """
-    images = normalise_images(images, torch.promote_types(pred.dtype, torch.float32))
+    images = normalize_images(images, torch.promote_types(pred.dtype, torch.float32))
     target = take_tokens(patchify(images, patch_size), ids_removed)
     if norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -46,7 +46,7 @@ def reconstructions(
     """Draws a few clips with their masked and filled-in spectrogram and picture into the PNG `path`.
 
     audio `[B, T, 128]` and imgs `[B, 3, H, W]` as the model takes them; image_mean and image_std `[3]` undo the image
-    normalisation. A model trained on normalised patches predicts them up to their mean and spread: these are taken from
+    normalization. A model trained on normalized patches predicts them up to their mean and spread: these are taken from
     the true patch, and the title says so.
     """
     was_training = model.training

@@ -1,7 +1,7 @@
 """Compiles what a launcher launches, for architectures that are not here: no GPU is needed.
 
 `capture(function)` runs a launcher on CPU tensors with every kernel launch recorded instead of run: arguments, their
-specialisation (divisible by 16, equal to 1) and the launch options are exactly those of the real call.
+specialization (divisible by 16, equal to 1) and the launch options are exactly those of the real call.
 `compile_launch(launch, capability)` compiles one of them and reads registers, spills and matrix instructions off the
 machine code. Kernels must be compiled ones: this file runs in a process of its own, without TRITON_INTERPRET.
 
@@ -48,7 +48,7 @@ def capture(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, di
 
 
 def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """The specialised source that Triton would compile for this launch, and the compiler options."""
+    """The specialized source that Triton would compile for this launch, and the compiler options."""
     options = {k: v for k, v in kwargs.items() if k in OPTIONS}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
     signature, constants, attributes = {}, {}, {}

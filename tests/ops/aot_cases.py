@@ -1,6 +1,6 @@
 """Launcher calls whose kernels are compiled ahead of time: name -> a function that calls the launcher on CPU tensors.
 
-The shapes are the real ones (they decide how arguments are specialised), with a batch of 2 where the batch is an
+The shapes are the real ones (they decide how arguments are specialized), with a batch of 2 where the batch is an
 argument, and once with everything that can be 1 equal to 1.
 """
 

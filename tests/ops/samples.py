@@ -184,7 +184,7 @@ def _embed(
     def explicit(pixels, ids, weight, bias, pos, modality):
         """Pixels and projection are rounded to the weight's dtype."""
         dtype = weight.dtype
-        pixels = reference.normalise_images(pixels, torch.float32)
+        pixels = reference.normalize_images(pixels, torch.float32)
         projected = F.conv2d(pixels.to(dtype).float(), weight.float(), stride=p).to(dtype).float()
         tokens = projected.flatten(2).transpose(1, 2) + pos.float() + bias + modality
         if ids is not None:
@@ -218,7 +218,7 @@ def _contrastive(case: str, count: int, width: int, bidirectional: bool) -> Samp
         return [x.to(d.dtype).requires_grad_() for x in (audio, video)]
 
     def explicit(audio, video):
-        """The normalised rows are rounded to the inputs' dtype."""
+        """The normalized rows are rounded to the inputs' dtype."""
         units = (F.normalize(x.float(), dim=-1).to(x.dtype).float() for x in (audio, video))
         return reference.contrastive_loss(*units, bidirectional=bidirectional)
 
@@ -279,7 +279,7 @@ def _small() -> list[Sample]:
         _embed("kept", (2, 3, 12, 8), 4, 3, 24),
         _embed("all", (2, 1, 8, 12), 4, None, 24),
         _embed("bytes", (2, 3, 8, 12), 4, 3, 24, pixels=True),
-        _mse("normalised", (2, 3, 12, 8), 4, 4, True),
+        _mse("normalized", (2, 3, 12, 8), 4, 4, True),
         _mse("plain", (2, 1, 8, 12), 4, 3, False),
         _mse("bytes", (2, 3, 8, 12), 4, 3, True, pixels=True),
         _contrastive("one-way", 33, 24, False),

@@ -20,7 +20,7 @@ def inputs(count, width, dtype, related=0.1):
 
 def check(mode, shape, dtype, bidirectional):
     def explicit(audio, video):
-        """fp32 arithmetic on normalised rows that are rounded to the inputs' dtype."""
+        """fp32 arithmetic on normalized rows that are rounded to the inputs' dtype."""
         units = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype).float() for x in (audio, video))
         return reference.contrastive_loss(*units, bidirectional=bidirectional)
 

@@ -68,8 +68,8 @@ def test_parity(mode, case, dtype, pos_dtype):
 @pytest.mark.parametrize("case", ["one patch an image", "odd rgb", "patch 14", "video", "all video"])
 @pytest.mark.parametrize("layout", ["rows", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_bytes_are_normalised(mode, case, layout, dtype):
-    """uint8 RGB gives what its normalised image gives."""
+def test_bytes_are_normalized(mode, case, layout, dtype):
+    """uint8 RGB gives what its normalized image gives."""
     values = inputs(case, dtype)
     values[0] = (values[0] * 60 + 120).clamp(0, 255).byte()
 

@@ -62,8 +62,8 @@ def test_parity(mode, case, dtype, norm_pix_loss):
 @pytest.mark.parametrize("layout", ["rows", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_bytes_are_normalised(mode, case, layout, dtype, norm_pix_loss):
-    """uint8 RGB gives what its normalised image gives."""
+def test_bytes_are_normalized(mode, case, layout, dtype, norm_pix_loss):
+    """uint8 RGB gives what its normalized image gives."""
     pred, images, ids = inputs(case, dtype)
     p = CASES[case][1]
     memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
