@@ -31,16 +31,16 @@ from render import data_tables, render
 from report import Report
 from timing import elapsed, synchronize
 
-from cavmae_fast.data import dali
-from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image, encode_sound
+from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.decode.workers import Job, Workers, default_count
 from cavmae_fast.data.features import audio_features, image_features
 from cavmae_fast.data.loader import Loader
-from cavmae_fast.data.media import read_clip
-from cavmae_fast.data.prepare import PrepareConfig, prepare
-from cavmae_fast.data.shards import ShardSet
-from cavmae_fast.data.sources import find_sources
-from cavmae_fast.data.synthetic import generate_clips
-from cavmae_fast.data.workers import Job, Workers, default_count
+from cavmae_fast.data.media.encoded import decode_image, decode_sound, encode_image, encode_sound
+from cavmae_fast.data.media.files import read_clip
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.shards import ShardSet
+from cavmae_fast.data.sets.sources import find_sources
 from cavmae_fast.models import create_model
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cavmae_fast.data.decoding import Decoded
+from cavmae_fast.data.decode.decoders import Decoded
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, IMAGE_MEAN, IMAGE_STD
 from cavmae_fast.data.loader import Batch
-from cavmae_fast.data.media import MediaError, read_clip
-from cavmae_fast.data.sources import Source
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.sets.sources import Source
 from cavmae_fast.data.steps import Step
 from cavmae_fast.reference.fbank import log_mel_fbank
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .data.augment import Augmentation
-    from .data.loader import Loader
-    from .models import (
+    from cavmae_fast.data.augment import Augmentation
+    from cavmae_fast.data.loader import Loader
+    from cavmae_fast.models import (
         CAVMAE,
         CAVMAEFT,
         PRESETS,

@@ -20,9 +20,9 @@ def main() -> None:
     """Entry point of the `cavmae-fast` program."""
     import tyro
 
-    from .data.check import CheckConfig
-    from .data.prepare import PrepareConfig
-    from .training.pretrain import PretrainConfig
+    from cavmae_fast.data.commands.check import CheckConfig
+    from cavmae_fast.data.commands.prepare import PrepareConfig
+    from cavmae_fast.training.pretrain import PretrainConfig
 
     commands = {"pretrain": PretrainConfig, "prepare": PrepareConfig, "check": CheckConfig, "doctor": Doctor}
     command = tyro.extras.subcommand_cli_from_dict(
@@ -30,7 +30,7 @@ def main() -> None:
         description="Audio-visual masked autoencoders: from video files to trained models.",
     )  # fmt: skip
     if isinstance(command, Doctor):
-        from .doctor import render
+        from cavmae_fast.doctor import render
 
         print(render())
     elif isinstance(command, PrepareConfig):
@@ -42,14 +42,14 @@ def main() -> None:
 
 
 def _pretrain(config) -> None:
-    from .training.pretrain import pretrain
+    from cavmae_fast.training.pretrain import pretrain
 
     summary = _run(lambda: pretrain(config), f"what was measured is in {config.out}")
     print(_closing(config, summary))
 
 
 def _prepare(config) -> None:
-    from .data.prepare import prepare
+    from cavmae_fast.data.commands.prepare import prepare
 
     manifest = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
     print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e6:,.1f} MB: {config.out}")
@@ -59,7 +59,7 @@ def _prepare(config) -> None:
 
 
 def _check(config) -> None:
-    from .data.check import check, render
+    from cavmae_fast.data.commands.check import check, render
 
     report = _run(lambda: check(config), "nothing was written")
     print(render(report))
@@ -68,12 +68,12 @@ def _check(config) -> None:
 
 def _run(job: Callable[[], dict], interrupted: str) -> dict:
     """What the job returns; its errors become one line and an exit code."""
-    from .data.labels import LabelError
-    from .data.media import MediaError
-    from .data.prepare import PrepareError
-    from .data.workers import WorkerError
-    from .models import CheckpointError
-    from .training.pretrain import TrainingError
+    from cavmae_fast.data.commands.prepare import PrepareError
+    from cavmae_fast.data.decode.workers import WorkerError
+    from cavmae_fast.data.media.files import MediaError
+    from cavmae_fast.data.sets.labels import LabelError
+    from cavmae_fast.models import CheckpointError
+    from cavmae_fast.training.pretrain import TrainingError
 
     failures = (MediaError, LabelError, PrepareError, WorkerError, CheckpointError, TrainingError, OSError, MemoryError)
     try:

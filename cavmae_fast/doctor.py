@@ -8,8 +8,8 @@ import platform
 
 import torch
 
-from .ops import native, registry
-from .ops.attention import available_backends, resolve_backend
+from cavmae_fast.ops import native, registry
+from cavmae_fast.ops.attention import available_backends, resolve_backend
 
 OPTIONAL = {
     "flash-attn": "attention back end flash_attn",

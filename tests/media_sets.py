@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cavmae_fast.data.encoded import encode_image, encode_sound
-from cavmae_fast.data.media import read_clip
-from cavmae_fast.data.prepare import PrepareConfig, prepare
+from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
+from cavmae_fast.data.media.encoded import encode_image, encode_sound
+from cavmae_fast.data.media.files import read_clip
 
 CLASSES = ("/m/a", "/m/b", "/m/c", "/m/d")
 

@@ -276,7 +276,7 @@ def test_the_published_way_gives_our_features(tmp_path):
     from media_sets import write_published
 
     from cavmae_fast.data.loader import Loader
-    from cavmae_fast.data.synthetic import generate_clips
+    from cavmae_fast.data.media.synthetic import generate_clips
 
     videos, _ = generate_clips(tmp_path / "clips", num_train=3, num_test=1, seconds=2.0, size=224)
     listed = write_published(tmp_path / "p", videos, size=224)

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae_fast.data import check as module
-from cavmae_fast.data.check import CheckConfig, check, render
-from cavmae_fast.data.inspecting import InspectClip
-from cavmae_fast.data.labels import LabelError
-from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.prepare import PrepareConfig, prepare
-from cavmae_fast.data.shards import shard_name
+from cavmae_fast.data.commands import check as module
+from cavmae_fast.data.commands.check import CheckConfig, check, render
+from cavmae_fast.data.commands.inspecting import InspectClip
+from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
+from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.data.sets.labels import LabelError
+from cavmae_fast.data.sets.shards import shard_name
 from cavmae_fast.reference.fbank import log_mel_fbank
 
 MEDIA = Path(__file__).resolve().parents[1].parent / "shared" / "media"
@@ -369,7 +369,7 @@ def test_accidents_cost_one_clip(folder, monkeypatch):
 
 
 def test_workers_import_no_torch():
-    code = "import sys, cavmae_fast.data.inspecting; sys.exit('torch' in sys.modules)"
+    code = "import sys, cavmae_fast.data.commands.inspecting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

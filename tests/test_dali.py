@@ -13,10 +13,10 @@ import pytest
 import torch
 from media_sets import write_shards
 
-from cavmae_fast.data import dali
-from cavmae_fast.data.dali import Encoded, EncodedVideo, decode_batches, decode_videos
-from cavmae_fast.data.shards import ShardSet
-from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.decode.dali import Encoded, EncodedVideo, decode_batches, decode_videos
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.shards import ShardSet
 
 pytest.importorskip("nvidia.dali", reason="the optional dependency nvidia-dali is not installed")
 
@@ -374,7 +374,7 @@ def test_absence_of_dali_is_named(monkeypatch):
 
 
 def test_nothing_of_dali_is_imported_with_the_module():
-    code = "import sys, cavmae_fast.data.dali; print([name for name in sys.modules if name.startswith('nvidia')])"
+    code = "import sys, cavmae_fast.data.decode.dali; print([name for name in sys.modules if name.startswith('nvidia')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image, encode_sound
-from cavmae_fast.data.media import MediaError
+from cavmae_fast.data.media.encoded import decode_image, decode_sound, encode_image, encode_sound
+from cavmae_fast.data.media.files import MediaError
 
 SIZE = 64
 

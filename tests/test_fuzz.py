@@ -16,11 +16,11 @@ import pytest
 from test_encoded import FLAC, JPEG, WAV, jpeg_claiming, patched, png_claiming, sound_bytes, streaminfo, tone
 from test_media import tones, write_clip
 
-from cavmae_fast.data.media import MediaError, read_clip
-from cavmae_fast.data.prepare import EncodeClip
-from cavmae_fast.data.shards import ShardSet
-from cavmae_fast.data.sources import find_sources
-from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.commands.prepare import EncodeClip
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.shards import ShardSet
+from cavmae_fast.data.sets.sources import find_sources
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "shared" / "media").glob("*.mp4"))
 CODECS = [
@@ -33,7 +33,7 @@ CODECS = [
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from cavmae_fast.data import prepare as module
+from cavmae_fast.data.commands import prepare as module
 from test_fuzz import Timed
 module.EncodeClip = Timed
 config = module.PrepareConfig(src=(sys.argv[1],), out=Path(sys.argv[2]), size=64, shard_clips=50, workers=2)

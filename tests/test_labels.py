@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae_fast.data.labels import (
+from cavmae_fast.data.sets.labels import (
     LabelError,
     LabelSet,
     balance_weights,
@@ -114,7 +114,7 @@ def test_an_unreadable_csv(tmp_path, name, cause):
 
 
 def test_reading_needs_no_torch():
-    code = "import sys, cavmae_fast.data.labels; assert 'torch' not in sys.modules"
+    code = "import sys, cavmae_fast.data.sets.labels; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

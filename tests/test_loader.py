@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_sets import CLASSES, write_labels, write_published, write_shards
 
-from cavmae_fast.data import dali
 from cavmae_fast.data.augment import Augmentation
-from cavmae_fast.data.decoding import UnusableDataError
-from cavmae_fast.data.encoded import decode_image, decode_sound
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.decode.decoders import UnusableDataError
 from cavmae_fast.data.features import audio_features, image_features, samples_of
-from cavmae_fast.data.labels import LabelError, LabelSet, balance_weights, write_weights
 from cavmae_fast.data.loader import Loader, choose_backend, open_clips
-from cavmae_fast.data.media import MediaError, read_clip
+from cavmae_fast.data.media.encoded import decode_image, decode_sound
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.order import Order
-from cavmae_fast.data.shards import ShardSet
-from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.sets.labels import LabelError, LabelSet, balance_weights, write_weights
+from cavmae_fast.data.sets.shards import ShardSet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMALL = {"image_size": 64, "audio_length": 112}
@@ -522,7 +522,7 @@ def test_evaluation_can_be_left_and_begun_again(sets):
 
 
 def test_keep_decodes_once(sets, monkeypatch):
-    from cavmae_fast.data import reading
+    from cavmae_fast.data.decode import reading
 
     reads = []
     monkeypatch.setattr(reading, "read_clip", lambda path, **kw: (reads.append(path), read_clip(path, **kw))[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cavmae_fast.data.media import MediaError, find_media, read_clip
+from cavmae_fast.data.media.files import MediaError, find_media, read_clip
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
@@ -369,7 +369,7 @@ def test_real_clips_equal_the_golden_waveform(name):
 
 def test_import_is_light():
     code = (
-        "import sys, cavmae_fast.data.loader, cavmae_fast.data.prepare, cavmae_fast.data.synthetic; "
+        "import sys, cavmae_fast.data.loader, cavmae_fast.data.commands.prepare, cavmae_fast.data.media.synthetic; "
         "print([m for m in ('av', 'PIL', 'soundfile', 'miniaudio', 'nvidia') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,18 +23,18 @@ import numpy as np
 import pytest
 from media_sets import write_labels, write_published
 
-from cavmae_fast.data import prepare as module
-from cavmae_fast.data.encoded import decode_image, decode_sound, encode_image
-from cavmae_fast.data.media import MediaError, read_clip
-from cavmae_fast.data.prepare import EncodeClip, PrepareConfig, PrepareError, prepare
-from cavmae_fast.data.shards import ShardSet
-from cavmae_fast.data.sources import Source, find_sources
-from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.commands import prepare as module
+from cavmae_fast.data.commands.prepare import EncodeClip, PrepareConfig, PrepareError, prepare
+from cavmae_fast.data.media.encoded import decode_image, decode_sound, encode_image
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.shards import ShardSet
+from cavmae_fast.data.sets.sources import Source, find_sources
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from cavmae_fast.data.prepare import PrepareConfig, prepare
+from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
 options = json.loads(sys.argv[1])
 prepare(PrepareConfig(src=tuple(options.pop("src")), out=Path(options.pop("out")), **options))
 """

@@ -13,7 +13,7 @@ import torch
 
 from cavmae_fast import CAVMAE
 from cavmae_fast.data import loader
-from cavmae_fast.data.synthetic import generate_clips
+from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.training import pretrain as job
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"

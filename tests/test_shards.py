@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cavmae_fast.data import shards
-from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.shards import (
+from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.data.sets import shards
+from cavmae_fast.data.sets.shards import (
     INDEX,
     MANIFEST,
     PreparedClip,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.sources import Source, find_sources, read_file
+from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.data.sets.sources import Source, find_sources, read_file
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from cavmae_fast.data import synthetic
-from cavmae_fast.data.media import find_media, read_clip
-from cavmae_fast.data.synthetic import HUES, MOTIONS, SHAPES, generate_clips
+from cavmae_fast.data.media import synthetic
+from cavmae_fast.data.media.files import find_media, read_clip
+from cavmae_fast.data.media.synthetic import HUES, MOTIONS, SHAPES, generate_clips
 
 
 @pytest.fixture(scope="module")

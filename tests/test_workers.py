@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cavmae_fast.data import workers as module
-from cavmae_fast.data.workers import Job, Lost, WorkerError, Workers
+from cavmae_fast.data.decode import workers as module
+from cavmae_fast.data.decode.workers import Job, Lost, WorkerError, Workers
 
 
 def double(item: int) -> int:
@@ -190,7 +190,7 @@ def test_a_worker_whose_parent_is_gone_ends_a_hanging_item_itself():
 
 def test_workers_end_when_their_parent_is_killed():
     script = (
-        "import sys, time; from test_workers import act; from cavmae_fast.data.workers import Job, Workers\n"
+        "import sys, time; from test_workers import act; from cavmae_fast.data.decode.workers import Job, Workers\n"
         "workers = Workers(act, 2); workers.submit(Job([1])); workers.wait(); workers.submit(Job(['sleep 1']))\n"
         "print(*workers.pids, flush=True); time.sleep(60)"
     )
@@ -207,7 +207,7 @@ def test_workers_end_when_their_parent_is_killed():
 
 def test_a_stopped_and_continued_run_times_nothing_out():
     script = (
-        "from test_workers import act, run; from cavmae_fast.data.workers import Workers\n"
+        "from test_workers import act, run; from cavmae_fast.data.decode.workers import Workers\n"
         "with Workers(act, 2, timeout=2.0) as workers:\n"
         "    run([1], workers=workers); print('begun', flush=True)\n"
         "    print(run(['naps 14'] * 2, workers=workers), flush=True)"

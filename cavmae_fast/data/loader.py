@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cavmae_fast.data import dali
 from cavmae_fast.data.augment import (
     Augmentation,
     Draws,
@@ -30,15 +29,16 @@ from cavmae_fast.data.augment import (
     mix_waveforms,
     noise_and_roll,
 )
-from cavmae_fast.data.decoding import Decoded, InDali, InProcess, InWorkers, Reject, UnusableDataError
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.decode.decoders import Decoded, InDali, InProcess, InWorkers, Reject, UnusableDataError
+from cavmae_fast.data.decode.reading import Reader
+from cavmae_fast.data.decode.workers import TIMEOUT, default_count
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, audio_features, image_features, samples_of
-from cavmae_fast.data.labels import LabelSet, read_weights
 from cavmae_fast.data.order import Order
-from cavmae_fast.data.reading import Reader
-from cavmae_fast.data.shards import LABELS, ShardSet, shard_folder
-from cavmae_fast.data.sources import Source, find_sources
+from cavmae_fast.data.sets.labels import LabelSet, read_weights
+from cavmae_fast.data.sets.shards import LABELS, ShardSet, shard_folder
+from cavmae_fast.data.sets.sources import Source, find_sources
 from cavmae_fast.data.steps import Plan, Step, Want
-from cavmae_fast.data.workers import TIMEOUT, default_count
 
 NUM_FRAMES = 10
 BACKENDS = ("auto", "torch", "dali")

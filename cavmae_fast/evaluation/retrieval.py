@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.cavmae import CAVMAE
+from cavmae_fast.reference.cavmae import CAVMAE
 
 CHUNK = 4096
 "Queries ranked at once: bounds the similarity matrix, whatever the number of clips."

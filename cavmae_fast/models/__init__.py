@@ -1,9 +1,9 @@
 """The modules users import. Parameters, names and numbers are those of the published code; the speed is in `ops`."""
 
-from .cavmae import CAVMAE
-from .cavmae_ft import CAVMAEFT, CAVMAEFTAudio
-from .checkpoint import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint, load_imagenet_mae
-from .presets import PRESETS, Preset, create_model
+from cavmae_fast.models.cavmae import CAVMAE
+from cavmae_fast.models.cavmae_ft import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.models.presets import PRESETS, Preset, create_model
+from cavmae_fast.models.weights import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint, load_imagenet_mae
 
 __all__ = [
     "CAVMAE",

@@ -11,18 +11,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..ops.contrastive_loss import contrastive_loss
-from ..ops.layout import StreamLayout
-from ..ops.masked_patch_mse import masked_patch_mse
-from ..ops.scatter_tokens import scatter_tokens
-from ..reference import cavmae as reference
-from ..reference.blocks import Block
-from ..reference.masking import Masking
-from ..reference.operators import take_tokens
-from .checkpoint import Pretrained
-from .distributed import gather_rows
-from .encoder import PackedEncoder, compute_dtype
-from .packed import State, block, block_for_tokens, linear, normalize
+from cavmae_fast.models.distributed import gather_rows
+from cavmae_fast.models.encoder import PackedEncoder, compute_dtype
+from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
+from cavmae_fast.models.weights import Pretrained
+from cavmae_fast.ops.contrastive_loss import contrastive_loss
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
+from cavmae_fast.ops.scatter_tokens import scatter_tokens
+from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.reference.blocks import Block
+from cavmae_fast.reference.masking import Masking
+from cavmae_fast.reference.operators import take_tokens
 
 NEGATIVES = ("all", "rank")
 

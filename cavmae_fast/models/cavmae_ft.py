@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import cavmae as reference
-from .checkpoint import Pretrained
-from .encoder import PackedEncoder
+from cavmae_fast.models.encoder import PackedEncoder
+from cavmae_fast.models.weights import Pretrained
+from cavmae_fast.reference import cavmae as reference
 
 
 class CAVMAEFT(Pretrained, PackedEncoder, reference.CAVMAEFT):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.attention import BACKENDS
-from ..ops.embed_kept_patches import embed_kept_patches
-from ..ops.layout import StreamLayout
-from ..reference import cavmae as reference
-from .packed import State, block, normalize
+from cavmae_fast.models.packed import State, block, normalize
+from cavmae_fast.ops.attention import BACKENDS
+from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.reference import cavmae as reference
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

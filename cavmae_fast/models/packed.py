@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import attention, query_attention
-from ..ops.gather_tokens import gather_tokens
-from ..ops.layout import StreamLayout
-from ..ops.linear_gelu import linear_gelu
-from ..ops.stream_layer_norm import stream_layer_norm
-from ..ops.stream_linear import stream_linear
-from ..reference.blocks import Block
+from cavmae_fast.ops.attention import attention, query_attention
+from cavmae_fast.ops.gather_tokens import gather_tokens
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.linear_gelu import linear_gelu
+from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
+from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.reference.blocks import Block
 
 
 class State(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cavmae import CAVMAE
+from cavmae_fast.models.cavmae import CAVMAE
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ The public functions are here under their names; a file's other contents are und
 `from ... import`.
 """
 
-from .attention import attention, query_attention
-from .contrastive_loss import contrastive_loss
-from .embed_kept_patches import embed_kept_patches
-from .gather_tokens import gather_tokens
-from .layout import StreamLayout
-from .linear_gelu import linear_gelu
-from .log_mel_fbank import log_mel_fbank, log_mel_features
-from .masked_patch_mse import masked_patch_mse
-from .scatter_tokens import scatter_tokens
-from .stream_layer_norm import stream_layer_norm
-from .stream_linear import stream_linear
+from cavmae_fast.ops.attention import attention, query_attention
+from cavmae_fast.ops.contrastive_loss import contrastive_loss
+from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.ops.gather_tokens import gather_tokens
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.linear_gelu import linear_gelu
+from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
+from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
+from cavmae_fast.ops.scatter_tokens import scatter_tokens
+from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
+from cavmae_fast.ops.stream_linear import stream_linear
 
 __all__ = [
     "StreamLayout",

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_cpu import attention_backward_cpu, attention_forward_cpu
-from .attention_kernels import MAX_HEAD_WIDTH, attention_backward_triton, attention_forward_triton
-from .layout import StreamLayout
-from .registry import interpreting, register, use_triton
+from cavmae_fast.ops.attention_cpu import attention_backward_cpu, attention_forward_cpu
+from cavmae_fast.ops.attention_kernels import MAX_HEAD_WIDTH, attention_backward_triton, attention_forward_triton
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.registry import interpreting, register, use_triton
 
 BACKENDS = ("torch", "triton", "sdpa", "flash_attn", "xformers")
 OPTIONAL_PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}

@@ -21,8 +21,8 @@ import math
 
 import torch
 
-from ._triton import tl, triton
-from .stream_tiles import pick, stream_of_tile, three
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, three
 
 MAX_HEAD_WIDTH = 128
 DELTA_ROWS = 32

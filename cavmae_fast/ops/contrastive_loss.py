@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .registry import register
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.registry import register
 
 NORM_EPS = 1e-12
 "As in torch.nn.functional.normalize."

@@ -21,12 +21,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.gather_tokens import _backward as gather_tokens_backward
+from cavmae_fast.ops.gather_tokens import check_ids, slots
+from cavmae_fast.ops.registry import register
 from cavmae_fast.reference.operators import IMAGE_MEAN, IMAGE_STD
-
-from ._triton import tl, triton
-from .gather_tokens import _backward as gather_tokens_backward
-from .gather_tokens import check_ids, slots
-from .registry import register
 
 BLOCK_R = 8
 BLOCK_D = 256

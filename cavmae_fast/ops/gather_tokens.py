@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .registry import register
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.registry import register
 
 BLOCK_R = 8
 BLOCK_D = 256

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
-from ._triton import tl, triton
-from .layout import StreamLayout
-from .registry import register
-from .stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
-from .stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
+from cavmae_fast.ops import native
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
+from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 BLOCK_N = 256
 "Columns of a tile: 512 contiguous bytes of a row in bf16."

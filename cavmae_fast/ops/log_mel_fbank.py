@@ -32,10 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.registry import register
 from cavmae_fast.reference import fbank as reference
-
-from ._triton import tl, triton
-from .registry import register
 
 BLOCK_F = 64
 BLOCK_K = 16

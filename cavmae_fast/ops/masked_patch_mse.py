@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .embed_kept_patches import check_images, load_pixels, patch_grid, pixel_statistics
-from .gather_tokens import check_ids
-from .registry import register
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.embed_kept_patches import check_images, load_pixels, patch_grid, pixel_statistics
+from cavmae_fast.ops.gather_tokens import check_ids
+from cavmae_fast.ops.registry import register
 
 BLOCK_R = 4
 VARIANCE_EPS = 1e-6

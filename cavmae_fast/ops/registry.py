@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _triton
+from cavmae_fast.ops import _triton
 
 NAMESPACE = "cavmae_fast"
 MODES = ("auto", "triton", "torch")

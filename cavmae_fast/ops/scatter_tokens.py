@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .gather_tokens import check_ids, check_rows
-from .registry import register
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.gather_tokens import check_ids, check_rows
+from cavmae_fast.ops.registry import register
 
 FORWARD_ROWS = 8
 FORWARD_D = 256

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .layout import StreamLayout
-from .registry import register
-from .stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
+from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 FORWARD_ROWS = 4
 "Rows a program normalizes at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import StreamLayout
-from .registry import register
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.registry import register
 
 # ---------------------------------------------------------------------------------------------------------- products
 

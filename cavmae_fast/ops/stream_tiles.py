@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._triton import tl, triton
+from cavmae_fast.ops._triton import tl, triton
 
 
 def three(values: Sequence) -> list:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from . import operators
+from cavmae_fast.reference import operators
 
 NormLayer = Callable[[int], nn.LayerNorm]
 

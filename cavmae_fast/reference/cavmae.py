@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import operators
-from .blocks import Block, NormLayer, PatchEmbed
-from .masking import Masking, kept_tokens, random_masking
-from .positions import sincos_positions
+from cavmae_fast.reference import operators
+from cavmae_fast.reference.blocks import Block, NormLayer, PatchEmbed
+from cavmae_fast.reference.masking import Masking, kept_tokens, random_masking
+from cavmae_fast.reference.positions import sincos_positions
 
 MEL_BINS = 128
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.cavmae import CAVMAE
+from cavmae_fast.reference.cavmae import CAVMAE
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]):

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..data.decoding import Reject, UnusableDataError
-from ..data.features import IMAGE_MEAN, IMAGE_STD, image_features
-from ..data.loader import Batch, Clips, Loader, choose_backend, open_clips
-from ..data.synthetic import generate_clips
-from ..data.workers import default_count
-from ..evaluation.retrieval import embed, retrieval_metrics
-from ..models import CAVMAE, PRESETS, load_checkpoint
-from .figures import loss_curve, reconstructions
-from .metrics import JsonLines
+from cavmae_fast.data.decode.decoders import Reject, UnusableDataError
+from cavmae_fast.data.decode.workers import default_count
+from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
+from cavmae_fast.data.loader import Batch, Clips, Loader, choose_backend, open_clips
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
+from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
+from cavmae_fast.training.figures import loss_curve, reconstructions
+from cavmae_fast.training.metrics import JsonLines
 
 LOSSES = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c")
 ALIASES = {"base": "cav-mae-base", "scale+": "cav-mae-scale+", "scale++": "cav-mae-scale++"}

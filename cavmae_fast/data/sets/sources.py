@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cavmae_fast.data.encoded import Encoded
-from cavmae_fast.data.labels import split_labels
-from cavmae_fast.data.media import VIDEO_SUFFIXES, MediaError, find_media
+from cavmae_fast.data.media.encoded import Encoded
+from cavmae_fast.data.media.files import VIDEO_SUFFIXES, MediaError, find_media
+from cavmae_fast.data.sets.labels import split_labels
 
 _MAX_FILE_BYTES = 1 << 30
 

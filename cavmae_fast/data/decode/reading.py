@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cavmae_fast.data.encoded import SAMPLE_RATE, Encoded, decode_image, decode_sound
-from cavmae_fast.data.labels import LabelSet, foreign_labels
-from cavmae_fast.data.media import Clip, MediaError, read_clip
-from cavmae_fast.data.shards import ShardClip
-from cavmae_fast.data.sources import Source
-from cavmae_fast.data.workers import unusable
+from cavmae_fast.data.decode.workers import unusable
+from cavmae_fast.data.media.encoded import SAMPLE_RATE, Encoded, decode_image, decode_sound
+from cavmae_fast.data.media.files import Clip, MediaError, read_clip
+from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
+from cavmae_fast.data.sets.shards import ShardClip
+from cavmae_fast.data.sets.sources import Source
 
 Record = ShardClip | Source
 """Where one clip is."""

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cavmae_fast.data.encoded import SAMPLE_RATE, decode_image, decode_sound, encode_image, encode_sound
-from cavmae_fast.data.labels import LabelSet, foreign_labels
-from cavmae_fast.data.media import MediaError, read_clip
-from cavmae_fast.data.options import check_ranges
-from cavmae_fast.data.shards import (
+from cavmae_fast.data.commands.options import check_ranges
+from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count, unusable
+from cavmae_fast.data.media.encoded import SAMPLE_RATE, decode_image, decode_sound, encode_image, encode_sound
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
+from cavmae_fast.data.sets.shards import (
     INDEX,
     LABELS,
     MANIFEST,
@@ -36,8 +37,7 @@ from cavmae_fast.data.shards import (
     to_json,
     write_whole,
 )
-from cavmae_fast.data.sources import Source, find_sources, read_file
-from cavmae_fast.data.workers import TIMEOUT, Lost, Workers, default_count, unusable
+from cavmae_fast.data.sets.sources import Source, find_sources, read_file
 
 _PLAN = "prepare.json"
 _JOBS_A_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory

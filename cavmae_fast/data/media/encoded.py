@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cavmae_fast.data.media import MAX_PIXELS, MediaError
+from cavmae_fast.data.media.files import MAX_PIXELS, MediaError
 
 SAMPLE_RATE = 16000
 MIN_SAMPLES = 400

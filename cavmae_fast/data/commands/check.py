@@ -22,9 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from cavmae_fast.data.encoded import SAMPLE_RATE
-from cavmae_fast.data.inspecting import InspectClip, Inspected, Item, Shards, Thresholds
-from cavmae_fast.data.labels import (
+from cavmae_fast.data.commands.inspecting import InspectClip, Inspected, Item, Shards, Thresholds
+from cavmae_fast.data.commands.options import check_ranges
+from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count
+from cavmae_fast.data.media.encoded import SAMPLE_RATE
+from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.data.sets.labels import (
     LabelError,
     LabelSet,
     balance_weights,
@@ -33,16 +36,13 @@ from cavmae_fast.data.labels import (
     read_weights,
     write_weights,
 )
-from cavmae_fast.data.media import MediaError
-from cavmae_fast.data.options import check_ranges
-from cavmae_fast.data.shards import (
+from cavmae_fast.data.sets.shards import (
     LABELS,
     ShardClip,
     shard_folder,
     write_whole,
 )
-from cavmae_fast.data.sources import Source, find_sources
-from cavmae_fast.data.workers import TIMEOUT, Lost, Workers, default_count
+from cavmae_fast.data.sets.sources import Source, find_sources
 
 REPORT, FINDINGS, WEIGHTS = "check.json", "rejects.jsonl", "weights.csv"
 ERRORS = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cavmae_fast.data.encoded import MIN_SAMPLES, SAMPLE_RATE, Encoded
+from cavmae_fast.data.media.encoded import MIN_SAMPLES, SAMPLE_RATE, Encoded
 
 _Arrays = tuple[list[np.ndarray], ...]  # an input of the graph each, an array a clip
 

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from cavmae_fast.data.encoded import Encoded
-from cavmae_fast.data.media import MediaError
+from cavmae_fast.data.media.encoded import Encoded
+from cavmae_fast.data.media.files import MediaError
 
 VERSION = 1
 MANIFEST, INDEX, REJECTS, LABELS = "manifest.json", "index.npy", "rejects.jsonl", "labels.csv"

@@ -16,9 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cavmae_fast.data import dali
-from cavmae_fast.data.dali import EncodedVideo
-from cavmae_fast.data.encoded import (
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.decode.dali import EncodedVideo
+from cavmae_fast.data.decode.reading import (
+    LoadClip,
+    Loaded,
+    Reader,
+    Record,
+    Request,
+    Slots,
+    image_name,
+    load_into,
+    read_encoded,
+)
+from cavmae_fast.data.decode.workers import TIMEOUT, Job, Lost, WorkerError, Workers, unusable
+from cavmae_fast.data.media.encoded import (
     MIN_SAMPLES,
     SAMPLE_RATE,
     Encoded,
@@ -29,11 +41,9 @@ from cavmae_fast.data.encoded import (
     is_jpeg,
     is_plain_sound,
 )
-from cavmae_fast.data.media import MediaError, read_clip, read_sound
-from cavmae_fast.data.reading import LoadClip, Loaded, Reader, Record, Request, Slots, image_name, load_into, read_encoded
-from cavmae_fast.data.sources import Source, read_file
+from cavmae_fast.data.media.files import MediaError, read_clip, read_sound
+from cavmae_fast.data.sets.sources import Source, read_file
 from cavmae_fast.data.steps import Want
-from cavmae_fast.data.workers import TIMEOUT, Job, Lost, WorkerError, Workers, unusable
 
 _CHUNK = 8  # most clips a job: enough that messages do not count
 _PAUSE = 0.2  # seconds between looks at whether the loader was closed

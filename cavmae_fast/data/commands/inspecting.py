@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cavmae_fast.data.encoded import SAMPLE_RATE, decode_image, decode_sound
-from cavmae_fast.data.media import MediaError, read_clip
-from cavmae_fast.data.shards import (
+from cavmae_fast.data.decode.workers import unusable
+from cavmae_fast.data.media.encoded import SAMPLE_RATE, decode_image, decode_sound
+from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.sets.shards import (
     INDEX,
     MANIFEST,
     ShardClip,
@@ -30,8 +31,7 @@ from cavmae_fast.data.shards import (
     read_record,
     shard_name,
 )
-from cavmae_fast.data.sources import Source, read_file
-from cavmae_fast.data.workers import unusable
+from cavmae_fast.data.sets.sources import Source, read_file
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from cavmae_fast.data.media import MediaError
+from cavmae_fast.data.media.files import MediaError
 
 MEMORY_LIMIT = 2 << 30
 "Bytes of private memory a worker may take: what FFmpeg needs for 8K video, and less than a broken header may ask for."
@@ -36,7 +36,7 @@ _STRIKES = 2  # workers an item may kill: the first may have been killed from ou
 _BOOT_SECONDS = 300.0  # for Python and the libraries to load, perhaps from a slow network disk
 _GRACE_SECONDS = 2.0  # for a worker to end when its socket is closed, or its job when nobody waits for it
 _FAILED_STARTS = 10  # workers in a row that end before their first item: then it is not the items
-_BOOT = "import sys; from cavmae_fast.data.workers import _serve; _serve(*map(int, sys.argv[1:]))"
+_BOOT = "import sys; from cavmae_fast.data.decode.workers import _serve; _serve(*map(int, sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
