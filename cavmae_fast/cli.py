@@ -68,19 +68,15 @@ def _check(config) -> None:
 
 def _run(job: Callable[[], dict], interrupted: str) -> dict:
     """What the job returns; its errors become one line and an exit code."""
-    from cavmae_fast.data.commands.prepare import PrepareError
-    from cavmae_fast.data.decode.workers import WorkerError
-    from cavmae_fast.data.media.files import MediaError
-    from cavmae_fast.data.sets.labels import LabelError
-    from cavmae_fast.models import CheckpointError
-    from cavmae_fast.training.pretrain import TrainingError
+    from cavmae_fast.errors import CavmaeError
 
-    failures = (MediaError, LabelError, PrepareError, WorkerError, CheckpointError, TrainingError, OSError, MemoryError)
     try:
         return job()
     except KeyboardInterrupt:
         _stop(130, f"interrupted; {interrupted}")
-    except failures as error:
+    except CavmaeError as error:
+        _stop(error.exit_code, str(error))
+    except (OSError, MemoryError) as error:
         _stop(1, str(error) or type(error).__name__)
     except ValueError as error:
         _stop(2, str(error))

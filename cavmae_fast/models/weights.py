@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from cavmae_fast.errors import CavmaeError
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PRETRAINED_TO_FINE_TUNED = {
     "allow_missing": ("mlp_head.*",),
@@ -26,7 +28,7 @@ ALWAYS_TOLERATED = "cls_token*"
 "Class tokens: checkpoints of some published versions carry them, and no model ever used them."
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CavmaeError, ValueError):
     """A checkpoint that cannot be read or does not fit the model; the message names the file and the keys."""
 
 

@@ -19,6 +19,7 @@ from cavmae_fast.data.decode.workers import default_count
 from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
 from cavmae_fast.data.loader import Batch, Clips, Loader, choose_backend, open_clips
 from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.errors import CavmaeError
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
 from cavmae_fast.training.figures import loss_curve, reconstructions
@@ -31,7 +32,7 @@ CACHED_CLIPS = 2000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TrainingError(RuntimeError):
+class TrainingError(CavmaeError, RuntimeError):
     """A run that cannot go on; the message says at which step and why."""
 
 

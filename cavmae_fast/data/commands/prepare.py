@@ -38,13 +38,14 @@ from cavmae_fast.data.sets.shards import (
     write_whole,
 )
 from cavmae_fast.data.sets.sources import Source, find_sources, read_file
+from cavmae_fast.errors import CavmaeError
 
 _PLAN = "prepare.json"
 _JOBS_A_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory
 _CLIP_BYTES = 64 << 20  # a clip of extracted files; one from a video takes 0.6 MB
 
 
-class PrepareError(RuntimeError):
+class PrepareError(CavmaeError, RuntimeError):
     """Preparing cannot go on; the message says why, and that what is finished stays."""
 
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.errors import CavmaeError
 
 MEMORY_LIMIT = 2 << 30
 "Bytes of private memory a worker may take: what FFmpeg needs for 8K video, and less than a broken header may ask for."
@@ -61,7 +62,7 @@ def unusable(error: Exception, item: Any) -> str:
     return f"{item}: {type(error).__name__}: {error}"
 
 
-class WorkerError(RuntimeError):
+class WorkerError(CavmaeError, RuntimeError):
     """An error of the program, not of an item: the callable raised (the message holds its traceback), or workers do not
     start."""
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cavmae_fast.errors import CavmaeError
+
 if TYPE_CHECKING:
     import av
 
@@ -21,7 +23,7 @@ MAX_PIXELS = 1 << 25
 "The largest picture that is decoded: a little above 8K video; what claims more is a broken header."
 
 
-class MediaError(ValueError):
+class MediaError(CavmaeError, ValueError):
     """A media file cannot be used; the message is one sentence that names the file and the cause."""
 
 

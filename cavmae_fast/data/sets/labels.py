@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cavmae_fast.errors import CavmaeError
+
 if TYPE_CHECKING:  # worker processes read labels, and need no torch for it
     from torch import Tensor
 
 _COLUMNS = ("index", "mid", "display_name")
 
 
-class LabelError(ValueError):
+class LabelError(CavmaeError, ValueError):
     """A labels or weights file, or a label, cannot be used; the message is one sentence that names it and the cause."""
 
 
