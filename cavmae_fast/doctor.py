@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from cavmae_fast.ops import native, registry
+from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
 
 OPTIONAL = {
@@ -56,7 +56,7 @@ def _machine() -> list[tuple[str, str]]:
         return rows
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        architecture = registry.architecture(index)
+        architecture = dispatch.architecture(index)
         rows.append((f"cuda:{index}", f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"))
     return rows
 
@@ -77,12 +77,12 @@ def _packages() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    device, mode = _device(), registry.mode()
+    device, mode = _device(), dispatch.mode()
     rows = []
-    for name, has_triton in sorted(registry.operators.items()):
+    for name, has_triton in sorted(dispatch.operators.items()):
         if not has_triton:
             rows.append((name, "PyTorch: it has no Triton kernel"))
-        elif registry.use_triton(name, device):
+        elif dispatch.use_triton(name, device):
             why = f"CAVMAE_OPS={mode}" if mode != "auto" else f"its kernels passed the GPU suite on {_here(device)}"
             rows.append((name, f"Triton: {why}"))
         elif mode != "auto":
@@ -97,4 +97,4 @@ def _operators() -> list[tuple[str, str]]:
 
 
 def _here(device: torch.device) -> str:
-    return registry.architecture(device.index or 0)
+    return dispatch.architecture(device.index or 0)

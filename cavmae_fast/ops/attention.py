@@ -131,13 +131,13 @@ _forward = register(
     "attention",
     "(Tensor q, Tensor? kv, SymInt batch, SymInt[] q_lengths, SymInt[] lengths, int heads, str backend)"
     " -> (Tensor out, Tensor lse)",
-    reference=_forward_any, triton=_forward_any, fake=_forward_fake,
+    torch=_forward_any, triton=_forward_any, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor? kv, Tensor out, Tensor lse, SymInt batch, SymInt[] q_lengths, SymInt[] lengths,"
     " int heads, str backend) -> (Tensor dq, Tensor dkv)",
-    reference=_backward_any, triton=_backward_any, fake=_backward_fake,
+    torch=_backward_any, triton=_backward_any, fake=_backward_fake,
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 
 NORM_EPS = 1e-12
 "As in torch.nn.functional.normalize."
@@ -327,13 +327,13 @@ _forward = register(
     "contrastive_loss",
     "(Tensor audio, Tensor video, float temperature, bool bidirectional)"
     " -> (Tensor loss, Tensor accuracy, Tensor inverse_a, Tensor inverse_v, Tensor softmax)",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "contrastive_loss_backward",
     "(Tensor dloss, Tensor audio, Tensor video, Tensor inverse_a, Tensor inverse_v, Tensor softmax, float temperature)"
     " -> (Tensor daudio, Tensor dvideo)",
-    reference=_backward_torch, triton=_backward_triton,
+    torch=_backward_torch, triton=_backward_triton,
     fake=lambda dloss, audio, video, *_: (torch.empty_like(audio), torch.empty_like(video)),
 )  # fmt: skip
 

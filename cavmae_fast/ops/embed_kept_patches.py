@@ -24,7 +24,7 @@ from torch import Tensor
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.gather_tokens import _backward as gather_tokens_backward
 from cavmae_fast.ops.gather_tokens import check_ids, slots
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 from cavmae_fast.reference.operators import IMAGE_MEAN, IMAGE_STD
 
 BLOCK_R = 8
@@ -241,13 +241,13 @@ _forward = register(
     "embed_kept_patches",
     "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality)"
     " -> (Tensor out, Tensor patches)",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "embed_kept_patches_backward",
     "(Tensor dout, Tensor patches, Tensor? ids, SymInt length, bool need_weight, bool need_pos)"
     " -> (Tensor dweight, Tensor dbias, Tensor dpos)",
-    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
+    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
 )  # fmt: skip
 
 

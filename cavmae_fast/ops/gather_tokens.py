@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 
 BLOCK_R = 8
 BLOCK_D = 256
@@ -93,12 +93,12 @@ def _backward_torch(dout, ids, length):
 
 _forward = register(
     "gather_tokens", "(Tensor x, Tensor ids) -> Tensor",
-    reference=_forward_torch, triton=_forward_triton,
+    torch=_forward_torch, triton=_forward_triton,
     fake=lambda x, ids: x.new_empty(ids.shape[0] * ids.shape[1], x.shape[1]),
 )  # fmt: skip
 _backward = register(
     "gather_tokens_backward", "(Tensor dout, Tensor ids, SymInt length) -> Tensor",
-    reference=_backward_torch, triton=_backward_triton,
+    torch=_backward_torch, triton=_backward_triton,
     fake=lambda dout, ids, length: dout.new_empty(ids.shape[0] * length, dout.shape[1]),
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from cavmae_fast.ops import native
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
@@ -142,14 +142,14 @@ def _forward_fake(x, weights, biases, rows, keep_pre):
 _forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
-    reference=_forward_torch,
+    torch=_forward_torch,
     fake=_forward_fake,
 )
 _backward_operator = register(
     "linear_gelu_backward",
     "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
-    reference=partial(_backward, _dgelu_bias_torch),
+    torch=partial(_backward, _dgelu_bias_torch),
     triton=partial(_backward, _dgelu_bias_triton),
     fake=lambda dy, pre, *rest: backward_fake(dy, *rest),
 )

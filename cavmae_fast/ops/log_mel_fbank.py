@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 from cavmae_fast.reference import fbank as reference
 
 BLOCK_F = 64
@@ -267,7 +267,7 @@ _forward = register(
     "log_mel_fbank",
     "(Tensor waveform, Tensor? num_samples, SymInt sample_rate, SymInt num_mel_bins, SymInt length, float mean,"
     " float std) -> Tensor",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 
 

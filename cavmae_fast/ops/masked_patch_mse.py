@@ -16,7 +16,7 @@ from torch import Tensor
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.embed_kept_patches import check_images, load_pixels, patch_grid, pixel_statistics
 from cavmae_fast.ops.gather_tokens import check_ids
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 
 BLOCK_R = 4
 VARIANCE_EPS = 1e-6
@@ -178,13 +178,13 @@ _forward = register(
     "masked_patch_mse",
     "(Tensor pred, Tensor images, Tensor ids, SymInt patch_size, bool norm_pix_loss)"
     " -> (Tensor loss, Tensor mean, Tensor rstd)",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "masked_patch_mse_backward",
     "(Tensor dloss, Tensor pred, Tensor images, Tensor ids, Tensor mean, Tensor rstd, SymInt patch_size,"
     " bool norm_pix_loss) -> Tensor",
-    reference=_backward_torch, triton=_backward_triton,
+    torch=_backward_torch, triton=_backward_triton,
     fake=lambda dloss, pred, *_: torch.empty_like(pred),
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.gather_tokens import check_ids, check_rows
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 
 FORWARD_ROWS = 8
 FORWARD_D = 256
@@ -159,13 +159,13 @@ def _backward_fake(dout, places, kept, dtype, sums):
 
 _forward = register(
     "scatter_tokens", "(Tensor x, Tensor places, Tensor mask_token, Tensor pos) -> Tensor",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "scatter_tokens_backward",
     "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums)"
     " -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
-    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
+    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
 
 FORWARD_ROWS = 4
@@ -218,13 +218,13 @@ _forward = register(
     "stream_layer_norm",
     "(Tensor x, Tensor? delta, Tensor[] weights, Tensor[] biases, SymInt[] rows, float eps, ScalarType out_dtype)"
     " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
-    reference=_forward_torch, triton=_forward_triton, fake=_forward_fake,
+    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
 )  # fmt: skip
 _backward = register(
     "stream_layer_norm_backward",
     "(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
     " ScalarType? delta_dtype) -> (Tensor dx, Tensor ddelta, Tensor dw, Tensor db)",
-    reference=_backward_torch, triton=_backward_triton, fake=_backward_fake,
+    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.registry import register
+from cavmae_fast.ops.dispatch import register
 
 # ---------------------------------------------------------------------------------------------------------- products
 
@@ -108,14 +108,14 @@ def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx):
 _forward = register(
     "stream_linear",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows) -> Tensor",
-    reference=linear_forward,
+    torch=linear_forward,
     fake=_forward_fake,
 )
 _backward = register(
     "stream_linear_backward",
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
-    reference=_backward_torch,
+    torch=_backward_torch,
     fake=backward_fake,
 )
 

@@ -32,7 +32,7 @@ from cavmae_fast.reference import operators as reference
 @dataclass(frozen=True)
 class Sample:
     operator: str
-    "Its name in `registry.operators`."
+    "Its name in `dispatch.operators`."
     case: str
     function: Callable
     "The public function, of the tensors alone."

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import assert_parity, convert, run
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.attention import BACKENDS, attention, available_backends, query_attention, resolve_backend
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.reference import operators as reference
@@ -60,13 +60,13 @@ def oracle(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 def test_parity(mode, shape, dtype):
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(ours(shape), oracle(shape), draw(shape, dtype))
 
 
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
 def test_kernels_at_long_shapes(shape):
-    with registry.override("triton"):
+    with dispatch.override("triton"):
         assert_parity(ours(shape), oracle(shape), draw(shape, torch.float16))
 
 
@@ -84,7 +84,7 @@ def test_peaked_scores(mode):
     """Scores of some hundreds: probabilities of 0 and 1, log sums far from 0, and tails beyond exp2's range."""
     shape = (1, (49, 70), 1, 32, None)
     inputs = [x.detach().mul(12).requires_grad_() for x in draw(shape, torch.float32)]
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(ours(shape), oracle(shape), inputs)
 
 
@@ -94,7 +94,7 @@ def test_low_scores(mode):
     shape = (1, (3,), 1, 16, None)
     x = torch.cat([torch.full((3, 16), 10.0), torch.full((3, 16), -10.0), torch.zeros(3, 16)], dim=1)
     inputs = [(x + torch.randn(3, 48, generator=torch.Generator().manual_seed(0))).requires_grad_()]
-    with registry.override(mode):  # the floor: float32's spacing at the scores' own size
+    with dispatch.override(mode):  # the floor: float32's spacing at the scores' own size
         assert_parity(ours(shape), oracle(shape), inputs, floor=400 * torch.finfo(torch.float32).eps)
 
 
@@ -102,7 +102,7 @@ def test_low_scores(mode):
 @pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6]], ids=str)
 def test_strided_gradients_and_inputs(mode, shape):
     inputs = draw(shape, torch.float32)
-    with registry.override(mode):
+    with dispatch.override(mode):
         out, function = ours(shape)(*inputs), ours(shape)
         expanded = torch.randn(out.shape[1], generator=torch.Generator().manual_seed(1)).expand(out.shape)
         transposed = expanded.t().contiguous().t()
@@ -116,7 +116,7 @@ def test_strided_gradients_and_inputs(mode, shape):
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 @pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6]], ids=str)
 def test_repeats_bitwise(mode, shape):
-    with registry.override(mode):
+    with dispatch.override(mode):
         (first,), gradients, cotangents = run(ours(shape), draw(shape, torch.float16))
         (again,), others, _ = run(ours(shape), draw(shape, torch.float16), cotangents)
     assert torch.equal(first, again)
@@ -128,7 +128,7 @@ def test_repeats_bitwise(mode, shape):
 def test_nan_reaches_the_output(mode, part):
     qkv = torch.randn(2 * 70, 3 * 32)
     qkv[70 + 69, part * 32] = float("nan")  # the last token of the second sample
-    with registry.override(mode):
+    with dispatch.override(mode):
         out = attention(qkv, StreamLayout(2, (70,)), 2)
     assert not out[:70].isnan().any()
     assert out[139, 0].isnan()
@@ -172,7 +172,7 @@ def test_saved_lse_is_in_base_2():
 def test_back_end_choice(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert resolve_backend("auto", cpu, torch.float32) == "torch"
-    with registry.override("triton"):
+    with dispatch.override("triton"):
         assert resolve_backend("auto", cpu, torch.float32) == "triton"
         assert resolve_backend("auto", cpu, torch.float64) == "torch"
         assert resolve_backend("auto", cpu, torch.float32, head_width=160) == "torch"
@@ -189,7 +189,7 @@ def test_back_end_choice(monkeypatch):
 
 def test_wide_heads_fall_to_pytorch():
     shape = (1, (9,), 1, 160, None)
-    with registry.override("triton"):
+    with dispatch.override("triton"):
         assert_parity(ours(shape), oracle(shape), draw(shape, torch.float32))
         with pytest.raises(ValueError, match="width 160; it takes at most 128"):
             ours(shape, "triton")(*draw(shape, torch.float32))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference import operators as reference
 
@@ -24,7 +24,7 @@ def check(mode, shape, dtype, bidirectional):
         units = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype).float() for x in (audio, video))
         return reference.contrastive_loss(*units, bidirectional=bidirectional)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda *args: contrastive_loss(*args, bidirectional=bidirectional),
             lambda *args: reference.contrastive_loss(*args, bidirectional=bidirectional),
@@ -51,7 +51,7 @@ def test_wide_rows(mode, shape):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_single_pair_costs_nothing(mode, bidirectional):
     values = inputs(1, 64, torch.float32)
-    with registry.override(mode):
+    with dispatch.override(mode):
         loss, accuracy = contrastive_loss(*values, bidirectional=bidirectional)
         gradients = torch.autograd.grad(loss, values)
     assert loss == 0 and accuracy == 1
@@ -65,7 +65,7 @@ def test_first_of_equal_similarities_counts(mode):
         for x in (audio, video):
             x[40] = x[3]  # in different tiles
             x[6] = x[5]  # in the same tile
-    with registry.override(mode):
+    with dispatch.override(mode):
         _, got = contrastive_loss(audio, audio)
     assert got == torch.tensor(68 / 70)
 
@@ -75,7 +75,7 @@ def test_rows_of_zeros(mode):
     values = inputs(40, 16, torch.float32)
     with torch.no_grad():
         values[0][7] = 0
-    with registry.override(mode):
+    with dispatch.override(mode):
         got = torch.autograd.grad(contrastive_loss(*values)[0], values)
     want = torch.autograd.grad(reference.contrastive_loss(*values)[0], values)
     for a, b in zip(got, want):
@@ -88,7 +88,7 @@ def test_every_similarity_far_below_zero(mode, bidirectional):
     """A tile beyond the last row holds exp(0 - maximum), here infinite: it must not count."""
     audio = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
     values = [audio.requires_grad_(), (-audio.detach().flip(0)).requires_grad_()]
-    with registry.override(mode):
+    with dispatch.override(mode):
         got = torch.autograd.grad(contrastive_loss(*values, 0.01, bidirectional)[0], values)
     want = torch.autograd.grad(reference.contrastive_loss(*values, 0.01, bidirectional)[0], values)
     for a, b in zip(got, want):
@@ -101,7 +101,7 @@ def test_nan_reaches_the_loss(mode, bidirectional):
     values = inputs(40, 16, torch.float32)
     with torch.no_grad():
         values[0][7, 3] = float("nan")
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert contrastive_loss(*values, bidirectional=bidirectional)[0].isnan()
 
 

@@ -5,7 +5,7 @@ import torch
 from harness import assert_parity
 
 from cavmae_fast.data.features import image_features
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.reference import operators as reference
 
@@ -60,7 +60,7 @@ def explicit(images, ids, weight, bias, pos, modality):
 )
 def test_parity(mode, case, dtype, pos_dtype):
     operator = transposed(embed_kept_patches) if case == "audio" else embed_kept_patches
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(operator, reference.embed_kept_patches, inputs(case, dtype, pos_dtype), baseline=explicit)
 
 
@@ -77,7 +77,7 @@ def test_bytes_are_normalized(mode, case, layout, dtype):
         memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
         return embed_kept_patches(images.contiguous(memory_format=memory), *rest)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             operator,
             reference.embed_kept_patches,
@@ -100,7 +100,7 @@ def test_images_gradient_and_frozen_weight(mode, case):
     values[0].requires_grad_()
     values[2].requires_grad_(False)
     values[4].requires_grad_(False)
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(embed_kept_patches, reference.embed_kept_patches, values, baseline=explicit)
 
 
@@ -108,7 +108,7 @@ def test_float64_parameters_keep_their_digits():
     """Kernels count in float32: with float64 parameters PyTorch does it, whatever the pixels are."""
     images, ids, *parameters = inputs("odd", torch.float32)
     parameters = [p.double() for p in parameters]
-    with registry.override("triton"):
+    with dispatch.override("triton"):
         got = embed_kept_patches(images, ids, *parameters)
     want = reference.embed_kept_patches(images.double(), ids, *parameters)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -118,7 +118,7 @@ def test_float64_parameters_keep_their_digits():
 def test_repeats_bitwise(mode):
     values = inputs("odd", torch.float32)
     leaves = [v for v in values if isinstance(v, torch.Tensor) and v.requires_grad]
-    with registry.override(mode):
+    with dispatch.override(mode):
         first, second = (torch.autograd.grad(embed_kept_patches(*values).square().sum(), leaves) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.gather_tokens import gather_tokens
 from cavmae_fast.reference import operators as reference
 
@@ -24,7 +24,7 @@ def inputs(shape, dtype, device="cpu"):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_copies_are_exact(mode, shape, dtype):
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(gather_tokens, reference.gather_tokens, inputs(shape, dtype), floor=0.0)
 
 
@@ -32,7 +32,7 @@ def test_copies_are_exact(mode, shape, dtype):
 def test_strided_inputs_and_gradients(mode):
     x, ids = inputs((2, 9, 4, 6), torch.float32)
     strided = x.detach().t().contiguous().t().requires_grad_()
-    with registry.override(mode):
+    with dispatch.override(mode):
         out = gather_tokens(strided, ids)
         torch.testing.assert_close(out, reference.gather_tokens(x, ids), rtol=0, atol=0)
         out.sum().backward()  # an expanded gradient

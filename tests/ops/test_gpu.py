@@ -13,7 +13,7 @@ import torch
 from harness import assert_parity, flatten, run
 from samples import Sample, samples
 
-from cavmae_fast.ops import native, registry
+from cavmae_fast.ops import dispatch, native
 
 CUDA = torch.cuda.is_available()
 DRY_RUN = not CUDA and os.environ.get("CAVMAE_GPU_DRY_RUN") == "1"
@@ -33,7 +33,7 @@ def settings():
     """Triton's kernels; fp32 products in fp32, the reference's too."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    with registry.override("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with dispatch.override("triton"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     torch.set_float32_matmul_precision(before)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import native, registry
+from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.stream_linear import stream_linear
@@ -80,7 +80,7 @@ def check(name, mode, shape, dtype, bias_dtype):
         pre = Rounded.apply(reference.stream_linear(x.float(), [w.float() for w in weights], biases, rows), dtype)
         return (torch.nn.functional.gelu(pre) if name == "linear_gelu" else pre).to(dtype)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda *args: function(*args, layout), lambda *args: oracle(*args, rows), arguments, baseline=explicit
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import assert_parity, error
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
 from cavmae_fast.reference import fbank as reference
 
@@ -41,7 +41,7 @@ SOUNDS = (
 @both
 @pytest.mark.parametrize("name", SOUNDS)
 def test_parity(mode, name):
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(log_mel_fbank, reference.log_mel_fbank, [sound(name)])
 
 
@@ -54,7 +54,7 @@ def test_parity(mode, name):
     ],
 )
 def test_parity_of_awkward_sizes(mode, rate, samples, bins, batch):
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda x: log_mel_fbank(x, rate, bins),
             lambda x: reference.log_mel_fbank(x, rate, bins),
@@ -78,7 +78,7 @@ def test_parity_of_features(mode, dtype, length):
         waveform = waveform.double() / 32768 if waveform.dtype == torch.int16 else waveform
         return reference.log_mel_features(waveform, count, length, MEAN, STD)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda waveform, count: log_mel_features(waveform, count, length, MEAN, STD),
             exact,
@@ -90,7 +90,7 @@ def test_parity_of_features(mode, dtype, length):
 @both
 def test_what_lies_past_the_end_is_not_heard(mode):
     waveform, count = clips(torch.float32)
-    with registry.override(mode):
+    with dispatch.override(mode):
         expected = log_mel_features(waveform, count, 40, MEAN, STD)
         for row, n in zip(waveform, count.tolist()):
             row[n:] = torch.nan
@@ -103,7 +103,7 @@ def test_what_lies_past_the_end_is_not_heard(mode):
 def test_nan_and_infinity_reach_their_frames_alone(mode, bad):
     waveform = sound("noise", 4000).repeat(2, 1)
     waveform[0, 1000] = bad
-    with registry.override(mode):
+    with dispatch.override(mode):
         broken = log_mel_features(waveform, torch.tensor([4000, 4000]), 23, MEAN, STD).isnan().any(dim=-1)
     assert broken[0, 4:7].all() and not broken[1].any()
     if mode == "triton":  # in PyTorch the whole clip loses its average first
@@ -113,7 +113,7 @@ def test_nan_and_infinity_reach_their_frames_alone(mode, bad):
 @both
 def test_strides_and_repeats(mode):
     waveform = sound("noise", 1500, 2)
-    with registry.override(mode):
+    with dispatch.override(mode):
         expected = log_mel_fbank(waveform)
         wide = torch.full((2, 1700), torch.nan)
         wide[:, 100:1600] = waveform
@@ -124,9 +124,9 @@ def test_strides_and_repeats(mode):
 
 def test_many_mel_bins_go_to_pytorch():
     waveform = sound("noise", 800)
-    with registry.override("triton"):
+    with dispatch.override("triton"):
         got = log_mel_fbank(waveform, 16000, 200)
-    with registry.override("torch"):
+    with dispatch.override("torch"):
         assert torch.equal(got, log_mel_fbank(waveform, 16000, 200))
 
 

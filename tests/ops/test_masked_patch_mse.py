@@ -5,7 +5,7 @@ import torch
 from harness import assert_parity
 
 from cavmae_fast.data.features import image_features
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.reference import operators as reference
 
@@ -40,7 +40,7 @@ def check(mode, case, dtype, norm_pix_loss, shift=0.0):
     def explicit(pred, images, ids):
         return reference.masked_patch_mse(pred.float(), images, ids, p, norm_pix_loss)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             operator,
             lambda *args: reference.masked_patch_mse(*args, p, norm_pix_loss),
@@ -68,7 +68,7 @@ def test_bytes_are_normalized(mode, case, layout, dtype, norm_pix_loss):
     p = CASES[case][1]
     memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda pred, images, ids: masked_patch_mse(
                 pred, images.contiguous(memory_format=memory), ids, p, norm_pix_loss
@@ -89,7 +89,7 @@ def test_variance_of_pixels_far_from_zero(mode):
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 def test_flat_patches_have_finite_targets(mode):
     pred, images, ids = inputs("odd", torch.float32)
-    with registry.override(mode):
+    with dispatch.override(mode):
         loss = masked_patch_mse(pred, torch.full_like(images, 3.0), ids, 3, True)
     torch.testing.assert_close(loss, pred.square().mean())
 
@@ -100,14 +100,14 @@ def test_nan_reaches_the_loss(mode, index):
     values = inputs("odd", torch.float32)
     with torch.no_grad():
         values[index].flatten()[:] = float("nan")
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert masked_patch_mse(*values, 3, True).isnan()
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 def test_repeats_bitwise(mode):
     values = inputs("video", torch.float32)
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert torch.equal(*(masked_patch_mse(*values, 16, True) for _ in range(2)))
 
 

@@ -12,7 +12,7 @@ from samples import Sample, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae_fast import ops
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 
 for _module in pkgutil.iter_modules(ops.__path__):
     importlib.import_module(f"{ops.__name__}.{_module.name}")
@@ -31,7 +31,7 @@ class RecordCalls(TorchDispatchMode):
         self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == registry.NAMESPACE:
+        if func.namespace == dispatch.NAMESPACE:
             assert not kwargs
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
@@ -51,15 +51,15 @@ def detached(item):
 
 @pytest.mark.parametrize("size", ["small", "real"])
 def test_every_operator_has_a_sample(size):
-    assert {sample.operator for sample in samples(size)} == set(registry.operators)
+    assert {sample.operator for sample in samples(size)} == set(dispatch.operators)
 
 
 def test_samples_reach_every_operator():
     """Each operator's forward, and its backward where there is one."""
-    namespace = getattr(torch.ops, registry.NAMESPACE)
-    names = [name + suffix for name in registry.operators for suffix in ("", "_backward")]
+    namespace = getattr(torch.ops, dispatch.NAMESPACE)
+    names = [name + suffix for name in dispatch.operators for suffix in ("", "_backward")]
     wanted = {getattr(namespace, name).default for name in names if hasattr(namespace, name)}
-    assert len(wanted) > len(registry.operators)
+    assert len(wanted) > len(dispatch.operators)
     for sample in SMALL:
         called = {operator for operator, _ in calls_of(sample)}
         assert getattr(namespace, sample.operator).default in called, f"{sample} does not call its operator"
@@ -84,11 +84,11 @@ def test_operators_run_on_their_tensors_device(monkeypatch):
 
 @pytest.mark.parametrize(
     ("sample", "mode"),
-    [(s, mode) for s in SMALL for mode in ("torch", "triton") if mode == "torch" or registry.operators[s.operator]],
+    [(s, mode) for s in SMALL for mode in ("torch", "triton") if mode == "torch" or dispatch.operators[s.operator]],
     ids=str,
 )
 def test_opcheck(sample, mode):
-    with registry.override(mode):
+    with dispatch.override(mode):
         for operator, arguments in calls_of(sample):
             torch.library.opcheck(operator, tuple(detached(arguments)), test_utils=CHECKS)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.reference import operators as reference
 
@@ -28,7 +28,7 @@ def check(mode, shape, dtype, pos_dtype):
     def explicit(x, places, mask_token, pos):
         return reference.scatter_tokens(x.float(), places, mask_token, pos.float()).to(pos_dtype)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(scatter_tokens, reference.scatter_tokens, inputs(shape, dtype, pos_dtype), baseline=explicit)
 
 
@@ -53,7 +53,7 @@ def test_only_the_wanted_gradients(mode, wanted):
     values = inputs((2, 12, 5, 8), torch.float32, torch.float32)
     for index in (0, 2, 3):
         values[index].requires_grad_(index in wanted)
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(scatter_tokens, reference.scatter_tokens, values)
 
 
@@ -62,7 +62,7 @@ def test_nan_stays_where_it_is(mode):
     x, places, mask_token, pos = inputs((2, 12, 5, 8), torch.float32, torch.float32)
     with torch.no_grad():
         x[7] = float("nan")
-    with registry.override(mode):
+    with dispatch.override(mode):
         got = scatter_tokens(x, places, mask_token, pos)
     want = reference.scatter_tokens(x, places, mask_token, pos)
     torch.testing.assert_close(got, want, equal_nan=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import assert_parity
 
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.reference import operators as reference
@@ -40,7 +40,7 @@ def test_parity(mode, shape, dtype, delta_dtype):
         )
         return stream.to(dtype), y.to(dtype)
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             lambda *args: stream_layer_norm(*args, layout),
             lambda *args: reference.stream_layer_norm(*args, layout.rows_per_stream),
@@ -58,7 +58,7 @@ def test_strided_parameters(mode):
         columns = [torch.stack([p, -p], dim=1)[:, 0] for p in (*weights, *biases)]
         return stream_layer_norm(x, None, columns[:2], columns[2:], layout)[1]
 
-    with registry.override(mode):
+    with dispatch.override(mode):
         assert_parity(
             strided,
             lambda x, *args: reference.stream_layer_norm(x, None, *args, layout.rows_per_stream)[1],

@@ -1,0 +1,270 @@
+"""How an operator reaches PyTorch, and which of its implementations runs.
+
+Every operator is registered with `torch.library` under the name space `cavmae_fast` with one schema, one fake and up to
+three implementations: `torch` (PyTorch's own kernels, on any device), `triton` (kernels of this package) and `cuda` (those
+of the library built from csrc/). Which one runs is decided for every call by `choose`. What it follows, in this order:
+
+1. `override(mode)` around the call;
+2. the environment variable `CAVMAE_OPS`, whose values are the modes:
+   - `torch`: PyTorch everywhere;
+   - `triton`: Triton wherever it can run: on CUDA devices, and on the CPU under `TRITON_INTERPRET=1`;
+   - `cuda`: the CUDA library where the operator has a kernel there that takes the call, and otherwise as in `auto`;
+   - `auto`, the default: what comes next;
+3. the configuration file of the GPU's architecture (`configuration.py`), which lists what was proven there;
+4. PyTorch.
+
+An implementation that cannot take a call (the operator has none of that kind, the device is a CPU, the dtype is float64,
+a size is too large for its kernels) leaves it to the next in this order, and `Choice.reason` says so. What is asked for
+by name and is not installed is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cavmae_fast.errors import CavmaeError
+from cavmae_fast.ops import _triton, configuration, native
+
+NAMESPACE = "cavmae_fast"
+MODES = ("auto", "torch", "triton", "cuda")
+LABELS = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA library"}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+_override: str | None = None
+operators: dict[str, set[str]] = {}
+"Operator -> the implementations that its forward or its backward has."
+Limit = Callable[[str, torch.dtype, Sequence[int]], str | None]
+_limits: dict[str, Limit] = {}
+
+
+class ModeError(CavmaeError, ValueError):
+    """A mode is none of `MODES`."""
+
+    exit_code = 2
+
+
+class MissingImplementation(CavmaeError, RuntimeError):
+    """An implementation was asked for by name and is not installed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why."""
+
+    implementation: str
+    "'torch', 'triton' or 'cuda'."
+    reason: str
+    "Why, as `cavmae-fast doctor` prints it."
+    configuration: str
+    "The architecture whose launch configurations the kernels take."
+
+    def __str__(self) -> str:
+        return f"{LABELS[self.implementation]}: {self.reason}"
+
+
+# ------------------------------------------------------------------------------------------------------------- modes
+
+
+def mode() -> str:
+    """The mode in force: `override` first, then the environment variable `CAVMAE_OPS`, then `auto`."""
+    return _mode()[0]
+
+
+def _mode() -> tuple[str, str]:
+    """The mode in force, and who set it."""
+    if _override is not None:
+        return _override, f"override({_override!r})"
+    if os.environ.get("CAVMAE_NATIVE", "0") != "0":
+        raise ModeError("CAVMAE_NATIVE is set, which has no effect any more; CAVMAE_OPS=cuda selects the CUDA library")
+    value = os.environ.get("CAVMAE_OPS", "auto")
+    if value not in MODES:
+        raise ModeError(f"CAVMAE_OPS is {value!r}; it must be one of {', '.join(MODES)}")
+    return value, f"CAVMAE_OPS={value}"
+
+
+@contextlib.contextmanager
+def override(value: str) -> Iterator[None]:
+    """Runs a block in the mode `value`, one of `MODES`, whatever the environment says."""
+    global _override
+    if value not in MODES:
+        raise ModeError(f"mode is {value!r}; it must be one of {', '.join(MODES)}")
+    before, _override = _override, value
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@functools.cache
+def architecture(index: int) -> str:
+    """'sm_90' for a Hopper GPU: the name of its configuration file."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ------------------------------------------------------------------------------------------------------------ choice
+
+
+def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = ()) -> Choice:
+    """The implementation of `operator` for tensors of `dtype` on `device`, the reason, and whose launches it takes.
+
+    `shape` is what the operator's `limit` looks at (see `register`); empty: any that the kernels take. Raises ModeError
+    for a mode that does not exist, MissingImplementation when one was asked for by name and is not installed.
+    """
+    asked, source = _mode()
+    if asked in operators[operator] and (missing := _missing(asked)):
+        raise MissingImplementation(f"{source} asks for {LABELS[asked]}, but {missing}")
+    candidates = [] if asked == "auto" else [(asked, source)]
+    if asked in ("auto", "cuda"):
+        candidates.append(_proven(operator, device, dtype))
+    refusals = []
+    for implementation, reason in candidates:
+        refusal = _refusal(operator, implementation, device, dtype, shape)
+        if refusal is None:
+            return Choice(implementation, reason, _launches_on(device))
+        refusals.append(refusal)
+    return Choice("torch", refusals[0], _launches_on(device))
+
+
+def _proven(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What the configuration files say: an implementation, and why it is the default."""
+    if operators[operator] == {"torch"}:
+        return "torch", "it has no kernel of this package"
+    if device.type != "cuda":
+        return "torch", "the device is a CPU"
+    here, name = architecture(device.index or 0), configuration.name_of(dtype)
+    implementation = configuration.implementation(here, operator, dtype)
+    if implementation == "torch":
+        return "torch", f"no kernel is proven for {name} on {here}"
+    return implementation, f"proven for {name} on {here}"
+
+
+def _refusal(
+    operator: str, implementation: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]
+) -> str | None:
+    """Why `implementation` cannot take such a call; None when it can."""
+    if implementation == "torch":
+        return None
+    if implementation not in operators[operator]:
+        return f"it has no kernel for {LABELS[implementation]}"
+    if dtype == torch.float64:
+        return "kernels count in float32, and the call is in float64"
+    if device.type != "cuda" and not (implementation == "triton" and interpreting()):
+        return "the device is a CPU"
+    limit = _limits.get(operator)
+    return _missing(implementation) or (limit(implementation, dtype, shape) if limit and shape else None)
+
+
+def _launches_on(device: torch.device) -> str:
+    """The architecture whose launch configurations kernels take on `device`."""
+    return configuration.nearest(architecture(device.index or 0)) if device.type == "cuda" else configuration.INTERPRETED
+
+
+def _missing(implementation: str) -> str | None:
+    """What is not installed that `implementation` needs, with how to get it; None when all is there."""
+    if implementation == "triton" and not _triton.AVAILABLE:
+        return "Triton is not installed: pip install triton (Linux)"
+    if implementation == "cuda" and native.library() is None:
+        return f"{native.LIBRARY} does not exist; build it: {native.HOW_TO_BUILD}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    torch: Callable,
+    triton: Callable | None = None,
+    cuda: Callable | None = None,
+    fake: Callable,
+    limit: Limit | None = None,
+    shape: Callable[..., Sequence[int]] | None = None,
+    caller_chooses: bool = False,
+) -> Callable:
+    """Registers `cavmae_fast::name` and returns its callable.
+
+    `name_backward` belongs to the operator `name`: the choice is made for both by the operator's name, and a part without
+    the chosen implementation runs `torch`. The first tensor among the arguments decides the device, the narrowest
+    floating-point dtype among them the dtype (but float64, where there is one).
+
+    Args:
+        schema: the part after the name, `(Tensor x, float eps) -> Tensor`.
+        torch, triton, cuda: take the schema's arguments and return new tensors that alias no input. `triton` is also
+            given `architecture`, whose launch configurations its kernels take (`configuration.launch`).
+        fake: returns empty tensors of the same shapes and strides.
+        limit: (implementation, dtype, shape) -> why the kernels of that implementation cannot take a call, or None.
+        shape: arguments -> the shape that `limit` is given. Default: the first tensor's.
+        caller_chooses: the schema's last argument is the implementation's name, which the caller had from `choose`:
+            one choice for forward and backward. The implementations are not given it.
+    """
+    given = {"torch": torch, "triton": triton, "cuda": cuda}
+    implementations = {kind: function for kind, function in given.items() if function is not None}
+    operator = name.removesuffix("_backward")
+    operators.setdefault(operator, set()).update(implementations)
+    if limit is not None:
+        _limits[operator] = limit
+    run = _runner(operator, implementations, shape or _first_shape, caller_chooses)
+    return _bind(name, schema, run, fake)
+
+
+def _runner(
+    operator: str, implementations: dict[str, Callable], shape: Callable[..., Sequence[int]], caller_chooses: bool
+) -> Callable:
+    """What PyTorch calls for the operator: it chooses, and runs what was chosen."""
+
+    def run(*args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        device = tensors[0].device
+        # Operators compute in the dtypes they are given: autocast, which modules alone read, must not change them.
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST), torch.cuda.device_of(tensors[0]):
+            if caller_chooses:
+                *args, implementation = args
+                if implementation not in implementations:
+                    raise ModeError(f"{operator} got {implementation!r}; it has {', '.join(implementations)}")
+                launches = _launches_on(device)
+            else:
+                choice = choose(operator, device, _dtype_of(tensors), shape(*args))
+                implementation, launches = choice.implementation, choice.configuration
+            if implementation == "triton" and "triton" in implementations:
+                return implementations["triton"](*args, architecture=launches)
+            return implementations.get(implementation, implementations["torch"])(*args)
+
+    return run
+
+
+def _bind(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _first_shape(*args: object) -> Sequence[int]:
+    return next(arg.shape for arg in args if isinstance(arg, Tensor))
+
+
+def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    if torch.float64 in dtypes:
+        return torch.float64
+    return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
