@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from cavmae_fast import compat
 from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
 
@@ -28,7 +29,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         ("machine", _machine()),
         ("packages", _packages()),
-        ("operators", _operators()),
+        ("operators in bf16", _operators()),
         ("attention back ends", list(available_backends(_device()).items())),
         ("csrc", [("libcavmae.so", native.status())]),
     ]
@@ -51,7 +52,7 @@ def _machine() -> list[tuple[str, str]]:
     rows = [("python", platform.python_version()), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     rows.append(("triton", _version("triton") or "missing"))
     if not torch.cuda.is_available():
-        amx = "with" if torch.cpu._is_amx_tile_supported() else "without"
+        amx = "with" if compat.has_amx() else "without"
         rows.append(("device", f"CPU {amx} bf16 matrix units (AMX); PyTorch finds no CUDA device"))
         return rows
     for index in range(torch.cuda.device_count()):
@@ -77,24 +78,12 @@ def _packages() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    device, mode = _device(), dispatch.mode()
-    rows = []
-    for name, has_triton in sorted(dispatch.operators.items()):
-        if not has_triton:
-            rows.append((name, "PyTorch: it has no Triton kernel"))
-        elif dispatch.use_triton(name, device):
-            why = f"CAVMAE_OPS={mode}" if mode != "auto" else f"its kernels passed the GPU suite on {_here(device)}"
-            rows.append((name, f"Triton: {why}"))
-        elif mode != "auto":
-            rows.append((name, f"PyTorch: CAVMAE_OPS={mode}"))
-        elif device.type == "cpu":
-            rows.append((name, "PyTorch: the device is a CPU"))
-        else:
-            rows.append((name, f"PyTorch: its Triton kernels have not passed the GPU suite on {_here(device)}"))
-    backend = resolve_backend("auto", device, torch.bfloat16)
-    rows.append(("attention='auto' in bf16", backend))
+    """What runs in bfloat16, and in float32 where that is another implementation."""
+    device, rows = _device(), []
+    for name in sorted(dispatch.operators):
+        low, full = (dispatch.choose(name, device, dtype) for dtype in (torch.bfloat16, torch.float32))
+        rows.append((name, str(low)))
+        if full.implementation != low.implementation:
+            rows.append((f"{name} in float32", str(full)))
+    rows.append(("attention='auto'", resolve_backend("auto", device, torch.bfloat16)))
     return rows
-
-
-def _here(device: torch.device) -> str:
-    return dispatch.architecture(device.index or 0)

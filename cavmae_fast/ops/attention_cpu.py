@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cavmae_fast import compat
+
 GROUP_BYTES = 8 << 20
 """Bytes of one score matrix of a group; two are live. Ungrouped, each operator of the chain allocates a fresh
 `[B, H, Lq, Lk]` result: forward and backward at 4 x 16 x 708 x 708 took 160 ms, most of it page faults; grouped 56.
@@ -18,9 +20,7 @@ Measured flat from 4 to 16 MiB, slower below."""
 
 def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q `[B, Lq, H, W]`, k and v `[B, Lk, H, W]`, any strides -> out `[B, Lq, H, W]`, lse `[B, H, Lq]` (natural)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
-    )
+    out, lse = compat.flash_attention_cpu(*(x.transpose(1, 2) for x in (q, k, v)), scale)
     out = out.transpose(1, 2)
     # PyTorch's kernel gives 0 for a row of scores that are all NaN, which would hide a model that has diverged.
     statistics = torch.promote_types(q.dtype, torch.float32) if q.dtype == torch.float16 else q.dtype
@@ -31,18 +31,24 @@ def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
 
 
 def attention_backward_cpu(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     """Writes the gradients into dq, dk and dv, views of q's, k's and v's shapes and of any strides.
 
     dout and out `[B, Lq, H, W]`; out and lse are read in float32 and float64 only.
     """
     samples, queries, heads, _ = q.shape
     if q.element_size() > 2:
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, 0.0, False, scale=scale
-        )
+        grads = compat.flash_attention_cpu_backward(*(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, scale)
         for to, grad in zip((dq, dk, dv), grads):
             to.copy_(grad.transpose(1, 2))
         return
@@ -71,11 +77,11 @@ def _group_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operands `[n, L, W]`, scratch p and ds `[n, Lq, Lk]` -> dq, dk, dv.
 
-    The softmax is formed anew: one pass more than exp(scores - lse), made up for by needing neither lse nor
-    dout * out, and each row of p sums to 1 although the scores are rounded.
+    The softmax is computed again from the scores. That takes one pass more over them than exp(scores - lse) would; but
+    neither lse nor dout * out is then needed, and every row of p sums to 1 although the scores are rounded.
     """
     torch.baddbmm(p, q, k.mT, beta=0, alpha=scale, out=p)  # beta 0: what p held is not read
-    torch._softmax(p, -1, False, out=p)
-    torch.baddbmm(ds, dout, v.mT, beta=0, alpha=scale, out=ds)  # the scale of dq and dk, for nothing
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)  # row by row: in place is safe
+    torch.softmax(p, -1, out=p)
+    torch.baddbmm(ds, dout, v.mT, beta=0, alpha=scale, out=ds)  # multiplies by the scale of dq and dk at no cost
+    compat.softmax_backward_(ds, p)
     return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, dout)

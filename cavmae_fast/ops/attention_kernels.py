@@ -18,61 +18,34 @@ and two more products; for up to 177 tokens of width 64 the launch is bound by m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, three
 
 MAX_HEAD_WIDTH = 128
-DELTA_ROWS = 32
-
-# Rows a program keeps (outer), rows that pass by at a time (inner), num_warps, num_stages, PEEL; by padded head width.
-#
-# Short: up to 256 tokens. Outer 64 wastes least of 49, 128 and 177 tokens, and 4 warps of 16 rows are one wgmma tile.
-# The rows' tail goes through the (masked) loop, whose loads are pipelined: these launches wait for memory.
-#
-# Long: outer 128, because a block re-reads all keys from L2: at width 32 that is 2048 / outer bytes a clock and SM when
-# exponentials (16 a clock and SM) are the bound, and L2 gives about 24. Exponentials are the bound there (a product
-# takes half their time, all other instructions of the loop 5/6 of it), so whole blocks run without masks, and the tail
-# is peeled off into a block just long enough: 708 = 11 * 64 + 4 costs 720 columns of exponentials, not 768. At width
-# 128 products are the bound, and the second copy of the loop's body makes the compiler spill on sm_80.
-#
-# Backward: read off the sm_90 machine code, not measured on a GPU. At width 32, (128, 32) with 4 warps has the fewest
-# instructions a score (16 in both loops) and 2 programs an SM; at width 64, (64, 64) has 22 against 28 of (64, 32), but
-# 2 programs an SM against 3, and it spills on sm_80.
 SHORT = 256
-FORWARD_SHORT = {
-    16: (64, 64, 4, 3, False),
-    32: (64, 64, 4, 3, False),
-    64: (64, 64, 4, 2, False),
-    128: (64, 32, 4, 2, False),
-}
-FORWARD_LONG = {
-    16: (128, 64, 4, 3, True),
-    32: (128, 64, 4, 3, True),
-    64: (128, 64, 8, 3, True),
-    128: (128, 64, 8, 2, False),
-}
-BACKWARD_SHORT = {
-    16: (64, 64, 4, 3, False),
-    32: (64, 64, 4, 3, False),
-    64: (64, 32, 4, 3, False),
-    128: (64, 32, 8, 2, False),
-}
-BACKWARD_LONG = {
-    16: (128, 32, 4, 3, True),
-    32: (128, 32, 4, 3, True),
-    64: (128, 32, 8, 3, True),
-    128: (64, 32, 8, 2, False),
-}
-FLOAT32 = {
-    16: (32, 32, 4, 1, False),
-    32: (32, 32, 4, 1, False),
-    64: (32, 32, 4, 1, False),
-    128: (16, 16, 4, 1, False),
-}
-"float32 runs without matrix units, exact; small blocks keep it in registers."
+"""Up to so many tokens the launches "short" are taken, each by padded head width; beyond, "long". Of a launch (`configs/`),
+BLOCK_Q and OUTER are the rows that a program keeps, BLOCK_K and INNER those that pass by at a time; what the checked-in
+ones rest on:
+
+Short: 64 rows per program waste least of 49, 128 and 177 tokens, and 4 warps of 16 rows are one wgmma tile. The rows that
+whole blocks leave go through the same loop, masked, because its loads are pipelined, and these launches wait for memory.
+
+Long: 128 rows per program, because every block reads all keys again from the L2 cache. At width 32 that is 2048 / 128 = 16
+bytes per clock and SM while exponentials (16 per clock and SM) are the bound, and L2 gives about 24. Because exponentials
+are the bound there (products take half their time, all other instructions of the loop 5/6 of it), whole blocks run without
+masks, and PEEL gives the rest a block just long enough: 708 = 11 * 64 + 4 tokens then cost 720 columns of exponentials and
+not 768. At width 128 products are the bound, and a second copy of the loop's body would make the compiler spill on sm_80.
+
+Backward: read off the sm_90 machine code, not measured on a GPU. At width 32, (128, 32) with 4 warps has the fewest
+instructions per score (16 in both loops) and 2 programs per SM. At width 64, (64, 64) has 22 instructions against 28 of
+(64, 32), but 2 programs per SM against 3, and it spills on sm_80.
+
+float32 runs without matrix units, exactly; small blocks keep it in registers."""
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -313,45 +286,45 @@ def _tail(lengths, block, peel):
     return max(16, triton.next_power_of_2(rest))
 
 
-def _configuration(dtype, width, lengths, short, long):
-    table = FLOAT32 if dtype == torch.float32 else short if max(lengths) <= SHORT else long
-    return table[width]
+def _launch(kernel: str, architecture: str, dtype: torch.dtype, lengths: Sequence[int], block_w: int) -> tuple[dict, bool]:
+    """Block sizes and options, and whether what whole blocks leave is peeled off."""
+    options = dict(launch(kernel, architecture, dtype, f"{'short' if max(lengths) <= SHORT else 'long'} {block_w}"))
+    return options, options.pop("PEEL")
 
 
-def attention_forward_triton(q, kv, batch, q_lengths, lengths, heads):
+def attention_forward_triton(q, kv, batch, q_lengths, lengths, heads, architecture):
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    block_q, block_k, warps, stages, peel = _configuration(q.dtype, block_w, lengths, FORWARD_SHORT, FORWARD_LONG)
+    options, peel = _launch("attention_forward", architecture, q.dtype, lengths, block_w)
     out = q.new_empty(rows, heads * width)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
-    blocks = sum(triton.cdiv(length, block_q) for length in q_lengths)
+    blocks = sum(triton.cdiv(length, options["BLOCK_Q"]) for length in q_lengths)
     attention_forward_kernel[(blocks * batch * heads,)](
         qs, ks, vs, out, lse, batch, *three(q_lengths), *three(lengths), rows, math.log2(math.e) * width**-0.5,
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0),
-        BLOCK_Q=block_q, BLOCK_K=block_k, TAIL=_tail(lengths, block_k, peel), num_warps=warps, num_stages=stages,
+        TAIL=_tail(lengths, options["BLOCK_K"], peel), **options,
     )  # fmt: skip
     return out, lse
 
 
-def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, heads):
+def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, architecture):
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    outer, inner, warps, stages, peel = _configuration(
-        q.dtype, block_w, (*q_lengths, *lengths), BACKWARD_SHORT, BACKWARD_LONG
-    )
+    options, peel = _launch("attention_backward", architecture, q.dtype, (*q_lengths, *lengths), block_w)
+    delta_options = launch("attention_delta", architecture, q.dtype)
     delta = torch.empty_like(lse)
-    attention_delta_kernel[(triton.cdiv(rows, DELTA_ROWS), heads)](
-        out, dout, delta, rows, HEADS=heads, W=width, BLOCK_W=block_w, BLOCK_R=DELTA_ROWS, num_warps=4
+    attention_delta_kernel[(triton.cdiv(rows, delta_options["BLOCK_R"]), heads)](
+        out, dout, delta, rows, HEADS=heads, W=width, BLOCK_W=block_w, **delta_options
     )
     dq = torch.empty_like(q)
     dkv = q.new_empty(0) if kv is None else torch.empty_like(kv)
-    blocks = sum(triton.cdiv(length, outer) for length in (*q_lengths, *lengths))
+    blocks = sum(triton.cdiv(length, options["OUTER"]) for length in (*q_lengths, *lengths))
     attention_backward_kernel[(blocks * batch * heads,)](
         qs, ks, vs, *_columns(dq, None if kv is None else dkv), dout, lse, delta,
         batch, *three(q_lengths), *three(lengths), rows, math.log2(math.e) * width**-0.5, width**-0.5,
-        HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0), OUTER=outer, INNER=inner,
-        Q_TAIL=_tail(q_lengths, inner, peel), K_TAIL=_tail(lengths, inner, peel), num_warps=warps, num_stages=stages,
+        HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0),
+        Q_TAIL=_tail(q_lengths, options["INNER"], peel), K_TAIL=_tail(lengths, options["INNER"], peel), **options,
     )  # fmt: skip
     return dq, dkv

@@ -9,8 +9,9 @@ Backward, with p[i, j] = exp(s[i, j] - logsumexp_i s[i, j]) (bidirectional: the 
     ds = (p - identity) * dloss / N,   d(a / |a|) = ds (v / |v|) / temperature,   and likewise for v
 
 No kernel keeps the N x N matrix: forward writes what the softmax needs of each tile of it (maximum, sum, argmax) and a
-second kernel combines these in a fixed order; backward forms the tiles again. So that gradients keep their bits when
-nearly all is right, p - 1 of the own pair is not a difference: forward keeps minus the share of all others.
+second kernel combines these in a fixed order; backward forms the tiles again. The matching pair's gradient is p - 1. Near
+p = 1, where training ends, this subtraction would lose precision, so forward stores it as minus the sum of the other
+probabilities.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
 
 NORM_EPS = 1e-12
 "As in torch.nn.functional.normalize."
-BLOCK_R = 4
-COMBINE_N = 64
-BACKWARD_D = 128
-"Columns of the gradient a program of the backward kernel owns; the similarities are formed again for each such tile."
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -116,7 +114,7 @@ def contrastive_combine_kernel(
     count, tiles,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What the tiles found, joined in order; of equal maxima the first stays."""
+    """Combines what the tiles found, in the order of the tiles; of equal maxima the first counts."""
     direction = tl.program_id(1)
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = index < count
@@ -155,7 +153,9 @@ def contrastive_backward_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     PER_X: tl.constexpr, PER_Y: tl.constexpr,
 ):  # fmt: skip
-    """Gradient to the normalized rows of x; PER_X, PER_Y: whose softmaxes (over the other side) are in the loss."""
+    """Gradient to the normalized rows of x; PER_X, PER_Y: whose softmaxes (over the other side) are in the loss.
+
+    A program owns BLOCK_D columns of the gradient, and forms the similarities of its rows again for them."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -168,7 +168,8 @@ def contrastive_backward_kernel(
             top = tl.load(softmax_x + row, mask=row < count, other=0.0)
             log_sum = tl.load(softmax_x + count + row, mask=row < count, other=0.0)
             own = tl.load(softmax_x + 2 * count + row, mask=row < count, other=0.0)
-            # Outside, s is 0 and top may be far below: infinity, which times 0 is no 0.
+            # Columns past the end have s = 0, which can lie so far above `top` that the exponential is infinite; the
+            # product with their zero rows would then be NaN.
             others = tl.where((column < count)[None, :], s - top[:, None] - log_sum[:, None], float("-inf"))
             p += tl.where(is_own, own[:, None], tl.exp(others))
         if PER_Y:
@@ -213,57 +214,52 @@ def normalize_backward_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def _blocks(dtype):
-    """Tile sizes: matrix units take 64 rows at once; fp32 products run on the ordinary units, with smaller tiles."""
-    if dtype == torch.float32:
-        return {"BLOCK_N": 32, "BLOCK_K": 32, "PRECISION": "ieee"}
-    return {"BLOCK_N": 64, "BLOCK_K": 64, "PRECISION": "ieee"}
-
-
-def _forward_triton(audio, video, temperature, bidirectional):
+def _forward_triton(audio, video, temperature, bidirectional, architecture):
     (count, width), directions = audio.shape, 2 if bidirectional else 1
-    blocks = _blocks(audio.dtype)
-    tiles = triton.cdiv(count, blocks["BLOCK_N"])
+    norm, tile, combine = (
+        launch(kernel, architecture, audio.dtype)
+        for kernel in ("inverse_norm", "contrastive_tile", "contrastive_combine")
+    )
+    tiles = triton.cdiv(count, tile["BLOCK_N"])
 
     def new(*shape, dtype=torch.float32):
         return audio.new_empty(shape, dtype=dtype)
 
     inverse_a, inverse_v, own = new(count), new(count), new(count)
     for x, inverse in ((audio, inverse_a), (video, inverse_v)):
-        inverse_norm_kernel[(triton.cdiv(count, BLOCK_R),)](
-            x, inverse, count, NORM_EPS, D=width, BLOCK_R=BLOCK_R, BLOCK_D=triton.next_power_of_2(width), num_warps=4
+        inverse_norm_kernel[(triton.cdiv(count, norm["BLOCK_R"]),)](
+            x, inverse, count, NORM_EPS, D=width, BLOCK_D=triton.next_power_of_2(width), **norm
         )
     peak, total = new(directions, tiles, count), new(directions, tiles, count)
     best = new(directions, tiles, count, dtype=torch.int32)
     contrastive_tile_kernel[(tiles, tiles)](
         audio, video, inverse_a, inverse_v, peak, total, best, own, count, tiles, 1 / temperature,
-        D=width, BOTH=bidirectional, num_warps=4, **blocks,
+        D=width, BOTH=bidirectional, PRECISION="ieee", **tile,
     )  # fmt: skip
     softmax, row_loss, right = new(directions, 3, count), new(directions, count), new(directions, count)
-    contrastive_combine_kernel[(triton.cdiv(count, COMBINE_N), directions)](
-        peak, total, best, own, softmax, row_loss, right, count, tiles, BLOCK_N=COMBINE_N, num_warps=4
+    contrastive_combine_kernel[(triton.cdiv(count, combine["BLOCK_N"]), directions)](
+        peak, total, best, own, softmax, row_loss, right, count, tiles, **combine
     )
     return row_loss.mean(), right.mean(), inverse_a, inverse_v, softmax
 
 
-def _backward_triton(dloss, audio, video, inverse_a, inverse_v, softmax, temperature):
+def _backward_triton(dloss, audio, video, inverse_a, inverse_v, softmax, temperature, architecture):
     count, width = audio.shape
     per_video, per_audio = softmax[0], softmax[-1]
     both = softmax.shape[0] == 2
-    block_d = BACKWARD_D if audio.dtype != torch.float32 else BACKWARD_D // 2
+    tile, norm = (launch(kernel, architecture, audio.dtype) for kernel in ("contrastive_backward", "normalize_backward"))
+    grid = (triton.cdiv(count, tile["BLOCK_N"]), triton.cdiv(width, tile["BLOCK_D"]))
     a, v = (audio, inverse_a, per_audio, both), (video, inverse_v, per_video, True)
     gradients = []
     for (x, inverse_x, softmax_x, per_x), (y, inverse_y, softmax_y, per_y) in ((a, v), (v, a)):
-        blocks = _blocks(audio.dtype)
         dunit, dx = torch.empty_like(x, dtype=torch.float32), torch.empty_like(x)
-        contrastive_backward_kernel[(triton.cdiv(count, blocks["BLOCK_N"]), triton.cdiv(width, block_d))](
+        contrastive_backward_kernel[grid](
             dloss, x, y, inverse_x, inverse_y, softmax_x, softmax_y, dunit, count, 1 / temperature,
-            D=width, BLOCK_D=block_d, PER_X=per_x, PER_Y=per_y, num_warps=8, num_stages=2, **blocks,
+            D=width, PER_X=per_x, PER_Y=per_y, PRECISION="ieee", **tile,
         )  # fmt: skip
-        normalize_backward_kernel[(triton.cdiv(count, BLOCK_R),)](
-            x, inverse_x, dunit, dx, count, NORM_EPS,
-            D=width, BLOCK_R=BLOCK_R, BLOCK_D=triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
+        normalize_backward_kernel[(triton.cdiv(count, norm["BLOCK_R"]),)](
+            x, inverse_x, dunit, dx, count, NORM_EPS, D=width, BLOCK_D=triton.next_power_of_2(width), **norm
+        )
         gradients.append(dx)
     return tuple(gradients)
 
@@ -327,15 +323,18 @@ _forward = register(
     "contrastive_loss",
     "(Tensor audio, Tensor video, float temperature, bool bidirectional)"
     " -> (Tensor loss, Tensor accuracy, Tensor inverse_a, Tensor inverse_v, Tensor softmax)",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
 _backward = register(
     "contrastive_loss_backward",
     "(Tensor dloss, Tensor audio, Tensor video, Tensor inverse_a, Tensor inverse_v, Tensor softmax, float temperature)"
     " -> (Tensor daudio, Tensor dvideo)",
-    torch=_backward_torch, triton=_backward_triton,
+    torch=_backward_torch,
+    triton=_backward_triton,
     fake=lambda dloss, audio, video, *_: (torch.empty_like(audio), torch.empty_like(video)),
-)  # fmt: skip
+)
 
 
 class _ContrastiveLoss(torch.autograd.Function):

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cavmae_fast import compat
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.ops import _triton, configuration, native
 
@@ -37,9 +38,6 @@ MODES = ("auto", "torch", "triton", "cuda")
 LABELS = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA library"}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 _override: str | None = None
 operators: dict[str, set[str]] = {}
 "Operator -> the implementations that its forward or its backward has."
@@ -235,7 +233,7 @@ def _runner(
         device = tensors[0].device
         # Operators compute in the dtypes they are given: autocast, which modules alone read, must not change them.
         # Triton launches on the current device, which need not be that of the tensors.
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST), torch.cuda.device_of(tensors[0]):
+        with compat.without_autocast(), torch.cuda.device_of(tensors[0]):
             if caller_chooses:
                 *args, implementation = args
                 if implementation not in implementations:

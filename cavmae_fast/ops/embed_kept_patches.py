@@ -16,42 +16,19 @@ and sums over the batch in a fixed order, without atomics.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.gather_tokens import _backward as gather_tokens_backward
-from cavmae_fast.ops.gather_tokens import check_ids, slots
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.reference.operators import IMAGE_MEAN, IMAGE_STD
-
-BLOCK_R = 8
-BLOCK_D = 256
-BACKWARD_D = 256
-BACKWARD_SAMPLES = 8
-"Samples whose rows one program of the backward kernel has in flight at once."
-
-# Of a uint8 pixel: (x / 255 - mean) / std = scale x + shift, for red, green and blue.
-PIXEL_SCALE = tuple(1 / (255 * std) for std in IMAGE_STD)
-PIXEL_SHIFT = tuple(-mean / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD))
-SCALE_R, SCALE_G, SCALE_B = (tl.constexpr(value) for value in PIXEL_SCALE)
-SHIFT_R, SHIFT_G, SHIFT_B = (tl.constexpr(value) for value in PIXEL_SHIFT)
-
+from cavmae_fast.ops.gather_tokens import check_ids, put_tokens, slots
+from cavmae_fast.ops.pixels import check_images, load_pixels, scale_and_shift, take_patches
 
 # --------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def load_pixels(pointers, valid, channel):
-    """Pixels in their own dtype, or, of uint8 RGB images, normalized in fp32; 0 where not valid."""
-    value = tl.load(pointers, mask=valid, other=0)
-    if value.dtype == tl.uint8:
-        scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
-        shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
-        value = tl.where(valid, value.to(tl.float32) * scale[None, :] + shift[None, :], 0.0)
-    return value
 
 
 @triton.jit
@@ -60,6 +37,7 @@ def take_patches_kernel(
     ids,  # [B * K]
     patches,  # [B * K, C * P * P]
     rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -74,7 +52,9 @@ def take_patches_kernel(
     corner = sample.to(tl.int64) * stride_b + y * stride_h + x * stride_w
     channel = column // (P * P)
     pixel = channel.to(tl.int64) * stride_c + column // P % P * stride_h + column % P * stride_w
-    value = load_pixels(images + corner[:, None] + pixel[None, :], valid, channel)
+    value = load_pixels(
+        images + corner[:, None] + pixel[None, :], valid, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
+    )
     offset = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(patches + offset, value.to(patches.dtype.element_ty), mask=valid)
 
@@ -112,7 +92,8 @@ def embed_kept_patches_backward_kernel(
     batch, kept, length,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, HAS_IDS: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the samples that kept the patch of this program; every row of dout belongs to one program."""
+    """Sums over the samples that kept the patch of this program; every row of dout belongs to one program. The rows of
+    BLOCK_B samples are in flight at once."""
     patch = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
@@ -134,69 +115,43 @@ def embed_kept_patches_backward_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def patch_grid(images: Tensor, patch_size: int) -> Tensor:
-    """images `[B, C, H, W]` -> a view `[B, H/p, W/p, C, p, p]`."""
-    return images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).permute(0, 2, 3, 1, 4, 5)
-
-
-@lru_cache(maxsize=16)
-def pixel_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and shift `[3]` that normalize uint8 RGB, in float32 (float64 for float64), kept: to copy them from the host
-    for each batch would wait for the device."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    scale, shift = (torch.tensor(values, dtype=dtype, device=device) for values in (PIXEL_SCALE, PIXEL_SHIFT))
-    return scale, shift
-
-
-def take_patches(images: Tensor, ids: Tensor | None, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """Patches `ids` of each image (None: all, in order) -> a new contiguous `[B * K, C * p * p]`, normalized from uint8."""
-    grid = patch_grid(images, patch_size)
-    if ids is not None:
-        sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-        grid = grid[sample, ids // grid.shape[2], ids % grid.shape[2]]
-    width = images.shape[1] * patch_size**2
-    if images.dtype == torch.uint8:
-        scale, shift = (v.repeat_interleave(patch_size**2) for v in pixel_statistics(images.device, dtype))
-        return grid.reshape(-1, width).to(scale.dtype).mul_(scale).add_(shift).to(dtype)
-    patches = torch.empty(grid.shape, dtype=dtype, device=grid.device).copy_(grid)
-    return patches.view(-1, width)
-
-
-def _forward_triton(images, ids, weight, bias, pos, modality):
+def _forward_triton(images, ids, weight, bias, pos, modality, colors, architecture):
     batch, p, width = images.shape[0], weight.shape[-1], weight.shape[0]
     kept = pos.shape[0] if ids is None else ids.shape[1]
     rows, patch_width = batch * kept, weight[0].numel()
     patches = weight.new_empty(rows, patch_width)
-    take_patches_kernel[(triton.cdiv(rows, BLOCK_R), triton.cdiv(patch_width, BLOCK_D))](
-        images, ids, patches, rows, kept, images.shape[3] // p, *images.stride(),
-        WIDTH=patch_width, P=p, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_D, HAS_IDS=ids is not None, num_warps=4,
+    options = launch("take_patches", architecture, weight.dtype)
+    take_patches_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(patch_width, options["BLOCK_C"]))](
+        images, ids, patches, rows, kept, images.shape[3] // p, *images.stride(), *colors,
+        WIDTH=patch_width, P=p, HAS_IDS=ids is not None, **options,
     )  # fmt: skip
     projected = patches @ weight.flatten(1).t()
     out = pos.new_empty(rows, width)
-    add_position_kernel[(triton.cdiv(rows, BLOCK_R), triton.cdiv(width, BLOCK_D))](
-        projected, ids, bias, modality, pos, out, rows, kept,
-        D=width, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, HAS_IDS=ids is not None, num_warps=4,
-    )  # fmt: skip
+    options = launch("add_position", architecture, pos.dtype)
+    add_position_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_D"]))](
+        projected, ids, bias, modality, pos, out, rows, kept, D=width, HAS_IDS=ids is not None, **options
+    )
     return out, patches
 
 
-def _backward_triton(dout, patches, ids, length, need_weight, need_pos):
+def _backward_triton(dout, patches, ids, length, need_weight, need_pos, architecture):
     width = dout.shape[1]
     kept = length if ids is None else ids.shape[1]
     cast = need_weight and dout.dtype != patches.dtype
     low = torch.empty_like(dout, dtype=patches.dtype) if cast else dout
     dpos = dout.new_empty(length, width, dtype=torch.float32)
-    embed_kept_patches_backward_kernel[(length, triton.cdiv(width, BACKWARD_D))](
+    options = launch("embed_kept_patches_backward", architecture, dout.dtype)
+    embed_kept_patches_backward_kernel[(length, triton.cdiv(width, options["BLOCK_D"]))](
         dout, low, None if ids is None else slots(ids, length), dpos, dout.shape[0] // kept, kept, length,
-        D=width, BLOCK_B=BACKWARD_SAMPLES, BLOCK_D=BACKWARD_D, HAS_IDS=ids is not None, CAST=cast, num_warps=4,
+        D=width, HAS_IDS=ids is not None, CAST=cast, **options,
     )  # fmt: skip
     dweight = low.t() @ patches if need_weight else patches.new_empty(0)
     return dweight, dpos.sum(0), dpos if need_pos else dpos.new_empty(0)
 
 
-def _forward_torch(images, ids, weight, bias, pos, modality):
+def _forward_torch(images, ids, weight, bias, pos, modality, colors):
     batch = images.shape[0]
-    patches = take_patches(images, ids, weight.shape[-1], weight.dtype)
+    patches = take_patches(images, ids, weight.shape[-1], weight.dtype, colors)
     table = pos + (bias + modality)
     out = table.to(pos.dtype).repeat(batch, 1) if ids is None else table.to(pos.dtype).index_select(0, ids.flatten())
     matrix = weight.flatten(1).t()
@@ -216,7 +171,7 @@ def _backward_torch(dout, patches, ids, length, need_weight, need_pos):
     if not need_pos:
         return dweight, exact.sum(0), empty
     if ids is not None:
-        exact = gather_tokens_backward(exact, ids, length)
+        exact = put_tokens(exact, ids, length)
     dpos = exact.view(batch, length, -1).sum(0)
     return dweight, dpos.sum(0), dpos
 
@@ -224,7 +179,7 @@ def _backward_torch(dout, patches, ids, length, need_weight, need_pos):
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _forward_fake(images, ids, weight, bias, pos, modality):
+def _forward_fake(images, ids, weight, bias, pos, modality, colors):
     rows = images.shape[0] * (pos.shape[0] if ids is None else ids.shape[1])
     return pos.new_empty(rows, pos.shape[1]), weight.new_empty(rows, weight[0].numel())
 
@@ -239,22 +194,26 @@ def _backward_fake(dout, patches, ids, length, need_weight, need_pos):
 
 _forward = register(
     "embed_kept_patches",
-    "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality)"
+    "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality, float[] colors)"
     " -> (Tensor out, Tensor patches)",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
 _backward = register(
     "embed_kept_patches_backward",
     "(Tensor dout, Tensor patches, Tensor? ids, SymInt length, bool need_weight, bool need_pos)"
     " -> (Tensor dweight, Tensor dbias, Tensor dpos)",
-    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
-)  # fmt: skip
+    torch=_backward_torch,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
 
 
 class _EmbedKeptPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, ids, weight, bias, pos, modality):
-        out, patches = _forward(images, ids, weight, bias, pos, modality)
+    def forward(ctx, images, ids, weight, bias, pos, modality, colors):
+        out, patches = _forward(images, ids, weight, bias, pos, modality, colors)
         need_images = images.requires_grad
         ctx.save_for_backward(patches, ids, weight if need_images else None)
         ctx.images, ctx.weight_shape = (images.shape, images.dtype), weight.shape
@@ -264,7 +223,7 @@ class _EmbedKeptPatches(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         patches, ids, weight = ctx.saved_tensors
-        need_images, _, need_weight, need_bias, need_pos, need_modality = ctx.needs_input_grad
+        need_images, _, need_weight, need_bias, need_pos, need_modality, _ = ctx.needs_input_grad
         bias_dtype, pos_dtype, modality_dtype = ctx.dtypes
         dout = dout.contiguous()
         dweight, dbias, dpos = _backward(dout, patches, ids, ctx.length, need_weight, need_pos)
@@ -275,6 +234,7 @@ class _EmbedKeptPatches(torch.autograd.Function):
             dbias.to(bias_dtype) if need_bias else None,
             dpos.to(pos_dtype) if need_pos else None,
             dbias.to(modality_dtype) if need_modality else None,
+            None,
         )
 
 
@@ -284,36 +244,28 @@ def _images_gradient(dout, ids, weight, length, shape, dtype):
     p = weight.shape[-1]
     dpatches = dout.to(weight.dtype) @ weight.flatten(1)
     if ids is not None:
-        dpatches = gather_tokens_backward(dpatches, ids, length)
+        dpatches = put_tokens(dpatches, ids, length)
     grid = dpatches.view(batch, height // p, width // p, channels, p, p)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(shape).to(dtype)
 
 
-def check_images(images: Tensor, patch_size: int) -> int:
-    """Raises unless `images` is a floating-point `[B, C, H, W]` or uint8 `[B, 3, H, W]` tensor of whole patches
-    -> patches an image."""
-    if not images.is_floating_point() and images.dtype != torch.uint8:
-        raise TypeError(f"images is {images.dtype}; it must be floating-point, or uint8 RGB")
-    if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"images has shape {list(images.shape)}; it must be [B, C, H, W], none of them 0")
-    if images.dtype == torch.uint8 and images.shape[1] != 3:
-        raise ValueError(f"images is torch.uint8 with {images.shape[1]} channels; uint8 is RGB, 3 channels")
-    height, width = images.shape[2:]
-    if patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(f"patch size {patch_size} does not divide images of {height} x {width} pixels")
-    return (height // patch_size) * (width // patch_size)
-
-
 def embed_kept_patches(
-    images: Tensor, ids_keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, modality: Tensor
+    images: Tensor,
+    ids_keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    modality: Tensor,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` with any strides: floating-point, or uint8 RGB, which is normalized with ImageNet's mean and
-    standard deviation (in float32, then rounded to the weight's dtype); ids_keep `[B, K]` int64 in 0..L-1, unique in each
-    sample (neither is checked: that would wait for the device), or None for all L patches in order; weight
-    `[D, C, p, p]`, bias and modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the
-    weight's dtype. Raises ValueError or TypeError when a shape or dtype does not fit.
+    images `[B, C, H, W]` with any strides: floating-point, taken as they are, or uint8 RGB, which is normalized as
+    `(x / 255 - image_mean) / image_std` by color (in float32, then rounded to the weight's dtype); ids_keep `[B, K]` int64
+    in 0..L-1, unique in each sample (neither is checked: that would wait for the device), or None for all L patches in
+    order; weight `[D, C, p, p]`, bias and modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs
+    in the weight's dtype. Raises ValueError or TypeError when a shape or dtype does not fit.
     """
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p]")
@@ -332,6 +284,5 @@ def embed_kept_patches(
     if ids_keep is not None:
         check_ids("ids_keep", ids_keep, images.shape[0])
         ids_keep = ids_keep.contiguous()
-    return _EmbedKeptPatches.apply(
-        images, ids_keep, weight.contiguous(), bias.contiguous(), pos.contiguous(), modality.contiguous()
-    )
+    parameters = (weight.contiguous(), bias.contiguous(), pos.contiguous(), modality.contiguous())
+    return _EmbedKeptPatches.apply(images, ids_keep, *parameters, scale_and_shift(image_mean, image_std))

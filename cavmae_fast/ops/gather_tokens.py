@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
-
-BLOCK_R = 8
-BLOCK_D = 256
-"A program copies 8 rows by 256 columns: 16 elements a thread, 16 bytes a load."
-
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -59,23 +55,22 @@ def flat_rows(ids: Tensor, length: int) -> Tensor:
     return (ids + first.unsqueeze(1)).flatten()
 
 
-def _take_rows(source, index, length_from):
+def _take_rows(source, index, length_from, architecture):
     batch, length_to = index.shape
     rows, width = batch * length_to, source.shape[1]
     out = source.new_empty(rows, width)
-    grid = (triton.cdiv(rows, BLOCK_R), triton.cdiv(width, BLOCK_D))
-    take_rows_kernel[grid](
-        source, index, out, rows, length_from, length_to, D=width, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4
-    )
+    options = launch("take_rows", architecture, source.dtype)
+    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_D"]))
+    take_rows_kernel[grid](source, index, out, rows, length_from, length_to, D=width, **options)
     return out
 
 
-def _forward_triton(x, ids):
-    return _take_rows(x, ids, x.shape[0] // ids.shape[0])
+def _forward_triton(x, ids, architecture):
+    return _take_rows(x, ids, x.shape[0] // ids.shape[0], architecture)
 
 
-def _backward_triton(dout, ids, length):
-    return _take_rows(dout, slots(ids, length), ids.shape[1])
+def _backward_triton(dout, ids, length, architecture):
+    return _take_rows(dout, slots(ids, length), ids.shape[1], architecture)
 
 
 def _forward_torch(x, ids):
@@ -92,15 +87,21 @@ def _backward_torch(dout, ids, length):
 
 
 _forward = register(
-    "gather_tokens", "(Tensor x, Tensor ids) -> Tensor",
-    torch=_forward_torch, triton=_forward_triton,
+    "gather_tokens",
+    "(Tensor x, Tensor ids) -> Tensor",
+    torch=_forward_torch,
+    triton=_forward_triton,
     fake=lambda x, ids: x.new_empty(ids.shape[0] * ids.shape[1], x.shape[1]),
-)  # fmt: skip
-_backward = register(
-    "gather_tokens_backward", "(Tensor dout, Tensor ids, SymInt length) -> Tensor",
-    torch=_backward_torch, triton=_backward_triton,
+)
+put_tokens = register(
+    "gather_tokens_backward",
+    "(Tensor dout, Tensor ids, SymInt length) -> Tensor",
+    torch=_backward_torch,
+    triton=_backward_triton,
     fake=lambda dout, ids, length: dout.new_empty(ids.shape[0] * length, dout.shape[1]),
-)  # fmt: skip
+)
+"""Rows `[B * M, D]` of the tokens `ids [B, M]` at their places among rows of zeros -> `[B * length, D]`. It is for backward
+passes: autograd does not see it."""
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -112,7 +113,7 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _backward(dout.contiguous(), ctx.saved_tensors[0], ctx.length), None
+        return put_tokens(dout.contiguous(), ctx.saved_tensors[0], ctx.length), None
 
 
 def check_ids(name: str, ids: Tensor, batch: int | None = None) -> None:

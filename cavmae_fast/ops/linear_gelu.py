@@ -21,18 +21,11 @@ from torch import Tensor
 
 from cavmae_fast.ops import native
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
-from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
-
-BLOCK_N = 256
-"Columns of a tile: 512 contiguous bytes of a row in bf16."
-BLOCK_R = 8
-"Rows of a tile: 16 elements, two 16-byte loads of each input, a thread with 4 warps."
-ROWS_PER_PROGRAM = 128
-"Rows whose bias gradients one program sums before it writes them: the partial sums are 1/64 of a bf16 input's bytes."
-
+from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -40,8 +33,10 @@ ROWS_PER_PROGRAM = 128
 @triton.jit
 def _gelu_derivative(z):
     """Phi(z) + z phi(z) with one exponential for both. erfc(x) = exp(-x^2) t (a1 + t (a2 + ...)), t = 1 / (1 + p x),
-    x = |z| / sqrt 2 is formula 7.1.26 of Abramowitz & Stegun: |error| <= 1.5e-7, about the spacing of fp32 at 1. The
-    loop has about 33 instructions an element on sm_90, against 50 with erf and exp; some 40 fit under its traffic."""
+    x = |z| / sqrt 2 is formula 7.1.26 of Abramowitz & Stegun: |error| <= 1.5e-7, about the spacing of fp32 at 1.
+
+    Counted in the machine code for sm_90: the loop takes about 33 instructions per element this way and 50 with erf and
+    exp. Estimated: about 40 can be hidden behind the memory traffic, so this way memory alone sets the speed."""
     gauss = tl.exp2(z * z * (-0.5 * 1.4426950408889634))
     t = 1.0 / (0.3275911 * 0.7071067811865476 * tl.abs(z) + 1.0)
     half_erfc = t * (0.5 * 1.061405429) - 0.5 * 1.453152027
@@ -58,6 +53,8 @@ def dgelu_bias_kernel(
     rows0, rows1, rows2, tiles0, tiles1, N,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
+    """dpre, and the column sums of dpre over each program's ROWS_PER_PROGRAM rows, taken BLOCK_R at a time. With 128 rows
+    per program the partial sums are 1/64 of a bf16 input's bytes."""
     program = tl.program_id(0)
     stream, local = stream_of_tile(program, tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
@@ -80,36 +77,42 @@ def dgelu_bias_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def _dgelu_bias_triton(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _dgelu_bias_triton(
+    dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype, architecture: str
+) -> tuple[Tensor, Tensor]:
     width = pre.shape[1]
-    programs = three([triton.cdiv(n, ROWS_PER_PROGRAM) for n in rows])
+    options = launch("dgelu_bias", architecture, pre.dtype)
+    programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
     dpre = torch.empty_like(pre)
     partial = torch.empty(sum(programs), width, dtype=torch.float32, device=pre.device)
-    db = torch.empty(len(rows), width, dtype=torch.float32, device=pre.device)
-    dgelu_bias_kernel[(sum(programs), triton.cdiv(width, BLOCK_N))](
-        dy, pre, dpre, partial, *three(rows), programs[0], programs[1], width,
-        BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, ROWS_PER_PROGRAM=ROWS_PER_PROGRAM, num_warps=4,
-    )  # fmt: skip
-    stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](
-        partial, db, *programs, D=width, BLOCK_D=64, BLOCK_P=32, num_warps=4
+    dgelu_bias_kernel[(sum(programs), triton.cdiv(width, options["BLOCK_N"]))](
+        dy, pre, dpre, partial, *three(rows), programs[0], programs[1], width, **options
     )
-    return dpre, db.to(bias_dtype)
+    return dpre, sum_of_streams(partial, programs, len(rows), architecture).to(bias_dtype)
 
 
-def _dgelu_bias_native(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As above, in CUDA C++ (csrc/dgelu_bias.cu)."""
+def _dgelu_bias_cuda(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The kernel of csrc/dgelu_bias.cu, one launch for each stream."""
+    # It reads 16 bytes at once, so it refuses a view that begins between two multiples of 16; memory of its own does not.
+    dy, pre = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (dy, pre))
     dpre = torch.empty_like(pre)
     db = torch.empty(len(rows), pre.shape[1], dtype=bias_dtype, device=pre.device)
     rows_per_block = native.library().cavmae_dgelu_bias_rows_per_block()
-    with torch.cuda.device(pre.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        for dy_s, pre_s, dpre_s, db_s in zip(dy.split(rows), pre.split(rows), dpre.split(rows), db):
-            count, width = pre_s.shape
-            partial = torch.empty(triton.cdiv(count, rows_per_block), width, dtype=torch.float32, device=pre.device)
-            pointers = [t.data_ptr() for t in (dpre_s, partial, dy_s, pre_s)]
-            native.call("cavmae_dgelu_bias", *pointers, count, width, native.DTYPES[pre.dtype], stream)
-            db_s.copy_(partial.sum(0))
+    stream = torch.cuda.current_stream(pre.device).cuda_stream
+    for dy_s, pre_s, dpre_s, db_s in zip(dy.split(rows), pre.split(rows), dpre.split(rows), db):
+        count, width = pre_s.shape
+        partial = torch.empty(triton.cdiv(count, rows_per_block), width, dtype=torch.float32, device=pre.device)
+        pointers = [t.data_ptr() for t in (dpre_s, partial, dy_s, pre_s)]
+        native.call("cavmae_dgelu_bias", *pointers, count, width, native.DTYPES[pre.dtype], stream)
+        db_s.copy_(partial.sum(0))
     return dpre, db
+
+
+def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
+    if implementation == "cuda" and (dtype not in native.DTYPES or shape[1] * dtype.itemsize % 16):
+        return f"the CUDA library takes no rows of {shape[1]} values in {dtype}: they must be multiples of 16 bytes"
+    return None
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre):
@@ -124,10 +127,8 @@ def _dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: 
     return dpre, bias_gradient(dpre, rows, bias_dtype)
 
 
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx):
-    if native.selected(dy) and native.selected(pre):
-        dgelu_bias = _dgelu_bias_native
-    dpre, db = dgelu_bias(dy, pre, rows, bias_dtype)
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, **options):
+    dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
     return *linear_backward(dpre, x, weights, rows, needs_dx), db
 
 
@@ -151,6 +152,8 @@ _backward_operator = register(
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, _dgelu_bias_torch),
     triton=partial(_backward, _dgelu_bias_triton),
+    cuda=partial(_backward, _dgelu_bias_cuda),
+    limit=_limit,
     fake=lambda dy, pre, *rest: backward_fake(dy, *rest),
 )
 

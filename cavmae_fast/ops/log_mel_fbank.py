@@ -26,21 +26,23 @@ PyTorch: an FFT has a thirtieth of the table's arithmetic and is what a CPU does
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cavmae_fast.clip import MEL_BINS, SAMPLE_RATE
 from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.reference import fbank as reference
 
-BLOCK_F = 64
-BLOCK_K = 16
-BLOCK_N = 64
+BLOCK_K, BLOCK_N = 16, 64
+"Terms and DFT bins of one product: the tables are padded to them, and accuracy rests on the 16 terms."
 MAX_MEL_BINS = 128
-"More mel bins than the kernel's sums have room for go to PyTorch."
+"The kernel's sums have room for no more mel bins."
 TABLE_BITS = 10
 "The DFT tables are scaled by 2^10, so that their low parts are normal fp16 numbers."
 
@@ -161,22 +163,30 @@ def _tables(sample_rate: int, num_mel_bins: int, device: torch.device) -> tuple[
     return *tables, filters.to(device)
 
 
-def _forward_triton(waveform, num_samples, sample_rate, num_mel_bins, length, mean, std):
+def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    _, samples, num_mel_bins = shape
+    if num_mel_bins > MAX_MEL_BINS:
+        return f"the kernel makes at most {MAX_MEL_BINS} mel bins, not {num_mel_bins}"
+    if samples >= 2**31:
+        return f"the kernel counts a clip's samples in 32 bits, and there are {samples}"
+    return None
+
+
+def _forward_triton(waveform, num_samples, sample_rate, num_mel_bins, length, mean, std, architecture):
     batch, samples = waveform.shape
-    if num_mel_bins > MAX_MEL_BINS or samples >= 2**31:  # the kernel counts a clip's samples in 32 bits
-        return _forward_torch(waveform, num_samples, sample_rate, num_mel_bins, length, mean, std)
     window, shift, _ = reference.frame_sizes(sample_rate)
     cosines, sines, filters = _tables(sample_rate, num_mel_bins, waveform.device)
     out = waveform.new_empty(batch, length, num_mel_bins, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    tiles = triton.cdiv(length, BLOCK_F)
+    options = launch("log_mel_fbank", architecture, torch.float32)
+    tiles = triton.cdiv(length, options["BLOCK_F"])
     log_mel_fbank_kernel[(batch * tiles,)](
         waveform, num_samples, cosines, sines, filters, out, waveform.stride(0), tiles,
         reference.num_frames(samples, sample_rate), length, reference.ENERGY_FLOOR, mean, std,
         WINDOW=window, SHIFT=shift, K=cosines.shape[1], N=cosines.shape[2], MEL=num_mel_bins,
-        UNIT=TABLE_BITS + (15 if waveform.dtype == torch.int16 else 0), BLOCK_F=BLOCK_F, BLOCK_K=BLOCK_K,
-        BLOCK_N=BLOCK_N, BLOCK_M=filters.shape[1], HAS_COUNT=num_samples is not None, num_warps=8, num_stages=1,
+        UNIT=TABLE_BITS + (15 if waveform.dtype == torch.int16 else 0), BLOCK_K=BLOCK_K, BLOCK_N=BLOCK_N,
+        BLOCK_M=filters.shape[1], HAS_COUNT=num_samples is not None, **options,
     )  # fmt: skip
     return out
 
@@ -267,8 +277,12 @@ _forward = register(
     "log_mel_fbank",
     "(Tensor waveform, Tensor? num_samples, SymInt sample_rate, SymInt num_mel_bins, SymInt length, float mean,"
     " float std) -> Tensor",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+    limit=_limit,
+    shape=lambda waveform, num_samples, sample_rate, num_mel_bins, *_: (*waveform.shape, num_mel_bins),
+)
 
 
 def _run(waveform: Tensor, num_samples: Tensor | None, *arguments) -> Tensor:
@@ -279,7 +293,7 @@ def _run(waveform: Tensor, num_samples: Tensor | None, *arguments) -> Tensor:
     return _forward(waveform if waveform.stride(-1) == 1 else waveform.contiguous(), num_samples, *arguments)
 
 
-def log_mel_fbank(waveform: Tensor, sample_rate: int = 16000, num_mel_bins: int = 128) -> Tensor:
+def log_mel_fbank(waveform: Tensor, sample_rate: int = SAMPLE_RATE, num_mel_bins: int = MEL_BINS) -> Tensor:
     """Log-mel energies as Kaldi computes them (25 ms Hanning window, 10 ms shift, no dither, 20 Hz to Nyquist).
 
     Args:
@@ -303,9 +317,14 @@ def log_mel_fbank(waveform: Tensor, sample_rate: int = 16000, num_mel_bins: int 
 
 
 def log_mel_features(
-    waveform: Tensor, num_samples: Tensor, length: int, mean: float, std: float, sample_rate: int = 16000,
-    num_mel_bins: int = 128,
-) -> Tensor:  # fmt: skip
+    waveform: Tensor,
+    num_samples: Tensor,
+    length: int,
+    mean: float,
+    std: float,
+    sample_rate: int = SAMPLE_RATE,
+    num_mel_bins: int = MEL_BINS,
+) -> Tensor:
     """Normalized log-mel energies of a batch of clips of different lengths, each as if it had been computed alone.
 
     The frames of a clip's own samples are zero-padded or cut to `length`, and then normalized as `(x - mean) / std`

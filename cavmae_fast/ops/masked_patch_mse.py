@@ -10,15 +10,18 @@ the saved mean and rstd. The sum is in two stages, a patch first, then all patch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.embed_kept_patches import check_images, load_pixels, patch_grid, pixel_statistics
-from cavmae_fast.ops.gather_tokens import check_ids
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.gather_tokens import check_ids
+from cavmae_fast.ops.pixels import check_images, load_pixels, scale_and_shift, take_patches
 
-BLOCK_R = 4
 VARIANCE_EPS = 1e-6
 
 
@@ -27,8 +30,8 @@ VARIANCE_EPS = 1e-6
 
 @triton.jit
 def _pixels_of_patches(
-    images, ids, row, rows, column, WIDTH: tl.constexpr, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
-    P: tl.constexpr, C: tl.constexpr,
+    images, ids, row, rows, column, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, WIDTH: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Pixels [BLOCK_R, BLOCK_W] in fp32 of the patches of `row`, in (row, column, channel) order."""
     patch = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
@@ -37,7 +40,10 @@ def _pixels_of_patches(
     channel = column % C
     pixel = column // (P * C) * stride_h + column // C % P * stride_w + channel.to(tl.int64) * stride_c
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    return load_pixels(images + corner[:, None] + pixel[None, :], valid, channel).to(tl.float32)
+    value = load_pixels(
+        images + corner[:, None] + pixel[None, :], valid, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
+    )
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -46,7 +52,8 @@ def masked_patch_mse_forward_kernel(
     images,  # [B, C, H, W'], any strides, floating-point or uint8
     ids,  # [B * M]
     partial, mean, rstd,  # [B * M] fp32
-    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w, eps,
+    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, eps,
     WIDTH: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +61,9 @@ def masked_patch_mse_forward_kernel(
     column = tl.arange(0, BLOCK_W)
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
     target = _pixels_of_patches(
-        images, ids, row, rows, column, WIDTH, kept, grid_width, stride_b, stride_c, stride_h, stride_w, P, C
-    )
+        images, ids, row, rows, column, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+        scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, WIDTH, P, C,
+    )  # fmt: skip
     if NORM:
         mu = tl.sum(target, axis=1) / WIDTH
         centered = tl.where(valid, target - mu[:, None], 0.0)
@@ -79,7 +87,8 @@ def masked_patch_mse_backward_kernel(
     images,  # [B, C, H, W'], any strides, floating-point or uint8
     ids,  # [B * M]
     mean, rstd,  # [B * M] fp32
-    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w, scale,
+    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, scale,
     WIDTH: tl.constexpr, P: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +96,9 @@ def masked_patch_mse_backward_kernel(
     column = tl.arange(0, BLOCK_W)
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
     target = _pixels_of_patches(
-        images, ids, row, rows, column, WIDTH, kept, grid_width, stride_b, stride_c, stride_h, stride_w, P, C
-    )
+        images, ids, row, rows, column, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+        scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, WIDTH, P, C,
+    )  # fmt: skip
     if NORM:
         mu = tl.load(mean + row, mask=row < rows, other=0.0)
         r = tl.load(rstd + row, mask=row < rows, other=0.0)
@@ -102,48 +112,43 @@ def masked_patch_mse_backward_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def _launch(images, ids, patch_size):
+def _launch(kernel, images, ids, patch_size, colors, architecture):
     """Grid, arguments and options that both kernels share."""
     channels, width = images.shape[1], images.shape[1] * patch_size**2
-    integers = (ids.numel(), ids.shape[1], images.shape[3] // patch_size, *images.stride())
-    warps = 8 if images.dtype == torch.uint8 else 4  # normalizing takes registers, which 4 warps spill on sm_100
-    options = {"WIDTH": width, "P": patch_size, "C": channels, "BLOCK_R": BLOCK_R, "num_warps": warps}
-    return (triton.cdiv(ids.numel(), BLOCK_R),), integers, options | {"BLOCK_W": triton.next_power_of_2(width)}
+    # Normalizing bytes takes more registers, and so more warps.
+    options = launch(kernel, architecture, torch.float32, "bytes" if images.dtype == torch.uint8 else "")
+    numbers = (ids.numel(), ids.shape[1], images.shape[3] // patch_size, *images.stride(), *colors)
+    sizes = {"WIDTH": width, "P": patch_size, "C": channels, "BLOCK_W": triton.next_power_of_2(width)}
+    return (triton.cdiv(ids.numel(), options["BLOCK_R"]),), numbers, {**sizes, **options}
 
 
-def _forward_triton(pred, images, ids, patch_size, norm_pix_loss):
+def _forward_triton(pred, images, ids, patch_size, norm_pix_loss, colors, architecture):
     partial = pred.new_empty(ids.numel(), dtype=torch.float32)
     mean, rstd = (pred.new_empty(ids.shape if norm_pix_loss else (0,), dtype=torch.float32) for _ in range(2))
-    grid, integers, options = _launch(images, ids, patch_size)
+    grid, numbers, options = _launch("masked_patch_mse_forward", images, ids, patch_size, colors, architecture)
     masked_patch_mse_forward_kernel[grid](
-        pred, images, ids, partial, mean, rstd, *integers, VARIANCE_EPS, NORM=norm_pix_loss, **options
+        pred, images, ids, partial, mean, rstd, *numbers, VARIANCE_EPS, NORM=norm_pix_loss, **options
     )
     return partial.mean(), mean, rstd
 
 
-def _backward_triton(dloss, pred, images, ids, mean, rstd, patch_size, norm_pix_loss):
+def _backward_triton(dloss, pred, images, ids, mean, rstd, patch_size, norm_pix_loss, colors, architecture):
     dpred = torch.empty_like(pred)
-    grid, integers, options = _launch(images, ids, patch_size)
+    grid, numbers, options = _launch("masked_patch_mse_backward", images, ids, patch_size, colors, architecture)
     masked_patch_mse_backward_kernel[grid](
-        dloss, pred, dpred, images, ids, mean, rstd, *integers, 2 / pred.numel(), NORM=norm_pix_loss, **options
+        dloss, pred, dpred, images, ids, mean, rstd, *numbers, 2 / pred.numel(), NORM=norm_pix_loss, **options
     )
     return dpred
 
 
-def _pixels(images, ids, patch_size, dtype):
+def _pixels(images, ids, patch_size, dtype, colors):
     """`[B, M, p * p * C]`, a new tensor."""
-    grid = patch_grid(images, patch_size).permute(0, 1, 2, 4, 5, 3)  # [B, H/p, W/p, p, p, C]
-    sample = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-    pixels = grid[sample, ids // grid.shape[2], ids % grid.shape[2]].to(dtype).reshape(*ids.shape, -1)
-    if images.dtype == torch.uint8:
-        scale, shift = (v.repeat(patch_size**2) for v in pixel_statistics(images.device, dtype))
-        pixels.mul_(scale).add_(shift)
-    return pixels
+    return take_patches(images, ids, patch_size, dtype, colors, channels_last=True).view(*ids.shape, -1)
 
 
-def _forward_torch(pred, images, ids, patch_size, norm_pix_loss):
+def _forward_torch(pred, images, ids, patch_size, norm_pix_loss, colors):
     statistics = torch.promote_types(pred.dtype, torch.float32)
-    target = _pixels(images, ids, patch_size, statistics)
+    target = _pixels(images, ids, patch_size, statistics, colors)
     if not norm_pix_loss:
         return (target - pred).square_().mean(), *(target.new_empty(0) for _ in range(2))
     # torch.var_mean is several times slower on the CPU. Where pixels vary little, rstd is large and the rounding of the
@@ -158,8 +163,8 @@ def _forward_torch(pred, images, ids, patch_size, norm_pix_loss):
     return target.sub_(pred).square_().mean(), mean, rstd
 
 
-def _backward_torch(dloss, pred, images, ids, mean, rstd, patch_size, norm_pix_loss):
-    target = _pixels(images, ids, patch_size, torch.promote_types(pred.dtype, torch.float32))
+def _backward_torch(dloss, pred, images, ids, mean, rstd, patch_size, norm_pix_loss, colors):
+    target = _pixels(images, ids, patch_size, torch.promote_types(pred.dtype, torch.float32), colors)
     if norm_pix_loss:
         target.sub_(mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
     return target.sub_(pred).mul_(dloss * (-2 / pred.numel())).to(pred.dtype)
@@ -168,7 +173,7 @@ def _backward_torch(dloss, pred, images, ids, mean, rstd, patch_size, norm_pix_l
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _forward_fake(pred, images, ids, patch_size, norm_pix_loss):
+def _forward_fake(pred, images, ids, patch_size, norm_pix_loss, colors):
     statistics = torch.promote_types(pred.dtype, torch.float32)
     shapes = ((), ids.shape, ids.shape) if norm_pix_loss else ((), (0,), (0,))
     return tuple(pred.new_empty(shape, dtype=statistics) for shape in shapes)
@@ -176,38 +181,50 @@ def _forward_fake(pred, images, ids, patch_size, norm_pix_loss):
 
 _forward = register(
     "masked_patch_mse",
-    "(Tensor pred, Tensor images, Tensor ids, SymInt patch_size, bool norm_pix_loss)"
+    "(Tensor pred, Tensor images, Tensor ids, SymInt patch_size, bool norm_pix_loss, float[] colors)"
     " -> (Tensor loss, Tensor mean, Tensor rstd)",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
 _backward = register(
     "masked_patch_mse_backward",
     "(Tensor dloss, Tensor pred, Tensor images, Tensor ids, Tensor mean, Tensor rstd, SymInt patch_size,"
-    " bool norm_pix_loss) -> Tensor",
-    torch=_backward_torch, triton=_backward_triton,
+    " bool norm_pix_loss, float[] colors) -> Tensor",
+    torch=_backward_torch,
+    triton=_backward_triton,
     fake=lambda dloss, pred, *_: torch.empty_like(pred),
-)  # fmt: skip
+)
 
 
 class _MaskedPatchMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, images, ids, patch_size, norm_pix_loss):
-        loss, mean, rstd = _forward(pred, images, ids, patch_size, norm_pix_loss)
+    def forward(ctx, pred, images, ids, *options):
+        loss, mean, rstd = _forward(pred, images, ids, *options)
         ctx.save_for_backward(pred, images, ids, mean, rstd)
-        ctx.options = patch_size, norm_pix_loss
+        ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        return _backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
+        dpred = _backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
+        return dpred, None, None, *[None] * len(ctx.options)
 
 
-def masked_patch_mse(pred: Tensor, images: Tensor, ids_removed: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+def masked_patch_mse(
+    pred: Tensor,
+    images: Tensor,
+    ids_removed: Tensor,
+    patch_size: int,
+    norm_pix_loss: bool,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
+) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` (int64 in 0..L-1; not checked: that would wait for the
-    device) of images `[B, C, H, W]` with any strides, floating-point, or uint8 RGB, which is normalized with ImageNet's
-    mean and standard deviation -> a float32 scalar (float64 for a float64 pred). With
+    device) of images `[B, C, H, W]` with any strides: floating-point, taken as they are, or uint8 RGB, which is normalized
+    as `(x / 255 - image_mean) / image_std` by color -> a float32 scalar (float64 for a float64 pred). With
     `norm_pix_loss` each true patch is normalized: minus its mean, over the root of (its unbiased variance + 1e-6).
     There is no gradient to the images. Raises ValueError or TypeError when a shape or dtype does not fit.
     """
@@ -220,4 +237,5 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids_removed: Tensor, patch_si
         raise ValueError(f"pred has shape {list(pred.shape)}; images, ids_removed and patch_size need {list(shape)}")
     if images.requires_grad:
         raise ValueError("images requires a gradient, which masked_patch_mse does not compute; pass images.detach()")
-    return _MaskedPatchMSE.apply(pred.contiguous(), images, ids_removed.contiguous(), patch_size, norm_pix_loss)
+    options = (patch_size, norm_pix_loss, scale_and_shift(image_mean, image_std))
+    return _MaskedPatchMSE.apply(pred.contiguous(), images, ids_removed.contiguous(), *options)

@@ -1,18 +1,16 @@
 """The CUDA library of `csrc/`, loaded with ctypes: plain functions of pointers, sizes and a stream.
 
-No operator uses it unless asked: its kernels compile, but have not yet run on a device. `CAVMAE_NATIVE=1` selects them
-for CUDA tensors (now: dGELU and the bias gradient in the backward of `linear_gelu`).
+Its kernels are the `cuda` implementations of operators (now: dGELU and the bias gradient in the backward of
+`linear_gelu`). They compile, but have not yet run on a device: `CAVMAE_OPS=cuda` asks for them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ABI_VERSION = 1
 "What this file calls: `CAVMAE_ABI_VERSION` of csrc/cavmae.h."
@@ -41,16 +39,6 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def selected(x: Tensor) -> bool:
-    """Whether `CAVMAE_NATIVE=1` asks for the library and `x [rows, width]` is for it: on CUDA, in one of its dtypes,
-    rows multiples of 16 bytes that start at such. RuntimeError when it is asked for and missing."""
-    if os.environ.get("CAVMAE_NATIVE") != "1" or x.device.type != "cuda":
-        return False
-    if library() is None:
-        raise RuntimeError(f"CAVMAE_NATIVE=1, but {LIBRARY} does not exist; build it: {HOW_TO_BUILD}")
-    return x.dtype in DTYPES and x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-
-
 def call(name: str, *args: object) -> None:
     """Calls the library's function `name`; RuntimeError with its reason when it does not return 0."""
     loaded = library()
@@ -66,9 +54,4 @@ def status() -> str:
             return f"not built; {HOW_TO_BUILD}"
     except (OSError, RuntimeError) as error:
         return f"unusable: {error}"
-    use = (
-        "in use (CAVMAE_NATIVE=1)"
-        if os.environ.get("CAVMAE_NATIVE") == "1"
-        else "not in use (CAVMAE_NATIVE=1 selects it)"
-    )
-    return f"{LIBRARY}, interface version {ABI_VERSION}, {use}"
+    return f"{LIBRARY}, interface version {ABI_VERSION}"

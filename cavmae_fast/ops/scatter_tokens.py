@@ -17,15 +17,9 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.gather_tokens import check_ids, check_rows
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
-
-FORWARD_ROWS = 8
-FORWARD_D = 256
-BACKWARD_D = 256
-BACKWARD_SAMPLES = 8
-"Samples whose rows one program of the backward kernel has in flight at once."
-
+from cavmae_fast.ops.gather_tokens import check_ids, check_rows
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -63,6 +57,7 @@ def scatter_tokens_backward_kernel(
     batch, kept, length,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """Of one place and BLOCK_D columns; the rows of BLOCK_B samples are in flight at once."""
     here = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (column < D)[None, :]
@@ -97,26 +92,25 @@ def kept_rows(places: Tensor, kept: int) -> Tensor:
     return places.new_empty(batch, kept + 1).scatter_(1, target, rows)[:, :kept].flatten()
 
 
-def _forward_triton(x, places, mask_token, pos):
+def _forward_triton(x, places, mask_token, pos, architecture):
     (batch, length), width = places.shape, x.shape[1]
     rows = batch * length
     out = pos.new_empty(rows, width)
-    grid = (triton.cdiv(rows, FORWARD_ROWS), triton.cdiv(width, FORWARD_D))
-    scatter_tokens_forward_kernel[grid](
-        x, places, mask_token, pos, out, rows, x.shape[0] // batch, length,
-        D=width, BLOCK_R=FORWARD_ROWS, BLOCK_D=FORWARD_D, num_warps=4,
-    )  # fmt: skip
+    options = launch("scatter_tokens_forward", architecture, pos.dtype)
+    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_D"]))
+    kept = x.shape[0] // batch
+    scatter_tokens_forward_kernel[grid](x, places, mask_token, pos, out, rows, kept, length, D=width, **options)
     return out
 
 
-def _backward_triton(dout, places, kept, dtype, sums):
+def _backward_triton(dout, places, kept, dtype, sums, architecture):
     (batch, length), width = places.shape, dout.shape[1]
     dx = dout.new_empty(batch * kept, width, dtype=dtype)
     dpos, dmask = (dout.new_empty((length, width) if sums else (0,), dtype=torch.float32) for _ in range(2))
-    scatter_tokens_backward_kernel[(length, triton.cdiv(width, BACKWARD_D))](
-        dout, places, dx, dpos, dmask, batch, kept, length,
-        D=width, BLOCK_B=BACKWARD_SAMPLES, BLOCK_D=BACKWARD_D, SUMS=sums, num_warps=4,
-    )  # fmt: skip
+    options = launch("scatter_tokens_backward", architecture, dout.dtype)
+    scatter_tokens_backward_kernel[(length, triton.cdiv(width, options["BLOCK_D"]))](
+        dout, places, dx, dpos, dmask, batch, kept, length, D=width, SUMS=sums, **options
+    )
     return dx, dmask.sum(0) if sums else dmask, dpos
 
 
@@ -158,15 +152,20 @@ def _backward_fake(dout, places, kept, dtype, sums):
 
 
 _forward = register(
-    "scatter_tokens", "(Tensor x, Tensor places, Tensor mask_token, Tensor pos) -> Tensor",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    "scatter_tokens",
+    "(Tensor x, Tensor places, Tensor mask_token, Tensor pos) -> Tensor",
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
 _backward = register(
     "scatter_tokens_backward",
     "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums)"
     " -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
-    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
-)  # fmt: skip
+    torch=_backward_torch,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
 
 
 class _ScatterTokens(torch.autograd.Function):

@@ -20,15 +20,11 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, stream_sum_kernel, three
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
-FORWARD_ROWS = 4
-"Rows a program normalizes at once: 4 rows of 768 keep 32 fp32 values a thread in flight with 4 warps."
-BACKWARD_ROWS = 2
-BACKWARD_ROWS_PER_PROGRAM = 64
-"Rows whose weight gradients one program sums before it writes them: the partial sums are 1/64 of the input."
 CPU_ROWS = 1024
 "Rows that PyTorch's kernels take at once on a CPU."
 
@@ -44,6 +40,7 @@ def stream_layer_norm_forward_kernel(
     rows0, rows1, rows2, tiles0, tiles1, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
+    """A program normalizes BLOCK_R rows at once: 4 rows of 768 keep 32 fp32 values per thread in flight with 4 warps."""
     stream, local = stream_of_tile(tl.program_id(0), tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
     count = pick(stream, rows0, rows1, rows2)
@@ -81,6 +78,7 @@ def stream_layer_norm_backward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
     HAS_DX_NEW: tl.constexpr, HAS_DDELTA: tl.constexpr,
 ):  # fmt: skip
+    """A program sums the weight gradients of ROWS_PER_PROGRAM rows, BLOCK_R at a time, before it writes them."""
     program = tl.program_id(0)
     stream, local = stream_of_tile(program, tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
@@ -117,36 +115,33 @@ def stream_layer_norm_backward_kernel(
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype):
+def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype, architecture):
     width = x.shape[1]
     x_new = torch.empty_like(x) if delta is not None else x.new_empty(0)
     y = torch.empty_like(x, dtype=out_dtype)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = three([triton.cdiv(n, FORWARD_ROWS) for n in rows])
+    options = launch("stream_layer_norm_forward", architecture, out_dtype)
+    tiles = three([triton.cdiv(n, options["BLOCK_R"]) for n in rows])
     stream_layer_norm_forward_kernel[(sum(tiles),)](
         x, delta, x_new, y, mean, rstd, *three(weights), *three(biases), *three(rows), tiles[0], tiles[1], eps,
-        D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=FORWARD_ROWS, HAS_DELTA=delta is not None, num_warps=4,
+        D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DELTA=delta is not None, **options,
     )  # fmt: skip
     return x_new, y, mean, rstd
 
 
-def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
+def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype, architecture):
     width = x_new.shape[1]
     dx = torch.empty_like(x_new)
     ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    programs = three([triton.cdiv(n, BACKWARD_ROWS_PER_PROGRAM) for n in rows])
+    options = launch("stream_layer_norm_backward", architecture, dy.dtype)
+    programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
     partial = torch.empty(2, sum(programs), width, dtype=torch.float32, device=dx.device)
-    dw, db = (torch.empty(len(rows), width, dtype=torch.float32, device=dx.device) for _ in range(2))
     stream_layer_norm_backward_kernel[(sum(programs),)](
         dy, dx_new, x_new, dx, ddelta, mean, rstd, *three(weights), partial[0], partial[1], *three(rows),
-        programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), BLOCK_R=BACKWARD_ROWS,
-        ROWS_PER_PROGRAM=BACKWARD_ROWS_PER_PROGRAM, HAS_DX_NEW=dx_new is not None, HAS_DDELTA=delta_dtype is not None,
-        num_warps=4,
+        programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DX_NEW=dx_new is not None,
+        HAS_DDELTA=delta_dtype is not None, **options,
     )  # fmt: skip
-    for part, out in zip(partial, (dw, db)):
-        stream_sum_kernel[(len(rows), triton.cdiv(width, 64))](
-            part, out, *programs, D=width, BLOCK_D=64, BLOCK_P=32, num_warps=4
-        )
+    dw, db = (sum_of_streams(part, programs, len(rows), architecture) for part in partial)
     return dx, ddelta, dw, db
 
 
@@ -201,10 +196,8 @@ def _backward_torch(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
 def _forward_fake(x, delta, weights, biases, rows, eps, out_dtype):
     statistics = torch.promote_types(x.dtype, torch.float32)
     x_new = torch.empty_like(x) if delta is not None else x.new_empty(0)
-    return (
-        x_new, torch.empty_like(x, dtype=out_dtype), x.new_empty(x.shape[0], dtype=statistics),
-        x.new_empty(x.shape[0], dtype=statistics),
-    )  # fmt: skip
+    mean, rstd = (x.new_empty(x.shape[0], dtype=statistics) for _ in range(2))
+    return x_new, torch.empty_like(x, dtype=out_dtype), mean, rstd
 
 
 def _backward_fake(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
@@ -218,14 +211,18 @@ _forward = register(
     "stream_layer_norm",
     "(Tensor x, Tensor? delta, Tensor[] weights, Tensor[] biases, SymInt[] rows, float eps, ScalarType out_dtype)"
     " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
-    torch=_forward_torch, triton=_forward_triton, fake=_forward_fake,
-)  # fmt: skip
+    torch=_forward_torch,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
 _backward = register(
     "stream_layer_norm_backward",
     "(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
     " ScalarType? delta_dtype) -> (Tensor dx, Tensor ddelta, Tensor dw, Tensor db)",
-    torch=_backward_torch, triton=_backward_triton, fake=_backward_fake,
-)  # fmt: skip
+    torch=_backward_torch,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
 
 
 class _StreamLayerNorm(torch.autograd.Function):

@@ -12,29 +12,23 @@ of one output, so that nothing is concatenated. `linear_gelu` builds on the same
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast import compat
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.layout import StreamLayout
 
 # ---------------------------------------------------------------------------------------------------------- products
 
 
-@functools.cache
-def _onednn_has_bf16() -> bool:
-    """PyTorch may be built without oneDNN, and oneDNN asks a CPU for AVX-512 or bf16 instructions."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`."""
-    if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _onednn_has_bf16():
+    if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and compat.has_fused_bf16_linear():
         # oneDNN adds the bias inside its product; addmm first copies it into every row of the result, a fifth of the time.
-        return torch.ops.mkldnn._linear_pointwise(x, weights[0], biases[0].to(x.dtype), "none", [], "")
+        return compat.fused_bf16_linear(x, weights[0], biases[0].to(x.dtype))
     out = x.new_empty(x.shape[0], weights[0].shape[0])
     for x_s, out_s, w, b in zip(x.split(rows), out.split(rows), weights, biases):
         torch.addmm(b.to(x.dtype), x_s, w.t(), out=out_s)
@@ -55,8 +49,9 @@ def linear_backward(
 
 
 def _as_left_factor(dout: Tensor, x: Tensor) -> Tensor:
-    """dout^T for the product `dout^T x`. The CPU's bf16 GEMM is half as fast with a transposed left factor. Writing it
-    out pays when dout is the narrower (measured: 25 % at 2832 rows, 2048 -> 512), and not the other way round."""
+    """dout^T for the product `dout^T x`. The CPU's bf16 GEMM is half as fast with a transposed left factor. Writing the
+    factor out saves time where dout is the narrower of the two (measured at 2832 rows, 2048 -> 512: 25 %), and costs time
+    where it is the wider."""
     slow = dout.device.type == "cpu" and dout.dtype in (torch.bfloat16, torch.float16)
     return dout.t().contiguous() if slow and x.shape[1] >= 2 * dout.shape[1] else dout.t()
 

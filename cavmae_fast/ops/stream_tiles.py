@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
+from cavmae_fast.ops.configuration import launch
 
 
 def three(values: Sequence) -> list:
@@ -56,3 +58,12 @@ def stream_sum_kernel(
         valid = (row < count)[:, None] & (column < D)[None, :]
         total_sum += tl.load(partial + (first + row)[:, None] * D + column[None, :], mask=valid, other=0.0)
     tl.store(total + stream * D + column, tl.sum(total_sum, axis=0), mask=column < D)
+
+
+def sum_of_streams(partial: Tensor, programs: Sequence[int], streams: int, architecture: str) -> Tensor:
+    """Adds up the partial sums `[programs, D]` fp32 of each stream's programs (three counts) -> `[streams, D]` fp32."""
+    width = partial.shape[1]
+    total = torch.empty(streams, width, dtype=torch.float32, device=partial.device)
+    options = launch("stream_sum", architecture, torch.float32)
+    stream_sum_kernel[(streams, triton.cdiv(width, options["BLOCK_D"]))](partial, total, *programs, D=width, **options)
+    return total

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-WINDOW_SECONDS = 0.025
-SHIFT_SECONDS = 0.010
+from cavmae_fast.clip import MEL_BINS, SAMPLE_RATE, SHIFT_SECONDS, WINDOW_SECONDS
+
 PRE_EMPHASIS = 0.97
 LOW_HZ = 20.0
 # Kaldi floors the energies at the epsilon of float32, whatever the precision of the computation.
@@ -22,7 +22,7 @@ def frame_sizes(sample_rate: int) -> tuple[int, int, int]:
     return window, shift, 1 << (window - 1).bit_length()
 
 
-def num_frames(samples: int, sample_rate: int = 16000) -> int:
+def num_frames(samples: int, sample_rate: int = SAMPLE_RATE) -> int:
     """Number of whole 25 ms windows, 10 ms apart, in `samples` samples (0 when not even one fits)."""
     window, shift, _ = frame_sizes(sample_rate)
     return 0 if samples < window else 1 + (samples - window) // shift
@@ -75,7 +75,7 @@ def check_sizes(waveform: Tensor, sample_rate: int, num_mel_bins: int) -> None:
         )
 
 
-def log_mel_fbank(waveform: Tensor, sample_rate: int = 16000, num_mel_bins: int = 128) -> Tensor:
+def log_mel_fbank(waveform: Tensor, sample_rate: int = SAMPLE_RATE, num_mel_bins: int = MEL_BINS) -> Tensor:
     """Log-mel energies as Kaldi computes them (no dither, no energy term, HTK compatible, edges snipped).
 
     Args:
@@ -110,9 +110,14 @@ def log_mel_fbank(waveform: Tensor, sample_rate: int = 16000, num_mel_bins: int 
 
 
 def log_mel_features(
-    waveform: Tensor, num_samples: Tensor, length: int, mean: float, std: float, sample_rate: int = 16000,
-    num_mel_bins: int = 128,
-) -> Tensor:  # fmt: skip
+    waveform: Tensor,
+    num_samples: Tensor,
+    length: int,
+    mean: float,
+    std: float,
+    sample_rate: int = SAMPLE_RATE,
+    num_mel_bins: int = MEL_BINS,
+) -> Tensor:
     """Normalized log-mel energies of a batch of clips, one clip after the other, as the published loader makes them.
 
     waveform `[batch, samples]`, int16 or floating point; `num_samples [batch]` are the clip's own. Each clip loses the mean

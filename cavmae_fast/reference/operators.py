@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
+from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
 
 
 def stream_layer_norm(
@@ -70,14 +70,16 @@ def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int]
     return torch.cat(outputs)
 
 
-def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 RGB images `[B, 3, H, W]` -> `(x / 255 - mean) / std` with ImageNet's mean and standard deviation, computed in
-    float32 (float64 for float64) and rounded to `dtype`. Images of any other dtype are returned as they are."""
+def normalize_images(
+    images: Tensor, dtype: torch.dtype, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
+) -> Tensor:
+    """uint8 RGB images `[B, 3, H, W]` -> `(x / 255 - mean) / std` by color, computed in float32 (float64 for float64) and
+    rounded to `dtype`. Images of any other dtype are returned as they are."""
     if images.dtype != torch.uint8:
         return images
     exact = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.tensor(v, dtype=exact, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return ((images.to(exact) / 255 - mean) / std).to(dtype)
+    means, stds = (torch.tensor(v, dtype=exact, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return ((images.to(exact) / 255 - means) / stds).to(dtype)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -101,14 +103,21 @@ def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def embed_kept_patches(
-    images: Tensor, ids_keep: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor, modality: Tensor
+    images: Tensor,
+    ids_keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    modality: Tensor,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
     images `[B, C, H, W]` (uint8: normalized first), ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias
     and modality `[D]`, pos `[L, D]` -> `[B * K, D]`.
     """
-    images = normalize_images(images, torch.promote_types(weight.dtype, torch.float32))
+    images = normalize_images(images, torch.promote_types(weight.dtype, torch.float32), image_mean, image_std)
     tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     tokens = tokens + pos + modality
     if ids_keep is not None:
@@ -133,7 +142,13 @@ def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -
 
 
 def masked_patch_mse(
-    pred: Tensor, images: Tensor, ids_removed: Tensor, patch_size: int, norm_pix_loss: bool
+    pred: Tensor,
+    images: Tensor,
+    ids_removed: Tensor,
+    patch_size: int,
+    norm_pix_loss: bool,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
 
@@ -141,7 +156,7 @@ def masked_patch_mse(
     images). With `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased
     variance + 1e-6).
     """
-    images = normalize_images(images, torch.promote_types(pred.dtype, torch.float32))
+    images = normalize_images(images, torch.promote_types(pred.dtype, torch.float32), image_mean, image_std)
     target = take_tokens(patchify(images, patch_size), ids_removed)
     if norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

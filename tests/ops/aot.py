@@ -99,7 +99,7 @@ def compile_case(name: str, capability: int) -> list[dict]:
     from aot_cases import CASES
 
     rows = []
-    for launch in capture(CASES[name]):
+    for launch in capture(lambda: CASES[name](f"sm_{capability}")):
         try:
             rows.append({"case": name, **compile_launch(launch, capability)})
         except Exception as error:  # reported as this case's failure

@@ -1,4 +1,4 @@
-"""Launcher calls whose kernels are compiled ahead of time: name -> a function that calls the launcher on CPU tensors.
+"""Launcher calls whose kernels are compiled ahead of time, on CPU tensors.
 
 The shapes are the real ones (they decide how arguments are specialized), with a batch of 2 where the batch is an
 argument, and once with everything that can be 1 equal to 1.
@@ -12,7 +12,9 @@ from functools import partial
 
 import torch
 
+from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
 from cavmae_fast.ops import attention_kernels
+from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
 (
@@ -32,18 +34,19 @@ from cavmae_fast.ops import attention_kernels
     )
 )  # fmt: skip
 
-CASES: dict[str, Callable[[], object]] = {}
+CASES: dict[str, Callable[[str], object]] = {}
+"Name -> a function of the architecture whose launch configurations are taken."
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool) -> None:
+def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool, architecture: str) -> None:
     rows = sum(lengths)
     x = torch.empty(rows, width)
     low = torch.empty(rows, width, dtype=dtype)
     weights = [torch.empty(width) for _ in lengths]
     stats = torch.empty(rows)
-    stream_layer_norm._forward_triton(x, low if delta else None, weights, weights, lengths, 1e-5, dtype)
-    stream_layer_norm._backward_triton(low, x if delta else None, x, stats, stats, weights, lengths, dtype)
+    stream_layer_norm._forward_triton(x, low if delta else None, weights, weights, lengths, 1e-5, dtype, architecture)
+    stream_layer_norm._backward_triton(low, x if delta else None, x, stats, stats, weights, lengths, dtype, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
@@ -52,9 +55,9 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"stream_layer_norm-ones-{_name}"] = partial(_layer_norm, _dtype, 768, [1], False)
 
 
-def _dgelu_bias(dtype: torch.dtype, width: int, rows: list[int]) -> None:
+def _dgelu_bias(dtype: torch.dtype, width: int, rows: list[int], architecture: str) -> None:
     x = torch.empty(sum(rows), width, dtype=dtype)
-    linear_gelu._dgelu_bias_triton(x, x, rows, dtype)
+    linear_gelu._dgelu_bias_triton(x, x, rows, dtype, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
@@ -64,73 +67,76 @@ for _name, _dtype in LOW_PRECISION.items():
 
 
 def _attention(
-    dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None = None
+    dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None, architecture: str
 ) -> None:
     queries, batch = q_lengths or lengths, 1 if lengths == [1] else 2
     q = torch.empty(batch * sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
     kv = torch.empty(batch * sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
-    out, lse = attention_kernels.attention_forward_triton(q, kv, batch, queries, lengths, heads)
-    attention_kernels.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads)
+    out, lse = attention_kernels.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
+    attention_kernels.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
-    CASES[f"attention-shared-{_name}"] = partial(_attention, _dtype, 64, 12, [128, 49, 177])
-    CASES[f"attention-decoder-{_name}"] = partial(_attention, _dtype, 32, 16, [708])
+    CASES[f"attention-shared-{_name}"] = partial(_attention, _dtype, 64, 12, [128, 49, 177], None)
+    CASES[f"attention-decoder-{_name}"] = partial(_attention, _dtype, 32, 16, [708], None)
     CASES[f"attention-queries-{_name}"] = partial(_attention, _dtype, 32, 16, [708], [531])
-CASES["attention-long-bf16"] = partial(_attention, torch.bfloat16, 64, 12, [708])
-CASES["attention-wide-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [177])
-CASES["attention-wide-long-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [708])
-CASES["attention-ones-fp16"] = partial(_attention, torch.float16, 16, 1, [1])
-CASES["attention-odd-fp16"] = partial(_attention, torch.float16, 24, 3, [300])
-CASES["attention-fp32"] = partial(_attention, torch.float32, 64, 12, [708])
+CASES["attention-long-bf16"] = partial(_attention, torch.bfloat16, 64, 12, [708], None)
+CASES["attention-wide-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [177], None)
+CASES["attention-wide-long-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [708], None)
+CASES["attention-ones-fp16"] = partial(_attention, torch.float16, 16, 1, [1], None)
+CASES["attention-odd-fp16"] = partial(_attention, torch.float16, 24, 3, [300], None)
+CASES["attention-fp32"] = partial(_attention, torch.float32, 64, 12, [708], None)
 
 
-def _tokens(dtype: torch.dtype, length: int, kept: int, width: int) -> None:
+def _tokens(dtype: torch.dtype, length: int, kept: int, width: int, architecture: str) -> None:
     batch = 1 if length == 1 else 2
     ids = torch.zeros(batch, kept, dtype=torch.int64)
     places = torch.zeros(batch, length, dtype=torch.int64)
     x, whole = (torch.empty(batch * n, width, dtype=dtype) for n in (kept, length))
-    gather_tokens._forward_triton(whole, ids)
-    gather_tokens._backward_triton(x, ids, length)
+    gather_tokens._forward_triton(whole, ids, architecture)
+    gather_tokens._backward_triton(x, ids, length, architecture)
     for pos_dtype in {dtype, torch.float32}:
         pos = torch.empty(length, width, dtype=pos_dtype)
-        scatter_tokens._forward_triton(x, places, torch.empty(width), pos)
+        scatter_tokens._forward_triton(x, places, torch.empty(width), pos, architecture)
         dout = torch.empty(batch * length, width, dtype=pos_dtype)
         for sums in (True, False):
-            scatter_tokens._backward_triton(dout, places, kept, dtype, sums)
+            scatter_tokens._backward_triton(dout, places, kept, dtype, sums, architecture)
 
 
 def _patches(
-    dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels=torch.float32
+    dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, architecture: str
 ) -> None:
+    colors = scale_and_shift(IMAGE_MEAN, IMAGE_STD)
     length = (height // p) * (width // p)
     images = torch.empty(2, width, height, channels, dtype=pixels).permute(0, 3, 2, 1)
     ids, removed = (torch.zeros(2, n, dtype=torch.int64) for n in (kept, length - kept or 1))
     weight, bias, pos = torch.empty(dim, channels, p, p, dtype=dtype), torch.empty(dim), torch.empty(length, dim)
     for chosen in (ids, None):
-        out, patches = embed_kept_patches._forward_triton(images, chosen, weight, bias, pos.to(out_dtype), bias)
-        embed_kept_patches._backward_triton(out, patches, chosen, length, True, True)
+        inputs = (images, chosen, weight, bias, pos.to(out_dtype), bias, colors)
+        out, patches = embed_kept_patches._forward_triton(*inputs, architecture)
+        embed_kept_patches._backward_triton(out, patches, chosen, length, True, True, architecture)
     pred = torch.empty(2, removed.shape[1], p * p * channels, dtype=dtype)
     for norm in (True, False):
-        loss, mean, rstd = masked_patch_mse._forward_triton(pred, images, removed, p, norm)
-        masked_patch_mse._backward_triton(loss, pred, images, removed, mean, rstd, p, norm)
+        options = (p, norm, colors, architecture)
+        loss, mean, rstd = masked_patch_mse._forward_triton(pred, images, removed, *options)
+        masked_patch_mse._backward_triton(loss, pred, images, removed, mean, rstd, *options)
 
 
-def _contrastive(dtype: torch.dtype, count: int, width: int, both: bool) -> None:
+def _contrastive(dtype: torch.dtype, count: int, width: int, both: bool, architecture: str) -> None:
     x = torch.empty(count, width, dtype=dtype)
-    loss, _, *saved = contrastive_loss._forward_triton(x, x, 0.05, both)
-    contrastive_loss._backward_triton(loss, x, x, *saved, 0.05)
+    loss, _, *saved = contrastive_loss._forward_triton(x, x, 0.05, both, architecture)
+    contrastive_loss._backward_triton(loss, x, x, *saved, 0.05, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
     CASES[f"tokens-decoder-{_name}"] = partial(_tokens, _dtype, 708, 177, 512)
     CASES[f"tokens-ones-{_name}"] = partial(_tokens, _dtype, 1, 1, 1)
-    CASES[f"patches-video-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32)
+    CASES[f"patches-video-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32, torch.float32)
     CASES[f"patches-bytes-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 49, 768, 16, torch.float32, torch.uint8)
     CASES[f"patches-bytes-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.uint8)
-    CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32)
-    CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype)
-    CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype)
+    CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32, torch.float32)
+    CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.float32)
+    CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype, torch.float32)
     for _both in (False, True):
         CASES[f"contrastive-{1 + _both}-{_name}"] = partial(_contrastive, _dtype, 256, 768, _both)
     CASES[f"contrastive-odd-{_name}"] = partial(_contrastive, _dtype, 97, 33, True)
@@ -138,9 +144,10 @@ for _name, _dtype in LOW_PRECISION.items():
 CASES["contrastive-fp32"] = partial(_contrastive, torch.float32, 256, 768, True)
 
 
-def _log_mel(dtype: torch.dtype, batch: int, samples: int, counted: bool, rate: int, bins: int, length: int) -> None:
+def _log_mel(dtype, batch: int, samples: int, counted: bool, rate: int, bins: int, length: int, architecture: str) -> None:
     waveform, count = torch.empty(batch, samples, dtype=dtype), torch.full((batch,), samples)
-    log_mel_fbank._forward_triton(waveform, count if counted else None, rate, bins, length, -5.081, 4.4849)
+    counts = count if counted else None
+    log_mel_fbank._forward_triton(waveform, counts, rate, bins, length, -5.081, 4.4849, architecture)
 
 
 CASES["log_mel-int16"] = partial(_log_mel, torch.int16, 2, 163840, True, 16000, 128, 1024)

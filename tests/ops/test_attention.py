@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import assert_parity, convert, run
 
-from cavmae_fast.ops import dispatch
+from cavmae_fast.ops import attention_backends, configuration, dispatch
 from cavmae_fast.ops.attention import BACKENDS, attention, available_backends, query_attention, resolve_backend
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.reference import operators as reference
@@ -171,18 +171,22 @@ def test_saved_lse_is_in_base_2():
 
 def test_back_end_choice(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(dispatch, "architecture", lambda index: "sm_90")
     assert resolve_backend("auto", cpu, torch.float32) == "torch"
     with dispatch.override("triton"):
         assert resolve_backend("auto", cpu, torch.float32) == "triton"
         assert resolve_backend("auto", cpu, torch.float64) == "torch"
         assert resolve_backend("auto", cpu, torch.float32, head_width=160) == "torch"
         assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
-    monkeypatch.setattr(registry, "architecture", lambda index: "sm_90")
-    monkeypatch.setattr(registry, "proven", lambda: {"attention": ["sm_90"]})
-    assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
-    assert resolve_backend("auto", cuda, torch.float64) == "sdpa"
-    monkeypatch.setattr(registry, "proven", lambda: {})
     assert resolve_backend("auto", cuda, torch.bfloat16) == "sdpa"
+    proven = {("attention", torch.bfloat16), ("attention", torch.float64)}
+    monkeypatch.setattr(
+        configuration, "implementation", lambda here, *which: "triton" if which in proven else "torch"
+    )
+    assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
+    assert resolve_backend("auto", cuda, torch.float16) == "sdpa"
+    assert resolve_backend("auto", cuda, torch.float64) == "sdpa"
+    assert resolve_backend("auto", cuda, torch.bfloat16, head_width=160) == "sdpa"
     assert list(available_backends(cuda)) == list(BACKENDS)
     assert available_backends("cpu")["sdpa"] == "available"
 
@@ -240,7 +244,7 @@ def test_errors(monkeypatch):
         attention(qkv.double(), layout, 2, backend="triton")
 
     found = {"flash_attn": False, "xformers": True}
-    monkeypatch.setattr(MODULE, "_installed", found.get)
+    monkeypatch.setattr(attention_backends, "installed", found.get)
     with pytest.raises(RuntimeError, match="pip install flash-attn"):
         attention(qkv, layout, 2, backend="flash_attn")
     with pytest.raises(RuntimeError, match="needs a CUDA device"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 from unittest import mock
@@ -140,7 +139,7 @@ def test_gelu_backward_at_the_edges(mode):
     dy = torch.ones_like(pre)
     dy[1, 5] = float("nan")
     if mode == "triton":
-        dpre, db = linear_gelu_file._dgelu_bias_triton(dy, pre, [3], torch.float32)
+        dpre, db = linear_gelu_file._dgelu_bias_triton(dy, pre, [3], torch.float32, "sm_90")
     else:
         dpre = torch.ops.aten.gelu_backward(dy, pre)
         db = linear_gelu_file.bias_gradient(dpre, [3], torch.float32)
@@ -159,6 +158,7 @@ def test_the_cuda_library_gets_each_stream(monkeypatch):
 
     def kernel(name, dpre, partial, dact, pre, rows, width, dtype, stream):
         assert (name, dtype, stream) == ("cavmae_dgelu_bias", 0, 5)
+        assert all(address % 16 == 0 for address in (dpre, dact, pre))
         result = torch.ops.aten.gelu_backward(tensor_at(dact, rows, width), tensor_at(pre, rows, width))
         tensor_at(dpre, rows, width).copy_(result)
         for i, part in enumerate(result.split(4)):
@@ -167,10 +167,10 @@ def test_the_cuda_library_gets_each_stream(monkeypatch):
     library = mock.Mock(cavmae_dgelu_bias_rows_per_block=lambda: 4)
     monkeypatch.setattr(native, "library", lambda: library)
     monkeypatch.setattr(native, "call", kernel)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: mock.Mock(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
     dy, pre = torch.randn(2, 19, 8, generator=torch.Generator().manual_seed(0))
-    got = linear_gelu_file._dgelu_bias_native(dy, pre, [3, 9, 7], torch.float32)
+    dy = torch.cat([dy.new_zeros(1), dy.flatten()])[1:].view(19, 8)  # begins between two multiples of 16 bytes
+    got = linear_gelu_file._dgelu_bias_cuda(dy, pre, [3, 9, 7], torch.float32)
     want = linear_gelu_file._dgelu_bias_torch(dy, pre, [3, 9, 7], torch.float32)
     torch.testing.assert_close(got, want)
 

@@ -1,0 +1,117 @@
+"""Every private interface of torch that this package uses, each as a function that says what it falls back to.
+
+Private means: with an underscore in its name, so that torch may change it without notice. Each is looked up when it is
+used, not when this file is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _autocast_keys() -> Any:
+    key = torch._C.DispatchKey
+    return torch._C.DispatchKeySet(key.AutocastCPU) | torch._C.DispatchKeySet(key.AutocastCUDA)
+
+
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Switches autocast off for a block, on CPUs and GPUs, whatever dtypes it is set to.
+
+    Private: `torch._C._ExcludeDispatchKeyGuard`, a microsecond. Without it: `torch.autocast(enabled=False)`, several.
+    """
+    if hasattr(torch._C, "_ExcludeDispatchKeyGuard") and hasattr(torch._C, "DispatchKeySet"):
+        return torch._C._ExcludeDispatchKeyGuard(_autocast_keys())
+    stack = contextlib.ExitStack()
+    for device in ("cpu", "cuda"):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def constant_for_compile(function: Callable) -> Callable:
+    """Marks a function whose result torch.compile takes as a constant, computed once while it traces.
+
+    Private: the attribute that `torch.compiler.assume_constant_result` sets. Calling that instead imports all of dynamo,
+    a second of import time. Where torch reads another attribute, torch.compile traces through the function.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# ---------------------------------------------------------------------------------------------------------------- CPU
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix units for bf16 (AMX) that PyTorch uses. Private: `torch.cpu._is_amx_tile_supported`;
+    without it the answer is no."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def has_avx512_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in its vector units (AVX512-BF16). Private: `torch.cpu._is_avx512_bf16_supported`;
+    without it the answer is no."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+@functools.cache
+def has_fused_bf16_linear() -> bool:
+    """Whether `fused_bf16_linear` can be called: PyTorch may be built without oneDNN, and oneDNN asks a CPU for AVX-512 or
+    bf16 instructions. Private: `torch.ops.mkldnn._is_mkldnn_bf16_supported`; without it the answer is no."""
+    names = ("_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fused_bf16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x weight^T + bias` in bf16 on the CPU, the bias added inside the product. Private:
+    `torch.ops.mkldnn._linear_pointwise`; ask `has_fused_bf16_linear` first, and take `torch.addmm` without it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def flash_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention kernel for CPUs: q, k, v `[B, H, L, W]`, any strides -> out `[B, H, Lq, W]`, natural log of the
+    rows' sums of exponentials `[B, H, Lq]` in float32 (float64 for float64).
+
+    Private: `aten._scaled_dot_product_flash_attention_for_cpu`. Without it: the matrix of scores, written out.
+    """
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is not None:
+        return kernel(q, k, v, scale=scale)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).mT * scale
+    lse = scores.logsumexp(-1)
+    out = (scores - lse.unsqueeze(-1)).exp() @ v.to(exact)
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def flash_attention_cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `flash_attention_cpu` -> dq, dk, dv, each of its tensor's shape.
+
+    Private: `aten._scaled_dot_product_flash_attention_for_cpu_backward`. Without it: the matrix of scores, written out.
+    """
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+    if kernel is not None:
+        return kernel(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+    p = (q @ k.mT * scale - lse.unsqueeze(-1).to(q.dtype)).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, p.mT @ dout
+
+
+def softmax_backward_(gradient: Tensor, p: Tensor) -> Tensor:
+    """The gradient of a softmax over the last dimension, whose result was `p`, written over `gradient`.
+
+    Private: `aten._softmax_backward_data`. Without it: p (g - sum of p g), with two more passes over the memory.
+    """
+    kernel = getattr(torch.ops.aten, "_softmax_backward_data", None)
+    if kernel is None:
+        return gradient.sub_((gradient * p).sum(-1, keepdim=True)).mul_(p)
+    return kernel.out(gradient, p, -1, gradient.dtype, grad_input=gradient)  # row by row: in place is safe

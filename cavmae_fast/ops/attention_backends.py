@@ -1,0 +1,71 @@
+"""Other people's attention behind the packed layout: PyTorch's `scaled_dot_product_attention`, flash-attn, xformers.
+
+Each takes (q, kv, batch, q_lengths, lengths, heads) as the registered operator does, and differentiates itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cavmae_fast.ops.attention_torch import operands
+
+PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
+"Back end -> the package that pip knows it by."
+
+
+@functools.cache
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def sdpa(q, kv, batch, q_lengths, lengths, heads):
+    outputs = []
+    for parts in operands(q, kv, batch, q_lengths, lengths, heads):
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in parts))
+        outputs.append(out.transpose(1, 2).reshape(-1, heads * out.shape[-1]))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _boundaries(batch: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Row at which each sample begins, and the end: int32 `[samples + 1]`, flash-attn's `cu_seqlens`."""
+    counts = torch.tensor([0, *(length for length in lengths for _ in range(batch))])
+    return counts.cumsum(0).to(device, torch.int32)
+
+
+def flash_attn(q, kv, batch, q_lengths, lengths, heads):
+    import flash_attn as package
+
+    keys, most = _boundaries(batch, tuple(lengths), q.device), max(lengths)
+    if kv is None:
+        packed = q.view(q.shape[0], 3, heads, -1)
+        return package.flash_attn_varlen_qkvpacked_func(packed, keys, most).flatten(1)
+    queries = _boundaries(batch, tuple(q_lengths), q.device)
+    q, kv = q.view(q.shape[0], heads, -1), kv.view(kv.shape[0], 2, heads, -1)
+    return package.flash_attn_varlen_kvpacked_func(q, kv, queries, keys, max(q_lengths), most).flatten(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask(batch: int, q_lengths: tuple[int, ...], lengths: tuple[int, ...], device: torch.device):
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    counts = [[length for length in each for _ in range(batch)] for each in (q_lengths, lengths)]
+    return BlockDiagonalMask.from_seqlens(*counts, device=device)
+
+
+def xformers(q, kv, batch, q_lengths, lengths, heads):
+    from xformers.ops import memory_efficient_attention
+
+    mask = _block_mask(batch, tuple(q_lengths), tuple(lengths), q.device)
+    parts = q.chunk(3, dim=1) if kv is None else (q, *kv.chunk(2, dim=1))
+    out = memory_efficient_attention(*(t.unflatten(1, (heads, -1)).unsqueeze(0) for t in parts), attn_bias=mask)
+    return out.squeeze(0).flatten(1)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash_attn": flash_attn, "xformers": xformers}
