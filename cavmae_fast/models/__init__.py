@@ -2,8 +2,9 @@
 
 from cavmae_fast.models.cavmae import CAVMAE
 from cavmae_fast.models.cavmae_ft import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.models.imagenet_mae import load_imagenet_mae
 from cavmae_fast.models.presets import PRESETS, Preset, create_model
-from cavmae_fast.models.weights import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint, load_imagenet_mae
+from cavmae_fast.models.weights import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
 
 __all__ = [
     "CAVMAE",

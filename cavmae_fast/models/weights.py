@@ -1,4 +1,4 @@
-"""Checkpoints: published `.pth` files, safetensors, ImageNet-MAE initialization, and our own folders.
+"""Weights in files: published `.pth` files, safetensors, and our own folders.
 
 Everything is read with `weights_only=True` or as safetensors: a checkpoint cannot run code.
 """
@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.errors import CavmaeError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -73,7 +74,7 @@ def _unwrapped(state: object, origin: str) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
-def _state_of(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def state_of(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The state dict of a file, folder or mapping, and how errors call it."""
     if isinstance(source, Mapping):
         return _unwrapped(source, "the state dict"), "the state dict"
@@ -94,7 +95,7 @@ def load_checkpoint(
     uses); a shape that differs is always an error. Nothing is loaded when there is an error. Returns what was missing and
     unexpected. Raises CheckpointError.
     """
-    state, origin = _state_of(source)
+    state, origin = state_of(source)
     own = model.state_dict()
     report = LoadReport(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
     problems = []
@@ -117,69 +118,6 @@ def load_checkpoint(
 def _patterns(allow: str | Iterable[str]) -> list[str]:
     """A single pattern is one pattern, not its letters: one of them may be '*'."""
     return [allow] if isinstance(allow, str) else list(allow)
-
-
-def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:
-    """Initializes a CAV-MAE model from an image MAE checkpoint (ViT with or without decoder and class token).
-
-    The RGB projection goes to video and, summed over channels, to audio; the first blocks to both modality-specific stacks
-    and the rest to the shared blocks, whose norms and the final norm are copied to the `_a` and `_v` ones; the decoder,
-    where checkpoint and model have one, to the decoder, the first 256 (patch area) outputs of its head serving audio.
-    Position embeddings without class token are taken for video. Returns which of the model's names kept their own values
-    and which of the checkpoint's were not used. Raises CheckpointError when a shape does not fit or no block is found.
-    """
-    state, origin = _state_of(source)
-    own = model.state_dict()
-    depth = len(model.blocks_a)
-    new: dict[str, Tensor] = {}
-    used: set[str] = set()
-
-    def put(name: str, key: str, value: Tensor) -> None:
-        if name not in own:
-            return
-        if own[name].shape != value.shape:
-            raise CheckpointError(
-                f"{origin}: {key} gives {name} the shape {list(value.shape)}, the model's has {list(own[name].shape)}"
-            )
-        new[name] = value
-        used.add(key)
-
-    for key, value in state.items():
-        first, _, rest = key.partition(".")
-        if first == "blocks":
-            index, _, leaf = rest.partition(".")
-            if int(index) < depth:
-                for m in "av":
-                    put(f"blocks_{m}.{index}.{leaf}", key, value)
-            else:
-                put(f"blocks_u.{int(index) - depth}.{leaf}", key, value)
-                norm, _, kind = leaf.partition(".")
-                if norm in ("norm1", "norm2"):
-                    for m in "av":
-                        put(f"blocks_u.{int(index) - depth}.{norm}_{m}.{kind}", key, value)
-        elif first == "norm":
-            for name in ("norm", "norm_a", "norm_v"):
-                put(f"{name}.{rest}", key, value)
-        elif key == "patch_embed.proj.weight":
-            put("patch_embed_v.proj.weight", key, value)
-            put("patch_embed_a.proj.weight", key, value.sum(dim=1, keepdim=True))
-        elif key == "patch_embed.proj.bias":
-            for m in "av":
-                put(f"patch_embed_{m}.proj.bias", key, value)
-        elif key in ("pos_embed", "decoder_pos_embed"):
-            name = f"{key}_v"
-            if name in own:
-                put(name, key, value[:, 1:] if value.shape[1] == own[name].shape[1] + 1 else value)
-        elif first == "decoder_pred" and hasattr(model, "decoder_pred_a"):
-            put(f"decoder_pred_v.{rest}", key, value)
-            put(f"decoder_pred_a.{rest}", key, value[: model.decoder_pred_a.out_features])
-        elif first in ("decoder_blocks", "decoder_embed", "decoder_norm", "mask_token"):
-            put(key, key, value)
-    stack = "blocks_u." if len(model.blocks_u) else "blocks_a."
-    if not any(name.startswith(stack) for name in new):
-        raise CheckpointError(f"{origin} is no image MAE checkpoint of this depth: it has no block for {stack}0")
-    model.load_state_dict(new, strict=False)
-    return LoadReport(sorted(own.keys() - new.keys()), sorted(state.keys() - used - {"cls_token"}))
 
 
 class Pretrained:
@@ -206,23 +144,40 @@ class Pretrained:
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **overrides) -> Self:
+    def from_pretrained(cls, folder: str | os.PathLike, **overrides: Any) -> Self:
         """Builds the model that `save_pretrained` wrote into `folder`. `overrides` change constructor arguments, such as
         `attention`. Raises CheckpointError naming what is missing, of another class, or does not fit."""
         path = Path(folder) / CONFIG_FILE
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; save_pretrained writes one") from error
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        name = config.pop("class", None) if isinstance(config, dict) else type(config).__name__
+        config = _read_config(path)
+        name = config.pop("class", None)
         if name != cls.__name__:
             raise CheckpointError(f"{path} describes a {name}; this is {cls.__name__}.from_pretrained")
         config["norm_layer"] = functools.partial(nn.LayerNorm, eps=config.pop("norm_eps", 1e-5))
+        if "clip" in config:  # folders that name no statistics are those of models that take CAV-MAE's
+            config["clip"] = _read_clip(config["clip"], path)
         try:
             model = cls(**config | overrides)
         except TypeError as error:
             raise CheckpointError(f"{path} and the overrides do not fit {cls.__name__}: {error}") from error
         load_checkpoint(model, folder)
         return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} holds no {CONFIG_FILE}; save_pretrained writes one") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}; it must hold the object that save_pretrained writes")
+    return config
+
+
+def _read_clip(values: object, path: Path) -> ClipSpec:
+    """The ClipSpec that a configuration holds as an object; JSON knows no tuples."""
+    try:
+        return ClipSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: clip is {values!r}, which describes no ClipSpec: {error}") from error
