@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ENCODER, TINY, inputs, one_thread, randomize  # noqa: F401
 from torch import nn
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.models import (
     CAVMAE,
     CAVMAEFT,
@@ -20,10 +21,10 @@ from cavmae_fast.models import (
     PRETRAINED_TO_FINE_TUNED,
     CAVMAEFTAudio,
     CheckpointError,
-    checkpoint,
     create_model,
     load_checkpoint,
     load_imagenet_mae,
+    weights,
 )
 
 
@@ -398,6 +399,7 @@ def test_image_mae_that_does_not_fit(tmp_path):
         assert same(values(model), before)
 
     refused(image_mae(depth=2), "image MAE")
+    refused({"blocks.first.norm1.weight": torch.zeros(48)}, "image MAE")
     refused({"something": torch.zeros(3)}, "image MAE")
     refused(image_mae() | {"norm.weight": torch.zeros(50)}, "norm.weight", "[50]", "[48]")
     refused(CAVMAE(**TINY).state_dict(), "image MAE")
@@ -497,6 +499,34 @@ def test_folders_that_do_not_fit(tmp_path, trained):
         CAVMAE.from_pretrained(tmp_path)
 
 
+CLIP = ClipSpec(
+    image_size=(32, 32), audio_length=64, image_mean=(0.5, 0.4, 0.3), image_std=(0.2, 0.25, 0.3), audio_mean=-4.0
+)
+
+
+@pytest.mark.parametrize("kind", [CAVMAE, CAVMAEFT, CAVMAEFTAudio])
+def test_statistics_are_kept(tmp_path, kind):
+    model = kind(**TINY, clip=CLIP) if kind is CAVMAE else kind(5, **ENCODER, clip=CLIP)
+    again = kind.from_pretrained(model.save_pretrained(tmp_path))
+    assert again.clip_spec == CLIP and hash(again.clip_spec) == hash(CLIP) and again.config == model.config
+
+
+def test_folders_without_statistics_are_those_of_cav_mae(tmp_path, trained):
+    """As earlier versions wrote them; and a model that takes the default statistics still writes the same."""
+    trained.save_pretrained(tmp_path)
+    assert "clip" not in json.loads((tmp_path / "config.json").read_text())
+    assert CAVMAE.from_pretrained(tmp_path).clip_spec == ClipSpec(image_size=(32, 32), audio_length=64)
+
+
+@pytest.mark.parametrize("value", [3, None, "x", [], {"frames": 0}, {"audio_std": "wide"}, {"colour": 1}])
+def test_statistics_that_cannot_be_read(tmp_path, trained, value):
+    trained.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"clip": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: clip is .* no ClipSpec"):
+        CAVMAE.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("moment", ["weights", "half-written", "config"])
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, trained, monkeypatch, moment):
     trained.save_pretrained(tmp_path)
@@ -510,7 +540,7 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, trained, monkeypatch
     other = randomize(CAVMAE(**TINY | {"norm_pix_loss": True}), seed=9)
     with monkeypatch.context() as patch:
         if moment == "config":
-            patch.setattr(checkpoint.json, "dumps", lambda *_, **__: interrupted(None, None))
+            patch.setattr(weights.json, "dumps", lambda *_, **__: interrupted(None, None))
         else:
             patch.setattr("safetensors.torch.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -539,9 +569,10 @@ def test_presets(name):
     assert model.norm_pix_loss == preset.model.get("norm_pix_loss", True)
     weights = {"mae_loss_weight": preset.mae_loss_weight, "contrast_loss_weight": preset.contrast_loss_weight}
     out = model(*inputs(dtype=torch.float32), **weights)
-    assert out[0].isfinite() and out[0] > 0
-    assert (out[1] == 0) == (preset.mae_loss_weight == 0) and (out[4] == 0) == (preset.contrast_loss_weight == 0)
-    out[0].backward()
+    assert out.loss.isfinite() and out.loss > 0
+    assert (out.loss_mae == 0) == (preset.mae_loss_weight == 0)
+    assert (out.loss_c == 0) == (preset.contrast_loss_weight == 0)
+    out.loss.backward()
     for key, parameter in model.named_parameters():  # exactly what the losses train: plain DDP waits for the rest
         assert parameter.requires_grad == (parameter.grad is not None), key
     assert preset.summary and preset.batch_size > 0 and preset.learning_rate > 0

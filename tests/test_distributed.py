@@ -11,24 +11,19 @@ import torch.multiprocessing
 from tiny import TINY, gradients, inputs, one_thread, randomize  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
-from cavmae_fast.models import CAVMAE
+from cavmae_fast.models import CAVMAE, PretrainOutput
 from cavmae_fast.models.distributed import gather_rows
 from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.reference.masking import Masking, random_masking
 
 RANKS, PER_RANK = 2, 2
-WEIGHTS = {"mae_loss_weight": 1.0, "contrast_loss_weight": 0.5}
-CASES = [("all", 1.0), ("rank", 1.0), ("all", 0.0)]
-"(negatives, weight of the reconstruction loss); without reconstruction the decoder is frozen."
+CASES = [("all", 1.0, 0.5), ("rank", 1.0, 0.5), ("all", 0.0, 0.5), ("all", 1.0, 0.0)]
+"(negatives, weight of the reconstruction loss, weight of the contrastive loss)"
 
 
-def build(kind: type = CAVMAE, mae_loss_weight: float = 1.0) -> torch.nn.Module:
+def build(kind: type = CAVMAE, mae: float = 1.0, contrast: float = 0.5) -> torch.nn.Module:
     model = randomize(kind(**TINY | {"norm_pix_loss": True})).double()
-    if mae_loss_weight == 0:
-        for name, parameter in model.named_parameters():
-            if name.startswith(("decoder_", "mask_token", "norm.")) or ("blocks_u" in name and ".norm" in name):
-                used = name.startswith("blocks_u") and ("_a." in name or "_v." in name)
-                parameter.requires_grad_(used)
+    model.train_losses(reconstruction=mae != 0, contrast=contrast != 0)
     return model
 
 
@@ -39,13 +34,14 @@ def masks() -> tuple[Masking, Masking]:
     return tuple(random_masking(RANKS * PER_RANK, grid, 0.75, device) for grid in ((8, 4), (2, 2)))
 
 
-def step(model: torch.nn.Module, part: slice, mae_loss_weight: float, wrap=lambda model: model):
+def step(model: torch.nn.Module, part: slice, mae: float = 1.0, contrast: float = 0.5, wrap=lambda model: model):
     """Forward and backward on some rows of the batch, with their rows of the fixed masks."""
     rows = tuple(Masking(*(field[part] for field in masking)) for masking in masks())
     model.draw_masks = lambda *_: rows
     audio, imgs = (x[part] for x in inputs(batch=RANKS * PER_RANK))
-    out = wrap(model)(audio, imgs, **WEIGHTS | {"mae_loss_weight": mae_loss_weight})
-    out[0].backward()
+    out = wrap(model)(audio, imgs, mae_loss_weight=mae, contrast_loss_weight=contrast)
+    assert type(out) is PretrainOutput
+    out.loss.backward()
     return [x.detach() for x in out], gradients(model)
 
 
@@ -55,14 +51,14 @@ def work(rank: int, folder: str) -> None:
     try:
         results = {}
         part = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
-        for negatives, weight in CASES:
-            model = build(mae_loss_weight=weight)
+        for negatives, mae, contrast in CASES:
+            model = build(CAVMAE, mae, contrast)
             model.negatives = negatives
             wrapped = DistributedDataParallel(model)  # without find_unused_parameters
-            out, grads = step(model, part, weight, lambda _, wrapped=wrapped: wrapped)
-            results[negatives, weight] = out, {key: gradient.clone() for key, gradient in grads.items()}
+            out, grads = step(model, part, mae, contrast, lambda _, wrapped=wrapped: wrapped)
+            results[negatives, mae, contrast] = out, {key: gradient.clone() for key, gradient in grads.items()}
             # A second step works only if the first left no parameter waiting. It adds to the gradients.
-            step(model, part, weight, lambda _, wrapped=wrapped: wrapped)
+            step(model, part, mae, contrast, lambda _, wrapped=wrapped: wrapped)
         gathered = gather_rows(torch.full((2, 3), float(rank), requires_grad=True))
         results["gathered"] = gathered.detach()
         torch.save(results, Path(folder) / f"{rank}.pt")
@@ -84,37 +80,37 @@ def assert_same(got: dict, want: dict) -> None:
         torch.testing.assert_close(gradient, want[key], rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.0])
-def test_negatives_of_all_ranks_give_the_gradient_of_the_whole_batch(ranks, weight):
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 0.5), (1.0, 0.0)])
+def test_negatives_of_all_ranks_give_the_gradient_of_the_whole_batch(ranks, weights):
     whole = slice(0, RANKS * PER_RANK)
     for kind in (CAVMAE, reference.CAVMAE):  # the reference knows nothing of ranks
-        out, want = step(build(kind, weight), whole, weight)
+        out, want = step(build(kind, *weights), whole, *weights)
         for result in ranks:
-            got_out, got = result["all", weight]
+            got_out, got = result["all", *weights]
             assert_same(got, want)
             torch.testing.assert_close(got_out[4], out[4])  # every rank reports the loss over all rows
             torch.testing.assert_close(got_out[7], out[7])
-        torch.testing.assert_close(sum(result["all", weight][0][0] for result in ranks) / RANKS, out[0])
+        torch.testing.assert_close(sum(result["all", *weights][0][0] for result in ranks) / RANKS, out[0])
 
 
 def test_negatives_of_one_rank_give_the_mean_of_the_ranks(ranks):
     losses, sums = [], {}
     for rank in range(RANKS):
-        out, grads = step(build(), slice(rank * PER_RANK, (rank + 1) * PER_RANK), 1.0)
-        for mine, alone in zip(ranks[rank]["rank", 1.0][0], out, strict=True):
+        out, grads = step(build(), slice(rank * PER_RANK, (rank + 1) * PER_RANK))
+        for mine, alone in zip(ranks[rank]["rank", 1.0, 0.5][0], out, strict=True):
             torch.testing.assert_close(mine, alone)
         losses.append(out[0])
         sums = {key: sums.get(key, 0) + gradient / RANKS for key, gradient in grads.items()}
     for result in ranks:
-        assert_same(result["rank", 1.0][1], sums)
+        assert_same(result["rank", 1.0, 0.5][1], sums)
 
 
 def test_the_two_kinds_of_negatives_differ(ranks):
     """Else the tests above could not tell them apart."""
-    all_ranks, per_rank = ranks[0]["all", 1.0][1], ranks[0]["rank", 1.0][1]
+    all_ranks, per_rank = ranks[0]["all", 1.0, 0.5][1], ranks[0]["rank", 1.0, 0.5][1]
     key = "blocks_a.0.mlp.fc1.weight"
     assert (all_ranks[key] - per_rank[key]).norm() > 1e-3 * all_ranks[key].norm()
-    assert abs(ranks[0]["all", 1.0][0][4] - ranks[0]["rank", 1.0][0][4]) > 1e-3
+    assert abs(ranks[0]["all", 1.0, 0.5][0][4] - ranks[0]["rank", 1.0, 0.5][0][4]) > 1e-3
 
 
 def test_rows_come_rank_after_rank(ranks):
@@ -129,6 +125,6 @@ def test_alone_nothing_is_gathered():
     for negatives in ("all", "rank"):
         model = build()
         model.negatives = negatives
-        out[negatives] = step(model, slice(0, 4), 1.0)
+        out[negatives] = step(model, slice(0, 4))
     assert torch.equal(out["all"][0][0], out["rank"][0][0])
     assert_same(out["all"][1], out["rank"][1])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from cavmae_fast import models
 from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.reference.cavmae_parameters import MODES
 
 OUTPUTS = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c", "mask_a", "mask_v", "c_acc")
 PRETRAINING = ["cavmae_small_normpix", "cavmae_small_rawpix", "cavmae_base_normpix"]
@@ -77,7 +78,7 @@ def test_fine_tuned(implementation):
     model = golden.fill(implementation.CAVMAEFT(**metadata["config"]))
     audio, imgs = golden.inputs(metadata)
     target = torch.linspace(0, 1, metadata["config"]["label_dim"]).expand(metadata["batch"], -1)
-    for mode in reference.MODES:
+    for mode in MODES:
         model.zero_grad(set_to_none=True)
         logits = model(audio, imgs, mode)
         assert relative(logits, want[mode]) < 2e-5, mode

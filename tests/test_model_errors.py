@@ -11,7 +11,9 @@ from tiny import ENCODER, TINY, inputs, one_thread  # noqa: F401
 from torch import nn
 
 from cavmae_fast import models
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.reference.cavmae_parameters import MODES
 
 NAN = float("nan")
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(models, id="fast")]
@@ -84,6 +86,22 @@ def test_label_dim(implementation, kind, label_dim):
 def test_unknown_arguments(implementation):
     refused("unexpected keyword argument 'embed_dimm'", implementation.CAVMAE, error=TypeError, embed_dimm=3)
     refused("label_dim", implementation.CAVMAEFT, error=TypeError)
+
+
+@both
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": (32, 64)}, "clip.image_size is (32, 64) | must be (32, 32)"),
+        ({"audio_length": 1024}, "clip.audio_length is 1024 | must be 64"),
+        ({"frames": 8, "frame_rate": 4.0}, "clip.frames is 8 | must be 1"),
+        ({"mel_bins": 80}, "clip.mel_bins is 80 | must be 128"),
+    ],
+)
+def test_clip_that_disagrees_with_the_other_arguments(implementation, change, message):
+    clip = ClipSpec(**{"image_size": (32, 32), "audio_length": 64, **change})
+    refused(message, implementation.CAVMAE, **TINY, clip=clip)
+    refused(message, implementation.CAVMAEFT, 5, **ENCODER, clip=clip)
 
 
 # ------------------------------------------------------------------------------------------------------------ inputs
@@ -209,11 +227,11 @@ def test_a_refused_call_draws_nothing(implementation, arguments):
 @both
 @pytest.mark.parametrize("mode", ["av", "", None, "audio"])
 def test_classifier_mode(implementation, mode):
-    refused(f"mode is {mode!r} | {', '.join(reference.MODES)}", model(implementation, "CAVMAEFT"), AUDIO, IMGS, mode)
+    refused(f"mode is {mode!r} | {', '.join(MODES)}", model(implementation, "CAVMAEFT"), AUDIO, IMGS, mode)
 
 
 @both
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_classifier_input_missing(implementation, mode):
     classifier = model(implementation, "CAVMAEFT")
     if "video" not in mode:
@@ -235,6 +253,27 @@ def test_negatives(value):
     bad.negatives = value
     refused(f"negatives is {value!r} | all, rank", bad, AUDIO, IMGS)
     refused(f"negatives is {value!r} | all, rank", bad, AUDIO, IMGS, contrast_loss_weight=0)
+
+
+@both
+def test_weights_of_losses_that_are_not_trained(implementation):
+    """`create_model("cav")` and the default weights: a reconstruction loss would be reported that nothing learns."""
+    contrastive, reconstructing = implementation.CAVMAE(**TINY), implementation.CAVMAE(**TINY)
+    contrastive.train_losses(reconstruction=False, contrast=True)
+    reconstructing.train_losses(reconstruction=True, contrast=False)
+    refused("mae_loss_weight is 1.0 | must be 0 | train_losses | reconstruction=True", contrastive, AUDIO, IMGS)
+    refused("contrast_loss_weight is 0.01 | must be 0 | train_losses | contrast=True", reconstructing, AUDIO, IMGS)
+    contrastive.train_losses(reconstruction=True, contrast=True)
+    assert contrastive(AUDIO, IMGS).loss.isfinite()
+    none = {"reconstruction": False, "contrast": False}
+    refused("reconstruction and contrast are both False | at least one", contrastive.train_losses, **none)
+    assert contrastive(AUDIO, IMGS).loss.isfinite()  # a refused call changes nothing
+
+
+def test_weights_of_a_preset():
+    model = models.create_model("cav", **TINY)
+    refused("mae_loss_weight is 1.0", model, AUDIO, IMGS)
+    assert model(AUDIO, IMGS, mae_loss_weight=0).loss.isfinite()
 
 
 def test_unavailable_attention():
@@ -303,7 +342,7 @@ def test_contrast_does_not_see_what_was_removed(implementation):
 
 
 @both
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_nan_reaches_the_logits(implementation, mode):
     assert model(implementation, "CAVMAEFT")(AUDIO * NAN, IMGS * NAN, mode).isnan().all()
 

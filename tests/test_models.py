@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import io
 import pickle
@@ -13,14 +14,20 @@ import torch
 import torch.nn.functional as F
 from tiny import ENCODER, OUTPUTS, TINY, gradients, inputs, one_thread, pair, randomize, relative  # noqa: F401
 from torch import nn
+from torch.nn.parallel import scatter_gather
 
 import cavmae_fast
 from cavmae_fast import models
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data import augment, loader
 from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
-from cavmae_fast.models import CAVMAE, CAVMAEFT, CAVMAEFTAudio
-from cavmae_fast.models.packed import block
+from cavmae_fast.models import CAVMAE, CAVMAEFT, PRESETS, CAVMAEFTAudio, create_model
+from cavmae_fast.models.packed import State, block
+from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.reference.blocks import block as plain_block
+from cavmae_fast.reference.cavmae_parameters import MODES
+from cavmae_fast.reference.layers import Block, ModalityBlock
 from cavmae_fast.reference.masking import random_masking
 
 CONFIGS = {
@@ -434,7 +441,7 @@ def test_bytes_in_features_and_classifier():
         for got, want in zip(fast.forward_feat(audio, pixels), plain.forward_feat(audio, normalized), strict=True):
             assert relative(got, want) < 1e-9
         assert relative(plain.forward_feat(audio, pixels)[1], want) < 1e-12
-    for mode in reference.MODES:
+    for mode in MODES:
         want = plain(audio, normalized, mode)
         assert relative(fast(audio, pixels, mode), want) < 1e-9 and relative(plain(audio, pixels, mode), want) < 1e-12
 
@@ -458,7 +465,7 @@ def test_bytes_under_autocast_and_in_low_precision(dtype):
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["default", "two-shared", "all-shared", "none-shared", "sdpa", "wide-images"])
 def test_fine_tuned_equals_reference(name, mode):
     config = ENCODER | CONFIGS[name]
@@ -478,11 +485,11 @@ def test_fine_tuned_equals_reference(name, mode):
 
 
 def test_missing_is_the_mean_of_both_norm_passes():
-    fast, _ = pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER)
+    fast, plain = pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER)
     audio, imgs = inputs()
     for m, x, mode in (("a", audio, "missingaudioonly"), ("v", imgs, "missingvideoonly")):
-        tokens = fast.specific(m, fast.embed(m, x))
-        mean = (fast.shared(tokens).mean(1) + fast.shared(tokens, m).mean(1)) / 2
+        tokens = plain.specific(m, plain.embed(m, x))
+        mean = (plain.shared(tokens).mean(1) + plain.shared(tokens, m).mean(1)) / 2
         torch.testing.assert_close(fast(audio, imgs, mode), fast.mlp_head(mean), rtol=1e-10, atol=1e-12)
 
 
@@ -583,7 +590,7 @@ def test_whole_model_in_another_dtype(dtype, input_dtype):
     assert abs(out["loss"] - exact) < 0.02 * exact
     assert model.forward_feat(audio, imgs)[0].dtype == dtype
     classifier = randomize(CAVMAEFT(5, **ENCODER)).to(dtype)
-    assert all(classifier(audio, imgs, mode).dtype == dtype for mode in reference.MODES)
+    assert all(classifier(audio, imgs, mode).dtype == dtype for mode in MODES)
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
@@ -689,14 +696,6 @@ def test_default_models_on_the_meta_device():
         assert all(p.requires_grad for n, p in CAVMAE(tr_pos=True).named_parameters() if "pos_embed" in n)
 
 
-@pytest.mark.parametrize("name", ["default", "two-shared", "all-shared", "trainable-positions", "one-decoder-block"])
-def test_every_trainable_parameter_gets_a_gradient(name):
-    """What plain DistributedDataParallel needs."""
-    model = CAVMAE(**TINY | CONFIGS[name])
-    model(*inputs(dtype=torch.float32))[0].backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad != (p.grad is not None)] == []
-
-
 def test_initialization():
     torch.manual_seed(0)
     model = CAVMAE(**TINY)
@@ -751,6 +750,215 @@ def test_public_names():
         _ = cavmae_fast.CAVMEA
 
 
+# ------------------------------------------------------------- one set of parameters, two forward passes
+
+FIRST_PARTS = {
+    "CAVMAE": "modality_a modality_v pos_embed_a pos_embed_v mask_token decoder_modality_a decoder_modality_v "
+    "decoder_pos_embed_a decoder_pos_embed_v patch_embed_a patch_embed_v blocks_a blocks_v blocks_u norm_a norm_v norm "
+    "decoder_embed decoder_blocks decoder_norm decoder_pred_a decoder_pred_v",
+    "CAVMAEFT": "modality_a modality_v pos_embed_a pos_embed_v patch_embed_a patch_embed_v blocks_a blocks_v blocks_u "
+    "norm_a norm_v norm mlp_head",
+    "CAVMAEFTAudio": "modality_a pos_embed_a patch_embed_a blocks_a blocks_u norm_a norm mlp_head",
+}
+"The first parts of the parameters' names at the published depth, in order."
+NAMES = {"CAVMAE": "9b7573e03b78c817", "CAVMAEFT": "a6a793c413ba343d", "CAVMAEFTAudio": "01d2d44626bb0814"}
+"SHA-256 of names, shapes and what is trained, line by line, as the first version of this package had them."
+INITIAL = {"CAVMAE": 89365.1087, "CAVMAEFT": 52901.9895, "CAVMAEFTAudio": 20086.4778}
+"Weighted sums of the initial values from seed 0, likewise: any other order of the random numbers changes them by hundreds."
+
+
+def build(implementation, kind: str, config: dict | None = None) -> nn.Module:
+    """The published size where no `config` is given."""
+    classes = () if kind == "CAVMAE" else (527 if config is None else 5,)
+    return getattr(implementation, kind)(*classes, **config or {})
+
+
+@pytest.mark.parametrize("implementation", [models, reference])
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_shapes_and_order_of_the_parameters(implementation, kind):
+    with torch.device("meta"):
+        model = build(implementation, kind)
+    assert list(dict.fromkeys(name.split(".")[0] for name in model.state_dict())) == FIRST_PARTS[kind].split()
+    lines = [f"{name} {list(p.shape)} {p.requires_grad}" for name, p in model.named_parameters()]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == NAMES[kind]
+
+
+@pytest.mark.parametrize("implementation", [models, reference])
+@pytest.mark.parametrize("kind", INITIAL)
+def test_initial_values_of_a_seed(implementation, kind):
+    """Not bit by bit: PyTorch's own random numbers differ in the last digit between kinds of CPU."""
+    torch.manual_seed(0)
+    model = build(implementation, kind, TINY if kind == "CAVMAE" else ENCODER)
+    total = 0.0
+    for i, parameter in enumerate(model.parameters(), 1):
+        ramp = torch.linspace(0, 1, parameter.numel(), dtype=torch.float64)
+        total += i * float(parameter.detach().double().flatten() @ ramp)
+    assert abs(total - INITIAL[kind]) < 0.01
+
+
+def test_configuration():
+    """What `save_pretrained` writes: the constructor's arguments, in their order."""
+    config = CAVMAE(**TINY).config
+    want = [name for name, _ in PUBLISHED[CAVMAE] if name != "norm_layer"] + ["depth", "bidirect_contrast", "norm_eps"]
+    assert list(config) == want and config["embed_dim"] == 48 and config["norm_eps"] == 1e-5
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_no_forward_of_the_reference_is_reachable_on_a_fast_model(kind):
+    """Its plain attention would run, silently, on whoever calls it."""
+    config = TINY if kind == "CAVMAE" else ENCODER
+    fast, plain = build(models, kind, config), build(reference, kind, config)
+    computes = {"cavmae_fast.reference.cavmae", "cavmae_fast.reference.blocks"}
+
+    def methods(model: nn.Module) -> dict[str, str]:
+        members = inspect.getmembers(type(model), callable)
+        return {name: inspect.unwrap(member).__module__ for name, member in members if hasattr(member, "__module__")}
+
+    reached = {name for name, module in methods(plain).items() if module in computes}
+    assert {"embed", "specific", "shared", "features", "forward", "forward_feat"} <= reached  # the test sees them
+    assert {name for name, module in methods(fast).items() if module in computes} == set()
+    for name in reached & methods(fast).keys():
+        assert methods(fast)[name].startswith("cavmae_fast.models."), name
+    for module in fast.modules():
+        own = type(module).__module__.startswith("cavmae_fast") and module is not fast
+        assert not own or type(module).forward is nn.Module.forward, type(module)
+
+
+def test_a_plain_block_has_two_norms():
+    plain, with_modalities = Block(48, 3, 4.0, nn.LayerNorm), ModalityBlock(48, 3, 4.0, nn.LayerNorm)
+    assert [*dict(plain.named_children())] == ["norm1", "attn", "norm2", "mlp"]
+    want = ["norm1", "norm1_a", "norm1_v", "attn", "norm2", "norm2_a", "norm2_v", "mlp"]
+    assert [*dict(with_modalities.named_children())] == want
+
+
+def test_a_plain_block_on_packed_streams_equals_the_reference():
+    one = randomize(Block(48, 3, 4.0, nn.LayerNorm)).double()
+    x = torch.randn(3, 7, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = block(State(x.flatten(0, 1), None, StreamLayout(3, (7,))), [one], [None], torch.float64, "auto").value()
+    torch.testing.assert_close(got.view(3, 7, 48), plain_block(one, x, "eager"), rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- what is returned
+
+
+@pytest.mark.parametrize("implementation", [models, reference])
+def test_outputs_have_names_and_unpack_as_published(implementation):
+    model, classifier = implementation.CAVMAE(**TINY), implementation.CAVMAEFT(5, **ENCODER)
+    x = inputs(dtype=torch.float32)
+    out = model(*x)
+    assert type(out) is models.PretrainOutput and out._fields == OUTPUTS
+    loss, loss_mae, *_, c_acc = out
+    assert loss is out.loss and loss_mae is out.loss_mae and c_acc is out.c_acc and out[5] is out.mask_a
+    inpainted = model.forward_inpaint(*x)
+    assert type(inpainted) is models.InpaintOutput
+    assert inpainted._fields == ("pred_a", "pred_v", "mask_a", "mask_v", "loss_a", "loss_v")
+    for features in (model.forward_feat(*x), classifier.forward_feat(*x)):
+        assert type(features) is models.FeatureOutput and features._fields == ("audio", "video")
+        assert features.audio.shape == (3, 32, 48) and features.video.shape == (3, 4, 48)
+
+
+def test_outputs_are_gathered_by_data_parallel(monkeypatch):
+    """DataParallel's gathering; the copy between devices alone is stood in for."""
+    monkeypatch.setattr(scatter_gather.Gather, "apply", lambda device, dim, *parts: torch.stack(parts))
+    model = CAVMAE(**TINY)
+    parts = [model(*inputs(dtype=torch.float32)) for _ in range(2)]
+    gathered = scatter_gather.gather(parts, "cpu")
+    assert type(gathered) is models.PretrainOutput
+    assert torch.equal(gathered.loss, torch.stack([part.loss for part in parts])) and gathered.mask_a.shape == (2, 3, 32)
+
+
+# --------------------------------------------------------------------------------------- losses in force and what is trained
+
+IN_FORCE = [(True, True), (True, False), (False, True)]
+
+
+def assert_trained_is_reached(model: nn.Module, reconstruction: bool, contrast: bool, *x: torch.Tensor) -> None:
+    """Every trainable parameter gets a gradient, and no other: what plain DistributedDataParallel needs."""
+    model.zero_grad(set_to_none=True)
+    out = model(*x, mae_loss_weight=0.5 * reconstruction, contrast_loss_weight=0.1 * contrast)
+    out.loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad != (p.grad is not None)] == []
+
+
+@pytest.mark.parametrize("implementation", [models, reference])
+@pytest.mark.parametrize("losses", IN_FORCE)
+@pytest.mark.parametrize(
+    "name", ["default", "two-shared", "none-shared", "all-shared", "trainable-positions", "one-decoder-block"]
+)
+def test_the_losses_in_force_decide_what_is_trained(implementation, name, losses):
+    model = implementation.CAVMAE(**TINY | CONFIGS[name])
+    x = inputs(dtype=torch.float32)
+    assert_trained_is_reached(model, True, True, *x)
+    model.train_losses(reconstruction=losses[0], contrast=losses[1])
+    assert_trained_is_reached(model, *losses, *x)
+
+
+@pytest.mark.parametrize("losses", IN_FORCE)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_with_every_choice_of_losses(name, losses):
+    """The weights of a run, and not those of its preset, decide: `cav` with a reconstruction loss trains its decoder, and
+    `cav-mae-base` without the contrastive one leaves no norm waiting for a gradient."""
+    depths = {"modality_specific_depth": min(2, PRESETS[name].model.get("modality_specific_depth", 2))}
+    model = create_model(name, **TINY | depths)
+    preset = PRESETS[name]
+    x = inputs(dtype=torch.float32)
+    assert_trained_is_reached(model, preset.mae_loss_weight != 0, preset.contrast_loss_weight != 0, *x)
+    model.train_losses(reconstruction=losses[0], contrast=losses[1])
+    assert_trained_is_reached(model, *losses, *x)
+
+
+def test_train_losses_leaves_alone_what_others_froze():
+    model = CAVMAE(**TINY)
+    model.decoder_embed.requires_grad_(False)
+    model.norm_a.weight.requires_grad_(False)
+    model.blocks_a.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for losses in [*IN_FORCE, *reversed(IN_FORCE)]:
+        model.train_losses(reconstruction=losses[0], contrast=losses[1])
+        now = {name: p.requires_grad for name, p in model.named_parameters()}
+        assert not any(now[name] and not before[name] for name in now)
+    assert now == before
+
+
+def test_train_losses_drops_the_gradients_of_what_it_freezes():
+    """Else the next step of the optimizer would still take them."""
+    model = CAVMAE(**TINY)
+    model(*inputs(dtype=torch.float32)).loss.backward()
+    model.train_losses(reconstruction=False, contrast=True)
+    assert model.mask_token.grad is None and model.norm.weight.grad is None and model.norm_a.weight.grad is not None
+
+
+def test_what_train_losses_froze_is_known_to_a_copy():
+    model = create_model("cav", **TINY)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_trained_is_reached(other, False, True, *inputs(dtype=torch.float32))
+        other.train_losses(reconstruction=True, contrast=True)
+        assert_trained_is_reached(other, True, True, *inputs(dtype=torch.float32))
+    assert not model.mask_token.requires_grad
+
+
+def test_a_loss_out_of_force_may_be_evaluated():
+    model = create_model("av-mae", **TINY)
+    x = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        assert model(*x).loss_c > 0
+    assert model.eval()(*x).loss_c > 0
+
+
+# --------------------------------------------------------------------------------------------- what is taken of a clip
+
+
+@pytest.mark.parametrize("implementation", [models, reference])
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_model_owns_its_clip_spec(implementation, kind):
+    config = (TINY if kind == "CAVMAE" else ENCODER) | {"img_size": (32, 64)}
+    assert build(implementation, kind, config).clip_spec == ClipSpec(image_size=(32, 64), audio_length=64)
+    assert build(implementation, kind, config | {"img_size": 32}).clip_spec.image_size == (32, 32)
+    own = ClipSpec(image_size=(32, 64), audio_length=64, audio_mean=-4.0, audio_std=4.0, sample_rate=32000)
+    model = build(implementation, kind, config | {"clip": own})
+    assert model.clip_spec is own and model.config["clip"]["audio_mean"] == -4.0
+
+
 # ------------------------------------------------------------------------------------------------------------- compile
 
 
@@ -768,7 +976,8 @@ def test_compiled_step_equals_eager(attention, monkeypatch):
     expected = gradients(fast)
     fast.zero_grad(set_to_none=True)
     got = torch.compile(fast, fullgraph=True, backend="aot_eager")(audio, imgs)
-    got[0].backward()
+    assert type(got) is models.PretrainOutput
+    got.loss.backward()
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert gradients(fast).keys() == expected.keys()

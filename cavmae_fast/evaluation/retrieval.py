@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.reference.cavmae import CAVMAE
+from cavmae_fast.models import CAVMAE, CAVMAEFT
 
 CHUNK = 4096
 "Queries ranked at once: bounds the similarity matrix, whatever the number of clips."
 
 
 @torch.no_grad()
-def embed(model: CAVMAE, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def embed(model: CAVMAE | CAVMAEFT, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Batches of (audio `[B, T, 128]`, imgs `[B, C, H, W]`) -> L2-normalized token means, audio and video `[N, D]`."""
     was_training = model.training
     model.eval()

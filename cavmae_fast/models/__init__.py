@@ -5,6 +5,7 @@ from cavmae_fast.models.cavmae_ft import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.imagenet_mae import load_imagenet_mae
 from cavmae_fast.models.presets import PRESETS, Preset, create_model
 from cavmae_fast.models.weights import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput
 
 __all__ = [
     "CAVMAE",
@@ -13,7 +14,10 @@ __all__ = [
     "PRETRAINED_TO_FINE_TUNED",
     "CAVMAEFTAudio",
     "CheckpointError",
+    "FeatureOutput",
+    "InpaintOutput",
     "Preset",
+    "PretrainOutput",
     "create_model",
     "load_checkpoint",
     "load_imagenet_mae",

@@ -19,25 +19,29 @@ from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
-from cavmae_fast.reference import cavmae as reference
-from cavmae_fast.reference.blocks import Block
+from cavmae_fast.reference.cavmae_parameters import CAVMAEParameters
+from cavmae_fast.reference.layers import Block
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.operators import take_tokens
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput
 
 NEGATIVES = ("all", "rank")
 
 
-class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
+class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
     """CAV-MAE for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
     Images are floating-point, or uint8 RGB `[B, 3, img_size, img_size]` of any strides, in every forward function: uint8 RGB
-    is normalized with ImageNet's mean and standard deviation on the way into the patch projection and the loss.
+    is normalized on the way into the patch projection and the loss, with the statistics in `clip_spec`.
 
-    Positional arguments, defaults, returned tuples and state-dict keys are the published ones. Ours, by keyword:
+    Positional arguments, defaults, what is returned and state-dict keys are the published ones. Ours, by keyword:
 
     - `depth`: encoder blocks in all (12), of which `modality_specific_depth` are per modality and the rest shared;
     - `attention`: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here);
-    - `bidirect_contrast`: the mean of both directions in the contrastive loss, instead of the published one.
+    - `bidirect_contrast`: the mean of both directions in the contrastive loss, instead of the published one;
+    - `clip`: a `ClipSpec` with what the inputs are normalized with, where it is not CAV-MAE's.
+
+    `train_losses` says which of the two losses are in force, and so what is trained.
 
     Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
     """
@@ -75,6 +79,7 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         return predictions[0], predictions[1]
 
     def decode(self, joint: Tensor, masking_a: Masking, masking_v: Masking) -> tuple[Tensor, Tensor]:
+        """Joint tokens `[B, K, D]` -> predictions for every patch, audio `[B, La, p*p]`, video `[B, Lv, p*p*C]`."""
         dtype = compute_dtype(self.norm.weight)
         state = self.decoder_state(joint, masking_a, masking_v, self.decoder_blocks, dtype)
         return self.predict(state, self.patch_embed_a.num_patches, dtype)
@@ -92,10 +97,22 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         return masked_patch_mse(pred, self.images(m, x), masking.ids_removed, self.patch_size, self.norm_pix_loss)
 
     def forward(
-        self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
-        mae_loss_weight: float = 1.0, contrast_loss_weight: float = 0.01, mask_mode: str = "unstructured",
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        audio: Tensor,
+        imgs: Tensor,
+        mask_ratio_a: float = 0.75,
+        mask_ratio_v: float = 0.75,
+        mae_loss_weight: float = 1.0,
+        contrast_loss_weight: float = 0.01,
+        mask_mode: str = "unstructured",
+    ) -> PretrainOutput:
+        """One pretraining pass: what a loss of weight 0 needs is not computed.
+
+        Raises TypeError or ValueError, naming the argument, for inputs that do not fit, ratios that keep or remove nothing,
+        and in training for the weight of a loss that `train_losses` took out of force.
+        """
         self.check_inputs(audio=audio, imgs=imgs)
+        self.check_losses(mae_loss_weight, contrast_loss_weight)
         if self.negatives not in NEGATIVES:
             raise ValueError(f"negatives is {self.negatives!r}; it must be one of {', '.join(NEGATIVES)}")
         reconstruct, contrast = mae_loss_weight != 0, contrast_loss_weight != 0
@@ -112,18 +129,27 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
             loss_mae_v = self.removed_loss("v", imgs, pred_v, masking_v)
             loss_mae = mae_loss_weight * (loss_mae_a + loss_mae_v)
         if contrast:
-            statistics = torch.promote_types(self.norm.weight.dtype, torch.float32)
-            means = [tokens[m].mean(dim=1, dtype=statistics) for m in ("a", "v")]
-            if self.negatives == "all":
-                means = [gather_rows(mean) for mean in means]
-            nce, c_acc = contrastive_loss(*means, bidirectional=self.bidirect_contrast)
+            nce, c_acc = self.contrast(tokens["a"], tokens["v"])
             loss_c = contrast_loss_weight * nce
-        return loss_mae + loss_c, loss_mae, loss_mae_a, loss_mae_v, loss_c, masking_a.mask, masking_v.mask, c_acc
+        loss = loss_mae + loss_c
+        return PretrainOutput(loss, loss_mae, loss_mae_a, loss_mae_v, loss_c, masking_a.mask, masking_v.mask, c_acc)
+
+    def contrast(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, L, D]` of audio and video seen alone -> the contrastive loss and its accuracy, of all ranks or one."""
+        means = [self.mean_tokens(tokens) for tokens in (a, v)]
+        if self.negatives == "all":
+            means = [gather_rows(mean) for mean in means]
+        return contrastive_loss(*means, bidirectional=self.bidirect_contrast)
 
     def forward_inpaint(
-        self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.75, mask_ratio_v: float = 0.75,
+        self,
+        audio: Tensor,
+        imgs: Tensor,
+        mask_ratio_a: float = 0.75,
+        mask_ratio_v: float = 0.75,
         mask_mode: str = "unstructured",
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> InpaintOutput:
+        """Predictions for every patch of masked clips. Raises as `forward` does for what does not fit."""
         self.check_inputs(audio=audio, imgs=imgs)
         self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
@@ -132,9 +158,10 @@ class CAVMAE(Pretrained, PackedEncoder, reference.CAVMAE):
         pred_a, pred_v = self.decode(joint, masking_a, masking_v)
         loss_a = self.removed_loss("a", audio, take_tokens(pred_a, masking_a.ids_removed), masking_a)
         loss_v = self.removed_loss("v", imgs, take_tokens(pred_v, masking_v.ids_removed), masking_v)
-        return pred_a, pred_v, masking_a.mask, masking_v.mask, loss_a, loss_v
+        return InpaintOutput(pred_a, pred_v, masking_a.mask, masking_v.mask, loss_a, loss_v)
 
-    def forward_feat(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
+        """Unmasked inputs -> normed tokens of each stream seen alone, audio `[B, La, D]` and video `[B, Lv, D]`."""
         self.check_inputs(a=a, v=v)
-        tokens = self.encode({"a": a, "v": v}, None, single=True, joint=False)
-        return tokens["a"], tokens["v"]
+        tokens = self.features({"a": a, "v": v})
+        return FeatureOutput(tokens["a"], tokens["v"])

@@ -1,4 +1,4 @@
-"""What the fast models share: embedding of kept patches and the encoder blocks on packed streams."""
+"""What the fast models share: the encoder's forward pass on packed streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cavmae_fast.models.packed import State, block, normalize
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.reference.encoder_parameters import EncoderParameters
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -18,13 +18,13 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
-class PackedEncoder(reference.Encoder):
-    """Encoder whose streams lie packed in one buffer. Parameters, names and initialization are the reference's."""
+class PackedEncoder(EncoderParameters):
+    """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
     attentions = ("auto", *BACKENDS)
 
     def embed_kept(self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, dtype: torch.dtype) -> State:
-        """Inputs by modality -> packed tokens of their kept patches (None: all), one stream a modality, in order."""
+        """Inputs by modality -> packed tokens of their kept patches (None: all), one stream per modality, in order."""
         batch = next(iter(inputs.values())).shape[0]
         tokens, lengths = [], []
         for m, x in inputs.items():
@@ -71,5 +71,10 @@ class PackedEncoder(reference.Encoder):
         tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype)
         return dict(zip(streams, packed.streams(tokens)))
 
-    def features(self, m: str, x: Tensor) -> Tensor:
-        return self.encode({m: x}, None, single=True, joint=False)[m]
+    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unmasked inputs by modality -> the normed tokens `[B, L, D]` of each, seen alone."""
+        return self.encode(inputs, None, single=True, joint=False)
+
+    def mean_tokens(self, tokens: Tensor) -> Tensor:
+        """The mean of each sample's tokens, `[B, L, D]` -> `[B, D]`, in float32 (float64 for a model in float64)."""
+        return tokens.mean(dim=1, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))

@@ -1,11 +1,11 @@
-"""The transformer block on packed streams: every stream of the batch in one buffer, one launch an operator.
+"""The transformer block on packed streams: every stream of the batch in one buffer, one launch per operator.
 
 A `State` is the residual stream with its last update not yet added: the addition happens inside the next LayerNorm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
-from cavmae_fast.reference.blocks import Block
+from cavmae_fast.reference.layers import Block
 
 
 class State(NamedTuple):
@@ -32,21 +32,24 @@ class State(NamedTuple):
 
 
 def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The residual stream with its update added, and its LayerNorm in `dtype`, one norm a stream."""
+    """The residual stream with its update added, and its LayerNorm in `dtype`, one norm per stream."""
     weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
     return stream_layer_norm(state.x, state.delta, weights, biases, state.layout, norms[0].eps, dtype)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, operator=stream_linear) -> Tensor:
-    """One layer for all streams, or one a stream, computed in x's dtype."""
-    weights, biases = ([p.to(x.dtype) for p in group] for group in zip(*((la.weight, la.bias) for la in layers)))
+def linear(
+    x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, operator: Callable[..., Tensor] = stream_linear
+) -> Tensor:
+    """One layer for all streams, or one per stream, computed in x's dtype."""
+    weights = [layer.weight.to(x.dtype) for layer in layers]
+    biases = [layer.bias.to(x.dtype) for layer in layers]
     return operator(x, weights, biases, layout)
 
 
 def block(
     state: State, blocks: Sequence[Block], modalities: Sequence[str | None], dtype: torch.dtype, backend: str
 ) -> State:
-    """One block: the same for all streams, or one a stream. `modalities` says whose norms each stream passes."""
+    """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes."""
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
     x, h = normalize(state, norm1s, dtype)
@@ -75,7 +78,8 @@ def _mlp(h: Tensor, blocks: Sequence[Block], layout: StreamLayout) -> Tensor:
     return linear(h, [b.mlp.fc2 for b in blocks], layout)
 
 
-def _norms(blocks: Sequence[Block], modalities: Sequence[str | None]) -> tuple[list, list]:
+def _norms(blocks: Sequence[Block], modalities: Sequence[str | None]) -> tuple[list[nn.LayerNorm], list[nn.LayerNorm]]:
+    """The first and the second norm of each stream."""
     each = blocks if len(blocks) == len(modalities) else [blocks[0]] * len(modalities)
-    norm1s, norm2s = zip(*(b.norms(m) for b, m in zip(each, modalities)))
-    return list(norm1s), list(norm2s)
+    norms = [one.norms(modality) for one, modality in zip(each, modalities)]
+    return [norm1 for norm1, _ in norms], [norm2 for _, norm2 in norms]

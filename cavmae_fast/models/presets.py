@@ -24,18 +24,9 @@ class Preset:
     decay_every: int = 5
 
     def create(self, **overrides: Any) -> CAVMAE:
-        """The model; `overrides` change single constructor arguments. What only a loss of weight 0 would train is frozen:
-        it never gets a gradient, and plain DDP would wait for one."""
+        """The model, training this system's losses; `overrides` change single constructor arguments."""
         model = CAVMAE(**{"norm_pix_loss": True, **self.model, **overrides})
-        unused = []
-        if self.contrast_loss_weight == 0:
-            model.freeze_unused_norms(model.blocks_u)
-            unused += [model.norm_a, model.norm_v]
-        if self.mae_loss_weight == 0:
-            unused += [model.norm, *(norm for block in model.blocks_u for norm in block.norms(None))]
-            unused += [p for name, p in model.named_parameters() if name.startswith(("decoder_", "mask_token"))]
-        for part in unused:
-            part.requires_grad_(False)
+        model.train_losses(reconstruction=self.mae_loss_weight != 0, contrast=self.contrast_loss_weight != 0)
         return model
 
 
@@ -43,23 +34,37 @@ PRESETS = {
     "small": Preset(
         "a small CAV-MAE for two-second clips and two CPU cores",
         model={
-            "img_size": 96, "audio_length": 192, "embed_dim": 192, "num_heads": 3, "depth": 4,
-            "modality_specific_depth": 3, "decoder_embed_dim": 96, "decoder_num_heads": 3, "decoder_depth": 1,
-            "bidirect_contrast": True, "norm_pix_loss": False,
+            "img_size": 96,
+            "audio_length": 192,
+            "embed_dim": 192,
+            "num_heads": 3,
+            "depth": 4,
+            "modality_specific_depth": 3,
+            "decoder_embed_dim": 96,
+            "decoder_num_heads": 3,
+            "decoder_depth": 1,
+            "bidirect_contrast": True,
+            "norm_pix_loss": False,
         },
-        mask_ratio=0.5, contrast_loss_weight=1.0, batch_size=32, learning_rate=6e-4, epochs=30, decay_start=20,
+        mask_ratio=0.5,
+        contrast_loss_weight=1.0,
+        batch_size=32,
+        learning_rate=6e-4,
+        epochs=30,
+        decay_start=20,
         decay_every=4,
     ),
     "cav": Preset("contrastive learning alone: no decoder is run", mae_loss_weight=0.0),
     "vanilla-av-mae": Preset(
         "masked autoencoder with one joint encoder and no contrastive loss",
-        model={"modality_specific_depth": 0}, contrast_loss_weight=0.0,
+        model={"modality_specific_depth": 0},
+        contrast_loss_weight=0.0,
     ),
     "av-mae": Preset("CAV-MAE without the contrastive loss", contrast_loss_weight=0.0),
     "cav-mae-base": Preset("CAV-MAE, batch 48"),
     "cav-mae-scale+": Preset("CAV-MAE, batch 120", batch_size=120, learning_rate=1e-4),
     "cav-mae-scale++": Preset("CAV-MAE, batch 256", batch_size=256, learning_rate=2e-4),
-}  # fmt: skip
+}
 
 
 def create_model(name: str, **overrides: Any) -> CAVMAE:

@@ -34,12 +34,16 @@ def kept_tokens(length: int, ratio: float, name: str) -> int:
 
 
 def random_masking(
-    batch: int, grid: tuple[int, int], ratio: float, device: torch.device, mode: str = "unstructured",
+    batch: int,
+    grid: tuple[int, int],
+    ratio: float,
+    device: torch.device,
+    mode: str = "unstructured",
     name: str = "mask_ratio",
-) -> Masking:  # fmt: skip
+) -> Masking:
     """Masks a `grid` (rows, columns) of patches in each of `batch` samples.
 
-    'unstructured' draws one uniform number a patch from torch's generator of `device` and removes the largest, exactly
+    'unstructured' draws one uniform number per patch from torch's generator of `device` and removes the largest, exactly
     as the published code does, so the same seed gives the same mask. 'time' first marks `int(columns * ratio)` whole
     columns for removal, 'freq' as many rows, 'tf' 0.7 times as many of both; unstructured noise fills up the rest.
     """
