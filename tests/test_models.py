@@ -407,21 +407,29 @@ def test_tokens_of_audio_are_frequency_major():
 # ------------------------------------------------------------------------------------------------------- uint8 images
 
 
-def rgb(imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rgb(imgs: torch.Tensor, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_STD) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images `[B, 3, H, W]`, channels last in memory as decoders give them, and the same normalized in float64."""
     pixels = (imgs * 60 + 120).clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
     return pixels, (pixels.double() / 255 - mean) / std
 
 
+OTHER_COLORS = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.3, 0.2, 0.25)}
+
+
+@pytest.mark.parametrize("colors", [{}, OTHER_COLORS], ids=["imagenet", "other"])
 @pytest.mark.parametrize("name", ["default", "norm_pix", "two-shared", "wide-images", "patch-8"])
 @pytest.mark.parametrize("method", ["forward", "forward_inpaint"])
-def test_bytes_are_normalized_on_the_way_in(name, method):
+def test_bytes_are_normalized_on_the_way_in(name, method, colors):
     """Fast and reference models on uint8, against the reference on images that were normalized first."""
     config = TINY | CONFIGS[name]
+    if colors:
+        size = config["img_size"]
+        image_size = (size, size) if isinstance(size, int) else size
+        config["clip"] = ClipSpec(image_size=image_size, audio_length=config["audio_length"], **colors)
     fast, plain = pair(CAVMAE, reference.CAVMAE, **config)
     audio, imgs = inputs(config)
-    pixels, normalized = rgb(imgs)
+    pixels, normalized = rgb(imgs, *colors.values())
     results = []
     for model, images in ((plain, normalized), (plain, pixels), (fast, pixels)):
         torch.manual_seed(0)
@@ -434,10 +442,13 @@ def test_bytes_are_normalized_on_the_way_in(name, method):
             torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-9)
 
 
-def test_bytes_in_features_and_classifier():
+@pytest.mark.parametrize("colors", [{}, OTHER_COLORS], ids=["imagenet", "other"])
+def test_bytes_in_features_and_classifier(colors):
     audio, imgs = inputs()
-    pixels, normalized = rgb(imgs)
-    for fast, plain in (pair(CAVMAE, reference.CAVMAE, **TINY), pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER)):
+    pixels, normalized = rgb(imgs, *colors.values())
+    clip = ClipSpec(image_size=(32, 32), audio_length=64, **colors)
+    pretraining = pair(CAVMAE, reference.CAVMAE, **TINY, clip=clip)
+    for fast, plain in (pretraining, pair(CAVMAEFT, reference.CAVMAEFT, 5, **ENCODER, clip=clip)):
         for got, want in zip(fast.forward_feat(audio, pixels), plain.forward_feat(audio, normalized), strict=True):
             assert relative(got, want) < 1e-9
         assert relative(plain.forward_feat(audio, pixels)[1], want) < 1e-12

@@ -94,7 +94,15 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
 
     def removed_loss(self, m: str, x: Tensor, pred: Tensor, masking: Masking) -> Tensor:
         """Mean squared error of `pred [B, M, p*p*C]`, the predictions for the removed patches of modality `m`."""
-        return masked_patch_mse(pred, self.images(m, x), masking.ids_removed, self.patch_size, self.norm_pix_loss)
+        return masked_patch_mse(
+            pred,
+            self.images(m, x),
+            masking.ids_removed,
+            self.patch_size,
+            self.norm_pix_loss,
+            self.clip_spec.image_mean,
+            self.clip_spec.image_std,
+        )
 
     def forward(
         self,

@@ -30,10 +30,18 @@ class PackedEncoder(EncoderParameters):
         for m, x in inputs.items():
             embedding = getattr(self, f"patch_embed_{m}")
             ids = None if ids_keep is None else ids_keep[m]
-            pos, modality = getattr(self, f"pos_embed_{m}"), getattr(self, f"modality_{m}")
-            weight, bias = embedding.proj.weight.to(dtype), embedding.proj.bias
-            images = self.images(m, x)
-            tokens.append(embed_kept_patches(images, ids, weight, bias, pos.squeeze(0), modality.flatten()))
+            tokens.append(
+                embed_kept_patches(
+                    self.images(m, x),
+                    ids,
+                    embedding.proj.weight.to(dtype),
+                    embedding.proj.bias,
+                    getattr(self, f"pos_embed_{m}").squeeze(0),
+                    getattr(self, f"modality_{m}").flatten(),
+                    self.clip_spec.image_mean,
+                    self.clip_spec.image_std,
+                )
+            )
             lengths.append(embedding.num_patches if ids is None else ids.shape[1])
         return State(torch.cat(tokens), None, StreamLayout(batch, tuple(lengths)))
 

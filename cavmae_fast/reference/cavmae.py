@@ -23,7 +23,8 @@ class Encoder(EncoderParameters):
 
     def embed(self, m: str, x: Tensor) -> Tensor:
         """Input of modality `m` -> its tokens `[B, L, D]` with position and modality."""
-        images = operators.normalize_images(self.images(m, x), self.norm.weight.dtype)
+        clip = self.clip_spec
+        images = operators.normalize_images(self.images(m, x), self.norm.weight.dtype, clip.image_mean, clip.image_std)
         tokens = embed_patches(getattr(self, f"patch_embed_{m}"), images)
         return tokens + getattr(self, f"pos_embed_{m}") + getattr(self, f"modality_{m}")
 
@@ -47,7 +48,7 @@ class Encoder(EncoderParameters):
 class CAVMAE(Encoder, CAVMAEParameters):
     """The pretraining model. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
-    uint8 RGB is normalized on the way into the patch projection, by default with ImageNet's mean and standard deviation.
+    uint8 RGB is normalized on the way into the patch projection and the loss, with the statistics in `clip_spec`.
     Arguments as in `CAVMAEParameters`.
     """
 
@@ -76,7 +77,15 @@ class CAVMAE(Encoder, CAVMAEParameters):
     def reconstruction_loss(self, m: str, x: Tensor, pred: Tensor, masking: Masking) -> Tensor:
         """Mean squared error on the removed patches of modality `m`, from predictions for every patch."""
         pred = operators.take_tokens(pred, masking.ids_removed)
-        return operators.masked_patch_mse(pred, self.images(m, x), masking.ids_removed, self.patch_size, self.norm_pix_loss)
+        return operators.masked_patch_mse(
+            pred,
+            self.images(m, x),
+            masking.ids_removed,
+            self.patch_size,
+            self.norm_pix_loss,
+            self.clip_spec.image_mean,
+            self.clip_spec.image_std,
+        )
 
     def forward(
         self,
