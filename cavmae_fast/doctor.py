@@ -8,9 +8,9 @@ import platform
 
 import torch
 
-from cavmae_fast import compat
 from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
+from cavmae_fast.training.precision import choose_dtype
 
 OPTIONAL = {
     "flash-attn": "attention back end flash_attn",
@@ -52,13 +52,12 @@ def _machine() -> list[tuple[str, str]]:
     rows = [("python", platform.python_version()), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     rows.append(("triton", _version("triton") or "missing"))
     if not torch.cuda.is_available():
-        amx = "with" if compat.has_amx() else "without"
-        rows.append(("device", f"CPU {amx} bf16 matrix units (AMX); PyTorch finds no CUDA device"))
-        return rows
+        rows.append(("device", f"CPU ({torch.backends.cpu.get_cpu_capability()}); PyTorch finds no CUDA device"))
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
         architecture = dispatch.architecture(index)
         rows.append((f"cuda:{index}", f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"))
+    rows.append(("--dtype auto", ": ".join(choose_dtype(_device()))))
     return rows
 
 

@@ -19,7 +19,7 @@ BELOW = {
     "data": {"ops", "reference"},
     "training": {"evaluation", "models", "data", "ops", "reference"},
     "evaluation": {"models", "data", "ops", "reference"},
-    "doctor": {"models", "data", "ops", "reference"},
+    "doctor": {"training", "models", "data", "ops", "reference"},
     "cli": {"doctor", "training", "evaluation", "models", "data", "ops", "reference"},
 }
 "What each floor may import, besides itself. `data` is a wing of its own."

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import math
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from cavmae_fast.data.decode.decoders import Reject, UnusableDataError
-from cavmae_fast.data.decode.workers import default_count
-from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
-from cavmae_fast.data.loader import Batch, Clips, Loader, choose_backend, open_clips
+from cavmae_fast.data.features import image_features
+from cavmae_fast.data.loader import Batch, Clips, choose_backend, open_clips
 from cavmae_fast.data.media.synthetic import generate_clips
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
-from cavmae_fast.training.figures import loss_curve, reconstructions
+from cavmae_fast.training.clips import RejectList, make_loader
+from cavmae_fast.training.figures import loss_curve
+from cavmae_fast.training.fit import fit
 from cavmae_fast.training.metrics import JsonLines
+from cavmae_fast.training.precision import DTYPES, Precision, choose_dtype, find_device
+from cavmae_fast.training.recipes import PRETRAINING, Recipe
+from cavmae_fast.training.state import RunState
 
 LOSSES = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c")
 ALIASES = {"base": "cav-mae-base", "scale+": "cav-mae-scale+", "scale++": "cav-mae-scale++"}
-CACHED_CLIPS = 2000
-"Up to this many training clips stay decoded in memory when this process decodes them itself."
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class TrainingError(CavmaeError, RuntimeError):
-    """A run that cannot go on; the message says at which step and why."""
+LOG_EVERY_ON_GPU = 20
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,11 @@ class PretrainConfig:
     epochs: int | None = None
     """Passes over the clips; default: the system's recipe."""
     batch_size: int | None = None
-    """Clips a step; default: the system's recipe."""
+    """Clips per step; default: the system's recipe."""
     learning_rate: float | None = None
     """Default: the system's recipe."""
     mask_ratio: float | None = None
-    """Share of the patches of each modality that is removed; default: the system's recipe (published: 0.75)."""
+    """Share of the patches of each modality that is removed; default: the system's (published: 0.75)."""
     mask_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
     """How audio patches are masked."""
     mae_loss_weight: float | None = None
@@ -69,13 +64,48 @@ class PretrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; auto: bfloat16 where the device multiplies it fast, else float32."""
+    """Of the matrix products; auto: bfloat16 where the device multiplies it fast (`doctor` says so), else float32."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """What decodes the clips: worker processes (torch), or DALI on the GPU."""
     workers: int | None = None
     """Decoding processes; 0 decodes in this one. Default: 0 for up to 2000 clips, which stay decoded in memory, else one
-    a core."""
+    per core."""
+    log_every: int | None = None
+    """Steps whose losses are read from the device together; default: 20 on a GPU, which else would wait at every step, and
+    1 on a CPU."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainTask:
+    """Masked reconstruction and audio-visual contrast, each by its weight; judged by retrieval between sound and picture."""
+
+    mask_ratio: float
+    mask_mode: str
+    mae_loss_weight: float
+    contrast_loss_weight: float
+
+    def prepare(self, model: CAVMAE) -> None:
+        """The losses in force decide what is trained."""
+        model.train_losses(reconstruction=self.mae_loss_weight != 0, contrast=self.contrast_loss_weight != 0)
+
+    def losses(self, model: CAVMAE, batch: Batch) -> dict[str, Tensor]:
+        """The model's losses, both already weighted, and the share of videos whose own audio ranks first in the batch."""
+        output = model(
+            batch.audio,
+            batch.image,
+            self.mask_ratio,
+            self.mask_ratio,
+            self.mae_loss_weight,
+            self.contrast_loss_weight,
+            self.mask_mode,
+        )
+        return {name: getattr(output, name) for name in (*LOSSES, "c_acc")}
+
+    def evaluate(self, model: CAVMAE, batches: Iterable[Batch]) -> dict[str, float]:
+        """`held_out_clips`, and recall and median rank of retrieval in both directions."""
+        audio, video = embed(model, ((batch.audio, batch.image) for batch in batches))
+        return {"held_out_clips": len(audio), **retrieval_metrics(audio, video)}
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -83,76 +113,33 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     name = ALIASES.get(config.model, config.model)
     if name not in PRESETS:
         raise ValueError(f"--model is {config.model!r}; it must be one of {', '.join([*ALIASES, *PRESETS])}")
-    preset = PRESETS[name]
-    for option in ("steps", "epochs", "batch_size", "learning_rate"):
+    for option in ("steps", "epochs", "batch_size", "learning_rate", "log_every"):
         value = getattr(config, option)
         if value is not None and not value > 0:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device is {config.device!r}; here it must be auto, cpu{_cuda_choices()}")
-    dtype = config.dtype
-    if dtype == "auto":
-        on_cuda, on_cpu = torch.cuda.is_bf16_supported, torch.cpu._is_amx_tile_supported
-        fast = on_cuda(including_emulation=False) if kind == "cuda" else on_cpu()
-        dtype = "bfloat16" if fast else "float32"
+    preset, recipe, device = PRESETS[name], PRETRAINING[name], find_device(config.device)
     defaults = {
-        "model": name, "device": device, "dtype": dtype, "epochs": preset.epochs, "batch_size": preset.batch_size,
-        "learning_rate": preset.learning_rate, "mask_ratio": preset.mask_ratio,
-        "mae_loss_weight": preset.mae_loss_weight, "contrast_loss_weight": preset.contrast_loss_weight,
-    }  # fmt: skip
-    forced = {"model", "device", "dtype"}
-    return replace(config, **{k: v for k, v in defaults.items() if k in forced or getattr(config, k) is None})
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "mask_ratio": preset.mask_ratio,
+        "mae_loss_weight": preset.mae_loss_weight,
+        "contrast_loss_weight": preset.contrast_loss_weight,
+        "log_every": LOG_EVERY_ON_GPU if device.type == "cuda" else 1,
+    }
+    chosen = {option: value for option, value in defaults.items() if getattr(config, option) is None}
+    dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
+    return replace(config, model=name, device=str(device), dtype=dtype, **chosen)
 
 
-def _cuda_choices() -> str:
-    return " or cuda" if torch.cuda.is_available() else " (PyTorch finds no CUDA device)"
-
-
-class ClipSource:
-    """The run's loaders; names each clip that cannot be used in the run's rejects, once."""
-
-    def __init__(self, config: PretrainConfig, model: CAVMAE, rejects: JsonLines) -> None:
-        self.config, self.rejects = config, rejects
-        self.sizes = {"image_size": model.patch_embed_v.img_size[0], "audio_length": model.patch_embed_a.img_size[1]}
-        self.named: set[str] = set()
-
-    def loader(self, clips: Clips, training: bool) -> Loader:
-        """A loader of these clips for the run's model."""
-        from tqdm import tqdm
-
-        config = self.config
-        backend, _ = choose_backend(config.loader, clips, torch.device(config.device))
-        small = backend == "torch" and len(clips) <= CACHED_CLIPS
-        workers = config.workers if config.workers is not None else 0 if small else default_count()
-        return Loader(
-            clips, min(config.batch_size, len(clips)), training=training, backend=backend, device=config.device,
-            workers=workers, seed=config.seed, keep=training and small and not workers, report=tqdm.write, **self.sizes,
-        )  # fmt: skip
-
-    def batches(self, loader: Loader) -> Iterator[Batch]:
-        """One epoch."""
-        try:
-            for batch in loader:
-                self.name(loader.rejects.values())
-                yield batch
-        except UnusableDataError as error:
-            self.name(error.rejects)
-            raise
-        finally:
-            self.name(loader.rejects.values())
-
-    def name(self, rejects: Iterable[Reject]) -> None:
-        for reject in rejects:
-            if reject.path not in self.named:
-                self.named.add(reject.path)
-                self.rejects.write({"path": reject.path, "reason": reject.reason})
+def recipe_of(config: PretrainConfig) -> Recipe:
+    """The system's recipe with what the (resolved) configuration changes."""
+    return replace(
+        PRETRAINING[config.model],
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+    )
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -166,120 +153,115 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     config = resolve(config)
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
-    preset = PRESETS[config.model]
-    if config.data:
-        train_clips, held_out = open_clips(config.data), []
-    else:
-        tqdm.write("no --data: generating clips in which sound and picture are related")
-        train_clips, held_out = map(open_clips, generate_clips(out / "clips", seed=0))
-    if config.eval_data:
-        held_out = open_clips(config.eval_data)
+    train_clips, held_out = _open_data(config)
     torch.manual_seed(config.seed)
-    model = preset.create()
+    model = PRESETS[config.model].create()
     if config.init is not None:
         load_checkpoint(model, config.init)
     model.to(config.device).train()
-    batch_size = min(config.batch_size, len(train_clips))
-    config = replace(config, batch_size=batch_size)
+    config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
     tqdm.write(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "
-        f"{config.dtype}; {len(train_clips)} clips, batch {batch_size}, held out {len(held_out)}"
+        f"{config.dtype}; {len(train_clips)} clips, batch {config.batch_size}, held out {len(held_out)}"
     )
+    task = PretrainTask(config.mask_ratio, config.mask_mode, config.mae_loss_weight, config.contrast_loss_weight)
     for name in ("metrics.jsonl", "rejects.jsonl"):
         (out / name).unlink(missing_ok=True)  # of an earlier run into this folder
-    with JsonLines(out / "metrics.jsonl") as metrics, JsonLines(out / "rejects.jsonl") as rejects:
-        source = ClipSource(config, model, rejects)
-        loader = source.loader(train_clips, training=True)
-        tqdm.write(f"loader {loader.backend}: {choose_backend(config.loader, train_clips, loader.device)[1]}")
-        rows = train(model, source, loader, config, metrics)
-        loader.close()
+    with JsonLines(out / "metrics.jsonl") as metrics, RejectList(out / "rejects.jsonl") as rejects:
+        rows = _train(config, task, model, train_clips, metrics, rejects)
         model.save_pretrained(out / "model")
         loss_curve(rows, out / "loss.png")
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
-        batches = source.batches(source.loader(held_out or train_clips, training=False))
-        first = next(batches)
-        imgs, mean, std = image_features(first.image[:4]), torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-        with autocast(config):
-            reconstructions(model, first.audio[:4], imgs, config.mask_ratio, mean, std, out / "reconstruction.png")
+        summary |= _judge(config, task, model, train_clips, held_out, rejects)
         if held_out:
-            unseen = ((batch.audio, batch.image) for batch in itertools.chain([first], batches))
-            with autocast(config):
-                features = embed(model, unseen)
-            summary |= {"held_out_clips": len(features[0]), **retrieval_metrics(*features)}
             metrics.write({"step": len(rows), **summary})
         summary["rejected_clips"] = rejects.count
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def train(
-    model: CAVMAE, source: ClipSource, loader: Loader, config: PretrainConfig, metrics: JsonLines
-) -> list[dict[str, Any]]:
-    """The published recipe: Adam with L2 5e-7 and betas (0.95, 0.999), step decay by epochs. Returns the logged rows."""
+def _open_data(config: PretrainConfig) -> tuple[Clips, Clips]:
+    """Training and held-out clips; generated ones where none are named."""
     from tqdm import tqdm
 
-    preset = PRESETS[config.model]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        trainable, config.learning_rate, betas=(0.95, 0.999), weight_decay=5e-7, fused=True
-    )  # fmt: skip
-    milestones = list(range(preset.decay_start, preset.epochs + 1, preset.decay_every))
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.5)
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+    if config.data:
+        train_clips, held_out = open_clips(config.data), []
+    else:
+        tqdm.write("no --data: generating clips in which sound and picture are related")
+        train_clips, held_out = map(open_clips, generate_clips(config.out / "clips", seed=0))
+    return train_clips, open_clips(config.eval_data) if config.eval_data else held_out
+
+
+def _precision(config: PretrainConfig) -> Precision:
+    return Precision(torch.device(config.device), DTYPES[config.dtype])
+
+
+def _train(
+    config: PretrainConfig, task: PretrainTask, model: CAVMAE, clips: Clips, metrics: JsonLines, rejects: RejectList
+) -> list[dict[str, Any]]:
+    """Trains the model under a progress bar -> the rows that were recorded, one per step."""
+    from tqdm import tqdm
+
+    precision = _precision(config)
+    task.prepare(model)
+    loader = make_loader(
+        clips,
+        config.batch_size,
+        model.clip_spec,
+        training=True,
+        backend=config.loader,
+        device=precision.device,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    tqdm.write(f"loader {loader.backend}: {choose_backend(config.loader, clips, precision.device)[1]}")
+    state = RunState.start(model, recipe_of(config), loader, precision)
     total = config.steps or config.epochs * len(loader)
     rows: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    clips = 0
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
-        for epoch in itertools.count():
-            for batch in source.batches(loader):
-                with autocast(config):
-                    outputs = model(
-                        batch.audio, batch.image, config.mask_ratio, config.mask_ratio, config.mae_loss_weight,
-                        config.contrast_loss_weight, config.mask_mode,
-                    )  # fmt: skip
-                scaler.scale(outputs[0]).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                clips += len(batch.ids)
-                losses = dict(zip(LOSSES, torch.stack(outputs[:5]).tolist()))
-                if not all(map(math.isfinite, losses.values())):
-                    raise TrainingError(_diverged(len(rows) + 1, losses, batch))
-                elapsed = time.perf_counter() - start
-                rows.append(
-                    {
-                        "step": len(rows) + 1, "epoch": epoch, **losses, "c_acc": float(outputs[7]),
-                        "learning_rate": schedule.get_last_lr()[0], "clips_per_s": clips / elapsed,
-                        "data_wait": loader.waited / elapsed, "seconds": elapsed,
-                    }
-                )  # fmt: skip
-                metrics.write(rows[-1])
-                bar.set_postfix_str(
-                    f"loss {losses['loss']:.3f} audio {losses['loss_mae_a']:.3f} video {losses['loss_mae_v']:.3f} "
-                    f"contrast {losses['loss_c']:.3f} | {clips / elapsed:.0f} clips/s, "
-                    f"data wait {loader.waited / elapsed:.0%}, rejected {source.rejects.count}",
-                    refresh=False,
-                )
-                bar.update()
-                if len(rows) == total:
-                    return rows
-            schedule.step()
-    raise AssertionError("epochs do not end")
+
+        def record(row: dict[str, Any]) -> None:
+            rows.append(row)
+            metrics.write(row)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f} audio {row['loss_mae_a']:.3f} video {row['loss_mae_v']:.3f} "
+                f"contrast {row['loss_c']:.3f} | {row['clips_per_s']:.0f} clips/s, "
+                f"data wait {row['data_wait']:.0%}, rejected {rejects.count}",
+                refresh=False,
+            )
+
+        fit(
+            task,
+            state,
+            total,
+            record,
+            batches=rejects.watch,
+            log_every=config.log_every,
+            stepped=lambda batch: bar.update(),
+        )
+    loader.close()
+    return rows
 
 
-def autocast(config: PretrainConfig) -> contextlib.AbstractContextManager:
-    """Autocast to the run's dtype; nothing for float32."""
-    if config.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(config.device).type, DTYPES[config.dtype])
-
-
-def _diverged(step: int, losses: dict[str, float], batch: Batch) -> str:
-    bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-    for name, x in (("audio", batch.audio), ("imgs", batch.image)):
-        broken = [clip for clip, ok in zip(batch.ids, x.flatten(1).isfinite().all(dim=1).tolist()) if not ok]
-        if broken:
-            return f"step {step}: {bad} not finite because the {name} of {', '.join(broken)} is not finite"
-    return f"step {step}: {bad} not finite though the inputs are; try a lower --learning-rate or --dtype float32"
+def _judge(
+    config: PretrainConfig, task: PretrainTask, model: CAVMAE, train_clips: Clips, held_out: Clips, rejects: RejectList
+) -> dict[str, Any]:
+    """Draws what the model fills in, on held-out clips where there are some -> the task's metrics on these."""
+    precision = _precision(config)
+    loader = make_loader(
+        held_out or train_clips,
+        config.batch_size,
+        model.clip_spec,
+        training=False,
+        backend=config.loader,
+        device=precision.device,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    batches = rejects.watch(loader)
+    first = next(batches)
+    imgs = image_features(first.image[:4])
+    with precision.autocast():
+        draw_reconstructions(model, first.audio[:4], imgs, config.mask_ratio, config.out / "reconstruction.png")
+        return task.evaluate(model, itertools.chain([first], batches)) if held_out else {}

@@ -1,0 +1,83 @@
+"""The loaders of a run, and the list of the clips that it could not use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from cavmae_fast.clip import ClipSpec
+from cavmae_fast.data.decode.decoders import Reject, UnusableDataError
+from cavmae_fast.data.decode.workers import default_count
+from cavmae_fast.data.loader import Batch, Clips, Loader, choose_backend
+from cavmae_fast.training.metrics import JsonLines
+
+CACHED_CLIPS = 2000
+"Up to this many training clips stay decoded in memory when this process decodes them itself."
+
+
+class RejectList:
+    """`rejects.jsonl`: each clip that cannot be used, once, with the reason. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLines(path)
+        self._named: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        return self._lines.count
+
+    def add(self, rejects: Iterable[Reject]) -> None:
+        """Writes those that are not yet named."""
+        for reject in rejects:
+            if reject.path not in self._named:
+                self._named.add(reject.path)
+                self._lines.write({"path": reject.path, "reason": reject.reason})
+
+    def watch(self, loader: Loader) -> Iterator[Batch]:
+        """One epoch of `loader`, whose rejects are written before the batch that met them is given out."""
+        try:
+            for batch in loader:
+                self.add(loader.rejects.values())
+                yield batch
+        except UnusableDataError as error:
+            self.add(error.rejects)
+            raise
+        finally:
+            self.add(loader.rejects.values())
+
+    def __enter__(self) -> RejectList:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.__exit__()
+
+
+def make_loader(
+    clips: Clips, batch_size: int, spec: ClipSpec, *, training: bool, backend: str, device: torch.device,
+    workers: int | None, seed: int,
+) -> Loader:  # fmt: skip
+    """A loader of `clips` for a model that takes `spec`. A few clips are decoded once, by this process, and kept; more of
+    them by one worker process per core, or as many as `workers` says."""
+    from tqdm import tqdm
+
+    chosen, _ = choose_backend(backend, clips, device)
+    few = chosen == "torch" and len(clips) <= CACHED_CLIPS
+    if workers is None:
+        workers = 0 if few else default_count()
+    return Loader(
+        clips,
+        min(batch_size, len(clips)),
+        training=training,
+        backend=chosen,
+        device=device,
+        workers=workers,
+        seed=seed,
+        keep=training and few and not workers,
+        report=tqdm.write,
+        image_size=spec.image_size[0],
+        audio_length=spec.audio_length,
+        mean=spec.audio_mean,
+        std=spec.audio_std,
+    )

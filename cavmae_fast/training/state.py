@@ -1,0 +1,99 @@
+"""`RunState`: all that a run needs to go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cavmae_fast.data.loader import Loader
+from cavmae_fast.training.precision import Precision
+from cavmae_fast.training.recipes import Recipe
+
+
+@dataclass(eq=False)
+class RunState:
+    """All that a run needs to go on: `state_dict` after a step and `load_state_dict` into a run that was made in the same
+    way give, bit for bit, the steps that would have followed.
+
+    Attributes:
+        model: on the run's device, what is trained already decided.
+        recipe: how it is optimized.
+        loader: of the training clips.
+        precision: device and dtype.
+        optimizer, scaler: made by `start`.
+        step: steps taken.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    loader: Loader
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+
+    @classmethod
+    def start(cls, model: nn.Module, recipe: Recipe, loader: Loader, precision: Precision) -> RunState:
+        """A run before its first step."""
+        return cls(model, recipe, loader, precision, recipe.optimizer(model.parameters()), precision.scaler())
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the learning rate that belongs to `epoch`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * self.recipe.schedule.scale(epoch)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Backward and one step of the optimizer; returns whether loss and gradients were finite, a scalar on the device.
+
+        When they were not, the optimizer leaves parameters and moments as they are. That is decided on the device, so
+        the host need not wait: fused optimizers look at `found_inf` themselves. (In float16 the scaler decides, which
+        sets the same attribute, and lowers its scale.)
+        """
+        self.scaler.scale(loss).backward()
+        finite = loss.detach().isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
+            self.optimizer.found_inf = (~finite).to(torch.float32)
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.found_inf
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, moments, place in the data and random states; tensors are the run's own, not copies."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.precision.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.precision.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": random,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken. ValueError when the data or the order is another."""
+        self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.precision.device)
+        self.step = state["step"]
