@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae_fast import CAVMAE
+from cavmae_fast import CAVMAE, PRESETS
 from cavmae_fast.data import loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.training import pretrain as job
+from cavmae_fast.training.fit import TrainingError
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 
@@ -89,6 +90,7 @@ def test_all_clips_bad(tmp_path):
         (["--model", "nonsense"], 2, "--model is 'nonsense'"),
         (["--steps", "0"], 2, "--steps is 0"),
         (["--learning-rate", "-1"], 2, "--learning-rate is -1"),
+        (["--log-every", "0"], 2, "--log-every is 0"),
         (["--device", "tpu"], 2, "--device is 'tpu'"),
         (["--mask-ratio", "1.0"], 2, "mask_ratio_a is 1.0"),
         (["--mask-ratio", "0"], 2, "removes none of"),
@@ -109,8 +111,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
     features = loader.audio_features
     monkeypatch.setattr(loader, "audio_features", lambda *args: features(*args) * float("nan"))
     config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=2, batch_size=2, device="cpu", out=tmp_path)
-    with pytest.raises(job.TrainingError, match=r"step 1: loss.* because the audio of .*train"):
+    with pytest.raises(TrainingError, match=r"step 1: loss.* because the audio of .*train"):
         job.pretrain(config)
+
+
+@pytest.mark.parametrize(
+    ("weights", "moved", "still"),
+    [
+        ({"mae_loss_weight": 0.0}, "norm_a.weight", "decoder_pred_a.weight"),
+        ({"contrast_loss_weight": 0.0}, "decoder_pred_a.weight", "norm_a.weight"),
+        ({}, "decoder_pred_a.weight", None),
+    ],
+    ids=["contrast-alone", "reconstruction-alone", "both"],
+)
+def test_the_losses_in_force_decide_what_is_trained(clips, tmp_path, weights, moved, still):
+    """Not the system's own weights: another loss may be switched on or off."""
+    torch.manual_seed(0)
+    before = PRESETS["small"].create().state_dict()
+    config = job.PretrainConfig(
+        data=tuple(clips[0][:8]), steps=2, batch_size=4, device="cpu", dtype="float32", out=tmp_path, **weights
+    )
+    job.pretrain(config)
+    after = CAVMAE.from_pretrained(tmp_path / "model").state_dict()
+    assert not torch.equal(before[moved], after[moved])
+    assert still is None or torch.equal(before[still], after[still])
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_one_row_per_step_whenever_losses_are_read(clips, tmp_path, log_every):
+    config = job.PretrainConfig(
+        data=tuple(clips[0][:8]), steps=5, batch_size=4, device="cpu", log_every=log_every, out=tmp_path
+    )
+    job.pretrain(config)
+    steps = [row for row in rows(tmp_path / "metrics.jsonl") if "learning_rate" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
+    assert {"loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c", "c_acc", "epoch", "seconds"} <= steps[0].keys()
 
 
 @pytest.mark.skipif(not MEDIA.exists(), reason="the folder of real clips is not beside this checkout")
@@ -126,6 +161,7 @@ def test_doctor():
     run = cli("doctor")
     assert run.returncode == 0, run.stderr
     assert torch.__version__ in run.stdout
+    assert "--dtype auto" in run.stdout and "in float32" in run.stdout  # why: the measured times
     for name in ("attention", "stream_layer_norm", "contrastive_loss", "flash_attn", "xformers", "libcavmae.so"):
         assert name in run.stdout
 
