@@ -575,7 +575,7 @@ def test_presets(name):
     out.loss.backward()
     for key, parameter in model.named_parameters():  # exactly what the losses train: plain DDP waits for the rest
         assert parameter.requires_grad == (parameter.grad is not None), key
-    assert preset.summary and preset.batch_size > 0 and preset.learning_rate > 0
+    assert preset.summary
 
 
 @pytest.mark.parametrize("name", PRESETS)

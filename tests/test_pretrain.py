@@ -91,6 +91,8 @@ def test_all_clips_bad(tmp_path):
         (["--steps", "0"], 2, "--steps is 0"),
         (["--learning-rate", "-1"], 2, "--learning-rate is -1"),
         (["--log-every", "0"], 2, "--log-every is 0"),
+        (["--mae-loss-weight", "0", "--contrast-loss-weight", "0"], 2, "both 0; one of them must be above 0"),
+        (["--model", "cav", "--mae-loss-weight", "-1"], 2, "--mae-loss-weight is -1"),
         (["--device", "tpu"], 2, "--device is 'tpu'"),
         (["--mask-ratio", "1.0"], 2, "mask_ratio_a is 1.0"),
         (["--mask-ratio", "0"], 2, "removes none of"),

@@ -1,4 +1,4 @@
-"""Named systems of the papers: how each differs in model, losses and recipe."""
+"""Named systems of the papers: how each differs in model and losses. How each is optimized: `training.recipes`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ from cavmae_fast.models.cavmae import CAVMAE
 
 @dataclass(frozen=True)
 class Preset:
-    """A system: constructor arguments of `CAVMAE`, loss weights, and the published recipe (per-step batch of clips)."""
+    """A system: constructor arguments of `CAVMAE`, the weights of its losses and the share of patches that it removes."""
 
     summary: str
     model: dict[str, Any] = field(default_factory=dict)
     mask_ratio: float = 0.75
     mae_loss_weight: float = 1.0
     contrast_loss_weight: float = 0.01
-    batch_size: int = 48
-    learning_rate: float = 5e-5
-    epochs: int = 25
-    decay_start: int = 10
-    decay_every: int = 5
 
     def create(self, **overrides: Any) -> CAVMAE:
         """The model, training this system's losses; `overrides` change single constructor arguments."""
@@ -48,11 +43,6 @@ PRESETS = {
         },
         mask_ratio=0.5,
         contrast_loss_weight=1.0,
-        batch_size=32,
-        learning_rate=6e-4,
-        epochs=30,
-        decay_start=20,
-        decay_every=4,
     ),
     "cav": Preset("contrastive learning alone: no decoder is run", mae_loss_weight=0.0),
     "vanilla-av-mae": Preset(
@@ -62,8 +52,8 @@ PRESETS = {
     ),
     "av-mae": Preset("CAV-MAE without the contrastive loss", contrast_loss_weight=0.0),
     "cav-mae-base": Preset("CAV-MAE, batch 48"),
-    "cav-mae-scale+": Preset("CAV-MAE, batch 120", batch_size=120, learning_rate=1e-4),
-    "cav-mae-scale++": Preset("CAV-MAE, batch 256", batch_size=256, learning_rate=2e-4),
+    "cav-mae-scale+": Preset("CAV-MAE, batch 120"),
+    "cav-mae-scale++": Preset("CAV-MAE, batch 256"),
 }
 
 

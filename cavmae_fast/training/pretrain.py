@@ -117,6 +117,10 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         value = getattr(config, option)
         if value is not None and not value > 0:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0")
+    for option in ("mae_loss_weight", "contrast_loss_weight"):
+        value = getattr(config, option)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be 0 or more")
     preset, recipe, device = PRESETS[name], PRETRAINING[name], find_device(config.device)
     defaults = {
         "epochs": recipe.epochs,
@@ -129,7 +133,10 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     }
     chosen = {option: value for option, value in defaults.items() if getattr(config, option) is None}
     dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
-    return replace(config, model=name, device=str(device), dtype=dtype, **chosen)
+    config = replace(config, model=name, device=str(device), dtype=dtype, **chosen)
+    if config.mae_loss_weight == config.contrast_loss_weight == 0:
+        raise ValueError("--mae-loss-weight and --contrast-loss-weight are both 0; one of them must be above 0")
+    return config
 
 
 def recipe_of(config: PretrainConfig) -> Recipe:
