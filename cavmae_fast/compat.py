@@ -47,12 +47,6 @@ def constant_for_compile(function: Callable) -> Callable:
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 
-def has_amx() -> bool:
-    """Whether the CPU has matrix units for bf16 (AMX) that PyTorch uses. Private: `torch.cpu._is_amx_tile_supported`;
-    without it the answer is no."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
 def has_avx512_bf16() -> bool:
     """Whether the CPU multiplies bf16 in its vector units (AVX512-BF16). Private: `torch.cpu._is_avx512_bf16_supported`;
     without it the answer is no."""

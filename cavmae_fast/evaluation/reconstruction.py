@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.evaluation.drawing import new_figure
-from cavmae_fast.reference.cavmae import CAVMAE
+from cavmae_fast.models import CAVMAE
 
 
 class Filled(NamedTuple):
