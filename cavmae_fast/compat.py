@@ -44,6 +44,23 @@ def constant_for_compile(function: Callable) -> Callable:
     return function
 
 
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """`optimizer.step()`, which changes nothing where `bad`, a scalar on the parameters' device, is true.
+
+    Private: fused optimizers (`_step_supports_amp_scaling`) read the attribute `found_inf` on the device, as they do for
+    `torch.amp.GradScaler`, so the host need not wait. With any other optimizer the host reads `bad`, and waits for it.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not bool(bad):
+            optimizer.step()
+        return
+    optimizer.found_inf = bad.to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 

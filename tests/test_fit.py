@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cavmae_fast import compat
 from cavmae_fast.models import PRESETS
 from cavmae_fast.training import precision
 from cavmae_fast.training.fit import TrainingError, fit
@@ -133,6 +134,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(TrainingError, match=r"step 3: the gradient not finite though the inputs are"):
         fit(Regression(poison=3), state, 9, lambda row: None)
     assert all(map(torch.equal, weights(clean), weights(state)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [True, False])
+def test_a_step_is_left_out_with_any_optimizer(fused, bad):
+    """Fused ones decide on the device; for others the host looks."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([parameter], 0.1, fused=fused)
+    parameter.grad = torch.ones(2)
+    compat.step_unless(optimizer, torch.tensor(bad))
+    assert torch.equal(parameter.detach(), torch.ones(2)) == bad
+    assert not hasattr(optimizer, "found_inf")
 
 
 def test_rows_are_not_lost_when_the_data_ends_the_run():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cavmae_fast import compat
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.training.precision import Precision
 from cavmae_fast.training.recipes import Recipe
@@ -53,8 +54,7 @@ class RunState:
         """Backward and one step of the optimizer; returns whether loss and gradients were finite, a scalar on the device.
 
         When they were not, the optimizer leaves parameters and moments as they are. That is decided on the device, so
-        the host need not wait: fused optimizers look at `found_inf` themselves. (In float16 the scaler decides, which
-        sets the same attribute, and lowers its scale.)
+        the host need not wait. (In float16 the scaler decides in the same way, and lowers its scale.)
         """
         self.scaler.scale(loss).backward()
         finite = loss.detach().isfinite()
@@ -64,11 +64,7 @@ class RunState:
         else:
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
             finite = finite & nn.utils.get_total_norm(gradients).isfinite()
-            self.optimizer.found_inf = (~finite).to(torch.float32)
-            try:
-                self.optimizer.step()
-            finally:
-                del self.optimizer.found_inf
+            compat.step_unless(self.optimizer, ~finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return finite
