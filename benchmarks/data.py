@@ -162,7 +162,7 @@ def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namesp
         )  # fmt: skip
         opened.append(loader)
         if not features:
-            loader.features = HostWork()
+            loader.builder = HostWork()
 
         def epoch() -> float:
             _rest(loader)  # nothing is decoded ahead when the clock starts

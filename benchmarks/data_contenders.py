@@ -14,12 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cavmae_fast.data.decode.decoders import Decoded
+from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.decode.decoder import Decoded
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.data.loader import Batch
 from cavmae_fast.data.media.files import MediaError, read_clip
 from cavmae_fast.data.sets.sources import Source
-from cavmae_fast.data.steps import Step
 from cavmae_fast.reference.fbank import log_mel_fbank
 
 TARGET_LENGTH = 1024
@@ -83,8 +82,8 @@ class DecodeOnly:
 
 
 class HostWork:
-    """In the place of a loader's `Features`: nothing. What is left is the work of the host, where features are a GPU's."""
+    """In the place of a loader's builder: nothing. What is left is the work of the host, where features are a GPU's."""
 
-    def __call__(self, step: Step, decoded: Decoded) -> Batch:
-        ids = [loaded.id for loaded in decoded.loaded if loaded is not None]
+    def __call__(self, decoded: Decoded) -> Batch:
+        step, ids = decoded.step, [info.id for info in decoded.infos if info is not None]
         return Batch(ids, decoded.waveform, decoded.image, None, step.draws.frame, step.epoch, step.position, [])

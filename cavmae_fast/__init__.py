@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cavmae_fast.data.augment import Augmentation
+    from cavmae_fast.data.draws import Augmentation
     from cavmae_fast.data.loader import Loader
     from cavmae_fast.models import (
         CAVMAE,
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-_DATA = {"Augmentation": ".data.augment", "Loader": ".data.loader"}
+_DATA = {"Augmentation": ".data.draws", "Loader": ".data.loader"}
 
 
 def __getattr__(name: str) -> object:

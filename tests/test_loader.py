@@ -17,16 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_sets import CLASSES, write_labels, write_published, write_shards
 
-from cavmae_fast.data.augment import Augmentation
 from cavmae_fast.data.decode import dali
-from cavmae_fast.data.decode.decoders import UnusableDataError
+from cavmae_fast.data.decode.choosing import choose_backend
+from cavmae_fast.data.decode.decoder import UnusableDataError
+from cavmae_fast.data.draws import Augmentation
 from cavmae_fast.data.features import audio_features, image_features, samples_of
-from cavmae_fast.data.loader import Loader, choose_backend, open_clips
+from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.encoded import decode_image, decode_sound
 from cavmae_fast.data.media.files import MediaError, read_clip
 from cavmae_fast.data.media.synthetic import generate_clips
-from cavmae_fast.data.order import Order
+from cavmae_fast.data.plan import Order, Step, Want
 from cavmae_fast.data.sets.labels import LabelError, LabelSet, balance_weights, write_weights
+from cavmae_fast.data.sets.opening import open_clips
 from cavmae_fast.data.sets.shards import ShardSet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -539,15 +541,15 @@ def test_an_interrupted_batch_is_not_lost(sets, monkeypatch, backend):
     options = {"training": True, "augmentation": PLAIN, **SMALL}
     reference = run(Loader(sets["shards"], 5, workers=0, **options))
     loader = Loader(sets["shards"], 5, workers=1, prefetch=1, backend=backend, **options)
-    features, interrupted, batches = loader.features, [], []
+    build, interrupted = loader.builder, []
 
-    def sometimes(step, decoded):
+    def sometimes(decoded):
         if len(interrupted) < 3:
-            interrupted.append(step.position)
+            interrupted.append(decoded.step.position)
             raise KeyboardInterrupt
-        return features(step, decoded)
+        return build(decoded)
 
-    loader.features = sometimes
+    loader.builder = sometimes
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             next(iter(loader))
@@ -602,26 +604,25 @@ def test_a_loader_that_was_collected_in_its_own_thread(sets):
     """A reference cycle may be found there."""
     loader = Loader(sets["shards"], 4, training=True, workers=1, **SMALL)
     next(iter(loader))
-    pump, decoder, finalizer = loader._pump, loader._decoder, loader._finalizer
-    put = pump._queue.put
+    prefetcher, decoder, finalizer = loader._prefetcher, loader._decoder, loader._finalizer
+    put = prefetcher._queue.put
 
     class Queue:
         def put(self, item):
             finalizer()
             put(item)
 
-        get = pump._queue.get
+        get = prefetcher._queue.get
 
-    pump._queue = Queue()
+    prefetcher._queue = Queue()
     end = time.monotonic() + 20
-    while finalizer.alive or pump.thread.is_alive() or decoder.workers.pids:
+    while finalizer.alive or prefetcher.thread.is_alive() or decoder.workers.pids:
         if time.monotonic() > end:
             raise AssertionError("not closed")
         if not finalizer.alive:
             time.sleep(0.05)
             continue
-        ready = pump.get()
-        ready()
+        prefetcher.finish(prefetcher.wait())
 
 
 def test_an_error_comes_after_the_steps_before_it(sets, tmp_path):
@@ -640,6 +641,38 @@ def test_an_error_comes_after_the_steps_before_it(sets, tmp_path):
                 batches.append(batch.ids)
         counts.append(batches)
     assert counts[0] == counts[1] != []
+
+
+def test_an_error_waits_for_slower_steps_before_it(sets, tmp_path):
+    """Also when the step that fails is the first to be done."""
+    listed = write_published(tmp_path / "p", sorted(sets["videos"].iterdir())[:2])
+    rows = json.loads(listed.read_text())["data"]
+    listed.write_text(json.dumps({"data": rows + [{**rows[0], "video_id": "gone"}] * 2}))
+    loader = Loader(listed, 2, training=True, augmentation=PLAIN, workers=1, **SMALL)
+    decoder = loader._decoder
+    decoder.substitute = lambda want, attempt: 2  # which is gone
+    draws = loader.plan.draw(0, range(2))
+    steps = [Step(0, first, draws, [Want(clip, False, clip, 0) for clip in (first, first + 1)]) for first in (0, 2)]
+    submit, held = decoder.workers.submit, []
+
+    def late(job, first=False):
+        if job.tag[0].decoded.step is steps[0]:
+            held.append(job)
+        else:
+            submit(job, first)
+
+    def wait(timeout, real=decoder.workers.wait):
+        done = real(timeout)
+        if not done and held:  # everything else was done before
+            submit(held.pop())
+        return done
+
+    decoder.workers.submit, decoder.workers.wait = late, wait
+    decoded = decoder.decode(iter(steps), threading.Event())
+    assert [info.id for info in next(decoded).infos] == [row["video_id"] for row in rows]
+    with pytest.raises(UnusableDataError):
+        next(decoded)
+    loader.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- options

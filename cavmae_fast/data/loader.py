@@ -2,171 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import threading
 import time
 import weakref
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cavmae_fast.data.augment import (
-    Augmentation,
-    Draws,
-    generator_for,
-    mask_spectrogram,
-    mix_images,
-    mix_waveforms,
-    noise_and_roll,
-)
-from cavmae_fast.data.decode import dali
-from cavmae_fast.data.decode.decoders import Decoded, InDali, InProcess, InWorkers, Reject, UnusableDataError
+from cavmae_fast.data.batches import Batch, BatchBuilder
+from cavmae_fast.data.decode.choosing import choose_backend
+from cavmae_fast.data.decode.decoder import Decoder, InProcess, Reject, UnusableDataError
+from cavmae_fast.data.decode.in_dali import InDali
+from cavmae_fast.data.decode.in_workers import InWorkers
 from cavmae_fast.data.decode.reading import Reader
 from cavmae_fast.data.decode.workers import TIMEOUT, default_count
-from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, audio_features, image_features, samples_of
-from cavmae_fast.data.order import Order
-from cavmae_fast.data.sets.labels import LabelSet, read_weights
-from cavmae_fast.data.sets.shards import LABELS, ShardSet, shard_folder
-from cavmae_fast.data.sets.sources import Source, find_sources
-from cavmae_fast.data.steps import Plan, Step, Want
+from cavmae_fast.data.draws import Augmentation
+from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, samples_of
+from cavmae_fast.data.plan import Order, Plan
+from cavmae_fast.data.prefetch import Prefetcher, on_stream
+from cavmae_fast.data.sets.labels import LabelSet
+from cavmae_fast.data.sets.opening import Clips, checksum, clip_labels, clip_weights, open_clips
+from cavmae_fast.data.sets.shards import ShardSet
 
 NUM_FRAMES = 10
-BACKENDS = ("auto", "torch", "dali")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a model takes, on the loader's device.
-
-    Attributes:
-        ids: names of the clips.
-        audio: `[B, audio_length, 128]` float32, normalized log-mel.
-        image: `[B, 3, S, S]` RGB, as the channels lie last in memory: uint8 (the models normalize it), or float32
-            normalized with ImageNet's mean and standard deviation.
-        labels: `[B, classes]` float32, or None where the loader knows no classes.
-        clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
-        epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.
-        rejects: clips that could not be used and were replaced (in training) or left out (in evaluation).
-    """
-
-    ids: list[str]
-    audio: Tensor
-    image: Tensor
-    labels: Tensor | None
-    clips: np.ndarray
-    epoch: int
-    position: int
-    rejects: list[Reject]
-
-
-class Decoder(Protocol):
-    """What a back end does: steps to decoded arrays, in order. `closing`: `close` is about to be called."""
-
-    closing: bool
-
-    def decode(self, steps: Iterator[Sequence[Want]], stopped: threading.Event) -> Iterator[Decoded]: ...
-
-    def close(self) -> None: ...
-
-
-Clips = ShardSet | Sequence[Source]
-"""Where the clips of a data set are, by number."""
-
-
-def open_clips(data: str | Path | Sequence[str | Path] | Clips) -> Clips:
-    """The clips of a data set: a folder of shards, or whatever `find_sources` takes; opened ones come back as they are.
-
-    Raises:
-        MediaError: it does not exist, cannot be read or names no clip.
-    """
-    if isinstance(data, ShardSet) or (not isinstance(data, str | Path) and data and isinstance(data[0], Source)):
-        return data
-    places = [data] if isinstance(data, str | Path) else list(data)
-    folder = shard_folder(places)
-    return find_sources(places) if folder is None else ShardSet(folder)
-
-
-def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
-    """Sampling weights `[clips]` from an array or a file of one number a row; a file for the list from which shards were
-    prepared has a row for each clip of that list. LabelError when it does not fit."""
-    if isinstance(weights, np.ndarray):
-        return weights
-    if isinstance(clips, ShardSet) and clips.manifest["listed"] != len(clips) and Path(weights).is_file():
-        with Path(weights).open() as file:
-            rows = sum(1 for _ in file)
-        if rows == clips.manifest["listed"]:
-            return read_weights(weights, rows)[clips.index["key"]]
-    return read_weights(weights, len(clips))
-
-
-@dataclass(frozen=True)
-class Features:
-    """Decoded clips to a batch, on the device."""
-
-    device: torch.device
-    audio_length: int
-    mean: float
-    std: float
-    augmentation: Augmentation
-    label_set: LabelSet | None
-    normalize_images: bool
-    seed: int
-
-    def __call__(self, step: Step, decoded: Decoded) -> Batch:
-        rows, draws = len(step.draws), step.draws
-        image, waveform = decoded.image, decoded.waveform
-        used = np.flatnonzero([loaded is not None for loaded in decoded.loaded])
-        loaded = [decoded.loaded[place] for place in used]
-        clips = np.array([decoded.clips[place] for place in used], np.int64)
-        if len(used) < len(step.wants):  # evaluation alone leaves places empty, and mixes nothing
-            rows, draws = len(used), draws[used]
-        count = torch.tensor([one.samples for one in loaded], dtype=torch.int64)
-        labels = self._labels(loaded, draws)
-        on_cpu = self.device.type == "cpu"
-        image = image.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # [n, 3, S, S], channels last
-        waveform = waveform.to(self.device, non_blocking=True)
-        count = count if on_cpu else count.pin_memory().to(self.device, non_blocking=True)
-        if self.normalize_images:
-            image = image_features(image)
-        elif on_cpu:
-            image = image.clone()  # the memory it lies in is used again
-        if draws.mixed.any():
-            other = np.arange(rows)
-            other[draws.mixed] = rows + np.arange(draws.mixed.sum())
-            other = torch.from_numpy(other).to(self.device, non_blocking=True)
-            image = mix_images(image[:rows], image[other], draws.lam)
-            waveform, count = mix_waveforms(waveform[:rows], count[:rows], waveform[other], count[other], draws.lam)
-        audio = audio_features(waveform, count, self.audio_length, self.mean, self.std)
-        if self.augmentation.freq_mask or self.augmentation.time_mask:
-            audio = mask_spectrogram(audio, draws.freq, draws.time, -self.mean / self.std)
-        if self.augmentation.noise and rows:
-            generator = generator_for(self.device, self.seed, step.epoch, step.wants[0].position)
-            audio = noise_and_roll(audio, draws.level, draws.shift, generator)
-        if labels is not None:
-            labels = labels if on_cpu else labels.pin_memory().to(self.device, non_blocking=True)
-        ids = [one.id for one in loaded[:rows]]
-        return Batch(ids, audio, image, labels, clips[:rows], step.epoch, step.position, decoded.rejects)
-
-    def _labels(self, loaded: Sequence, draws: Draws) -> Tensor | None:
-        if self.label_set is None:
-            return None
-        rows, smoothing = len(draws), self.augmentation.label_smoothing
-        indices = self.label_set.encode([one.labels for one in loaded])
-        if not draws.mixed.any():
-            return self.label_set.multi_hot(indices, smoothing)
-        partner = np.full_like(indices[:rows], -1)
-        partner[draws.mixed] = indices[rows:]
-        return self.label_set.multi_hot(indices[:rows], smoothing, partner=partner, lam=draws.lam)
 
 
 class Loader:
@@ -273,22 +136,23 @@ class Loader:
         if self.device.type == "cuda" and self.device.index is None:  # threads do not share the current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.backend, self.reason = choose_backend(backend, self.clips, self.device)
-        self.features = Features(
-            self.device, audio_length, mean, std, augmentation, _label_set(labels, self.clips),
-            normalize_images or augmentation.mixup > 0, seed,
-        )  # fmt: skip
+        label_set = clip_labels(labels, self.clips)
+        normalize_images = normalize_images or augmentation.mixup > 0
+        self.builder = BatchBuilder(
+            self.device, audio_length, mean, std, augmentation, label_set, normalize_images, seed
+        )
         self.epoch = self.position = 0
         self.waited = 0.0
         self._loops = 0
         self._process = os.getpid()
         self.rejects: dict[str, Reject] = {}
-        reader = Reader(num_frames, image_size, samples_of(audio_length), keep, self.features.label_set)
+        reader = Reader(num_frames, image_size, samples_of(audio_length), keep, label_set)
         self._exact = InProcess(self.clips, reader, self.plan.substitute)
         rows = 2 * batch_size if augmentation.mixup else batch_size
         # On a GPU all work for a batch runs on a stream of its own, beside the model's.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         options: dict[str, Any] = {"rows": rows, "prefetch": prefetch}
-        with _beside(self._stream):
+        with on_stream(self._stream):
             if self.backend == "dali":
                 options |= {"threads": workers, "device": self.device}
                 self._decoder: Decoder = InDali(self.clips, reader, self.plan.substitute, **options)
@@ -297,7 +161,7 @@ class Loader:
                 self._decoder = InWorkers(self.clips, reader, self.plan.substitute, **options)
             else:
                 self._decoder = self._exact
-        self._pump: _Pump | None = None
+        self._prefetcher: Prefetcher | None = None
         self._open: dict[str, Any] = {"decoder": self._decoder}
         self._finalizer = weakref.finalize(self, _close, self._open, self._process)
 
@@ -339,19 +203,20 @@ class Loader:
     def _next(self) -> Batch | None:
         """The next batch, and the state behind it; None after the last. What goes wrong leaves the state as it was."""
         try:
-            if self._pump is not None and self._pump.stopped:  # its end was interrupted
+            if self._prefetcher is not None and self._prefetcher.stopped:  # its end was interrupted
                 self._stop()
-            if self._pump is None:
+            if self._prefetcher is None:
                 steps = self.plan.steps(self.epoch, self.position)
-                self._pump = self._open["pump"] = _Pump(self._decoder, steps, self._finisher(), self._stream)
+                self._prefetcher = Prefetcher(self._decoder, steps, self.builder, self._stream)
+                self._open["prefetcher"] = self._prefetcher
             begin = time.perf_counter()
-            ready = self._pump.get()
+            ready = self._prefetcher.wait()
             self.waited += time.perf_counter() - begin
             if ready is None:
                 if self.training:
                     raise RuntimeError("the loader's thread ended, though training has no end")
                 return None
-            batch = ready()
+            batch = self._prefetcher.finish(ready)
         except BaseException:
             self._stop()
             raise
@@ -364,8 +229,8 @@ class Loader:
     def batch_at(self, epoch: int, position: int) -> Batch:
         """Builds a batch again, in this process, from the `epoch` and `position` that it carries."""
         step = self.plan.step(epoch, position, self.order.sequence(epoch))
-        (decoded,) = self._exact.decode(iter([step.wants]), threading.Event())
-        return self.features(step, decoded)
+        (decoded,) = self._exact.decode(iter([step]), threading.Event())
+        return self.builder(decoded)
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -393,135 +258,35 @@ class Loader:
 
     @cached_property
     def _checksum(self) -> int:
-        """CRC-32 of what tells this data set from others of its size, and of the weights."""
-        if isinstance(self.clips, ShardSet):
-            crc = zlib.crc32(np.ascontiguousarray(self.clips.index["crc"][:, 1]))
-        else:
-            crc = zlib.crc32("\n".join(clip.id for clip in self.clips).encode(errors="surrogateescape"))
-        return crc if self.order.weights is None else zlib.crc32(np.ascontiguousarray(self.order.weights), crc)
+        return checksum(self.clips, self.order.weights)
 
     # --------------------------------------------------------------------------------------------------------- threads
 
-    def _finisher(self) -> Callable[[Step, Decoded], Callable[[], Batch]]:
-        """What the thread does with a decoded step, to give what the consumer calls for its batch.
-
-        On a CPU the features are the consumer's work: two threads with products of their own would fight for the cores.
-        """
-        features, stream = self.features, self._stream
-
-        def later(step: Step, decoded: Decoded) -> Callable[[], Batch]:
-            def batch() -> Batch:
-                result = features(step, decoded)
-                decoded.release()
-                return result
-
-            return batch
-
-        def at_once(step: Step, decoded: Decoded) -> Callable[[], Batch]:
-            result = features(step, decoded)
-            done = stream.record_event()
-
-            def batch() -> Batch:
-                done.synchronize()  # long past, as a rule; now the host memory it was copied from is free, too
-                decoded.release()
-                for tensor in (result.audio, result.image, result.labels):
-                    if tensor is not None:
-                        tensor.record_stream(torch.cuda.current_stream(stream.device))
-                return result
-
-            return batch
-
-        return later if stream is None else at_once
-
     def _stop(self) -> None:
-        if self._pump is not None:
-            self._pump.close()
-            self._pump = self._open["pump"] = None
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = self._open["prefetcher"] = None
 
     def close(self) -> None:
         """Ends the loader's processes and threads; also done when it is collected and at exit."""
         self._finalizer()
-        self._pump = None
-
-
-@contextlib.contextmanager
-def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """On this stream and its device; threads have a current device and stream of their own."""
-    if stream is None:
-        yield
-    else:
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-            yield
-
-
-class _Pump:
-    """Runs a decoder over steps, in a thread where it does not decode in this process; knows nothing of the loader, which
-    can so be collected."""
-
-    def __init__(self, decoder: Decoder, steps: Iterator[Step], finish: Callable, stream: torch.cuda.Stream | None):
-        self._stopped, self._stream = threading.Event(), stream
-        self._batches = self._decode(decoder, steps, finish)
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None
-        if not isinstance(decoder, InProcess):
-            self.thread = threading.Thread(target=self._run, name="loader", daemon=True)
-            self.thread.start()
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped.is_set()
-
-    def _decode(self, decoder: Decoder, steps: Iterator[Step], finish: Callable) -> Iterator[Callable[[], Batch]]:
-        begun: deque[Step] = deque()
-
-        def wants() -> Iterator[list[Want]]:
-            for step in steps:
-                begun.append(step)
-                yield step.wants
-
-        for decoded in decoder.decode(wants(), self._stopped):
-            yield finish(begun.popleft(), decoded)
-
-    def _run(self) -> None:
-        try:
-            with _beside(self._stream):
-                for batch in self._batches:  # the decoder, which has so much memory and no more, keeps it from running ahead
-                    self._queue.put(batch)
-            self._queue.put(None)
-        except BaseException as error:  # raised where the batch is asked for
-            self._queue.put(error)
-
-    def get(self) -> Callable[[], Batch] | None:
-        """The next batch, to be called for; None after the last."""
-        if self.thread is None:
-            with _beside(self._stream):
-                return next(self._batches, None)
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Ends the thread; may be called again when it was interrupted."""
-        self._stopped.set()
-        if self.thread is not None:
-            self.thread.join()
-        self._batches.close()
+        self._prefetcher = None
 
 
 def _close(parts: dict[str, Any], process: int) -> None:
     """Ends the thread and the decoder; nothing in a process that was forked from the loader's."""
     if os.getpid() != process:
         return
-    pump, decoder = parts.pop("pump", None), parts.pop("decoder", None)
-    if pump is not None and pump.thread is threading.current_thread():  # the collector ran there: it cannot wait for itself
-        threading.Thread(target=_close, args=({"pump": pump, "decoder": decoder}, process)).start()
+    prefetcher, decoder = parts.pop("prefetcher", None), parts.pop("decoder", None)
+    if prefetcher is not None and prefetcher.thread is threading.current_thread():
+        # The garbage collector ran in the prefetcher's thread, which cannot wait for its own end.
+        threading.Thread(target=_close, args=({"prefetcher": prefetcher, "decoder": decoder}, process)).start()
         return
     if decoder is not None:
         decoder.closing = True
     try:
-        if pump is not None:
-            pump.close()
+        if prefetcher is not None:
+            prefetcher.close()
     finally:
         if decoder is not None:
             decoder.close()
@@ -536,33 +301,3 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
-
-
-def _label_set(labels: LabelSet | str | Path | None, clips: Clips) -> LabelSet | None:
-    if isinstance(labels, str | Path):
-        return LabelSet.from_csv(labels)
-    if labels is None and isinstance(clips, ShardSet) and clips.manifest["labels"]:
-        return LabelSet.from_csv(clips.folder / LABELS)
-    return labels
-
-
-def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[str, str]:
-    """The back end for these clips on this device, and in a few words why. ValueError when it cannot be the named one."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return "torch", "asked for"
-    if backend == "dali":
-        if missing := dali.available():
-            raise ValueError(f"backend is 'dali', but {missing}")
-        videos = not isinstance(clips, ShardSet) and any(clip.video for clip in clips)
-        if videos and (device.type != "cuda" or not all(clip.video for clip in clips)):
-            raise ValueError(
-                "backend is 'dali', which decodes videos with NVDEC, on a CUDA device, and no mixture of videos and "
-                "extracted frames; allowed: backend='torch', or shards (`cavmae-fast prepare`)"
-            )
-        return "dali", "asked for"
-    if device.type == "cpu":
-        return "torch", "the device is a CPU"
-    # As with kernels: what never ran on a GPU is not the default on one.
-    return "torch", "DALI has not been proven on a GPU; backend='dali' asks for it"

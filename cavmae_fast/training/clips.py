@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.data.decode.decoders import Reject, UnusableDataError
+from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.decode.choosing import choose_backend
+from cavmae_fast.data.decode.decoder import Reject, UnusableDataError
 from cavmae_fast.data.decode.workers import default_count
-from cavmae_fast.data.loader import Batch, Clips, Loader, choose_backend
+from cavmae_fast.data.loader import Loader
+from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.training.metrics import JsonLines
 
 CACHED_CLIPS = 2000

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cavmae_fast.data.loader import Batch, Loader
+from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.loader import Loader
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.training.readback import Readback
 from cavmae_fast.training.state import RunState

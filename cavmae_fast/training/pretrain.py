@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.features import image_features
-from cavmae_fast.data.loader import Batch, Clips, choose_backend, open_clips
 from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.opening import Clips, open_clips
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from cavmae_fast.data.loader import Batch
+from cavmae_fast.data.batches import Batch
 
 
 class Task(Protocol):

@@ -19,23 +19,12 @@ Record = ShardClip | Source
 """Where one clip is."""
 
 
-class Loaded(NamedTuple):
+class ClipInfo(NamedTuple):
     """What is known of a clip besides its picture and sound. `samples`: its own, at 16 kHz."""
 
     id: str
     labels: tuple[str, ...]
     samples: int
-
-
-class Request(NamedTuple):
-    """One clip to load: `row` of the batch, `frame` of the clip's frames."""
-
-    row: int
-    record: Record
-    frame: int
-
-    def __str__(self) -> str:
-        return str(self.record)
 
 
 def read_encoded(record: Record, frame: int) -> tuple[str, tuple[str, ...], Encoded]:
@@ -70,24 +59,23 @@ class Reader:
     label_set: LabelSet | None = None
     _kept: dict[tuple, Any] = field(default_factory=dict)
 
-    def read(self, request: Request) -> tuple[Loaded, np.ndarray, np.ndarray]:
+    def read(self, record: Record, frame: int) -> tuple[ClipInfo, np.ndarray, np.ndarray]:
         """What is known of the clip, its frame `[size, size, 3]` uint8 and its sound `[samples]` int16.
 
         Raises:
             MediaError: the clip cannot be used.
         """
-        record, frame = request.record, request.frame
         if isinstance(record, Source) and record.video:
             self.check_labels(record, record.labels)
             clip, number = self._video(record.video, frame)
-            return Loaded(record.id, record.labels, len(clip.waveform)), clip.frames[number], clip.waveform
+            return ClipInfo(record.id, record.labels, len(clip.waveform)), clip.frames[number], clip.waveform
         if (record, frame) in self._kept:
             return self._kept[record, frame]
         clip_id, labels, encoded = read_encoded(record, frame)
         self.check_labels(record, labels)
         image = decode_image(encoded.image, self.size, image_name(record, frame))
         waveform = decode_sound(encoded.sound, str(record))[: self.samples]
-        result = Loaded(clip_id, labels, len(waveform)), image, waveform
+        result = ClipInfo(clip_id, labels, len(waveform)), image, waveform
         if self.keep:
             self._kept[record, frame] = result
         return result
@@ -139,27 +127,28 @@ class Slots:
 
 
 @dataclass
-class LoadClip:
-    """Runs in the workers: a request -> its clip in its row of the shared memory, or the reason why it cannot be used."""
+class ReadIntoSlot:
+    """Runs in the workers: (row, where the clip is, its frame) -> the clip in that row of the shared memory, and what is
+    known of it, or the reason why it cannot be used."""
 
     reader: Reader
     slots: Slots
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
-    def __call__(self, request: Request) -> Loaded | str:
+    def __call__(self, item: tuple[int, Record, int]) -> ClipInfo | str:
         if self._arrays is None:
             self._arrays = self.slots.arrays()
-        images, waveforms = self._arrays
-        return load_into(self.reader, request, images[request.row], waveforms[request.row])
+        (row, record, frame), (images, waveforms) = item, self._arrays
+        return read_into(self.reader, record, frame, images[row], waveforms[row])
 
 
-def load_into(reader: Reader, request: Request, image: np.ndarray, waveform: np.ndarray) -> Loaded | str:
+def read_into(reader: Reader, record: Record, frame: int, image: np.ndarray, waveform: np.ndarray) -> ClipInfo | str:
     """Reads a clip into `image [S, S, 3]` and `waveform [samples]` (zeros past its end), or says why that cannot be."""
     try:
-        loaded, frame, sound = reader.read(request)
+        info, picture, sound = reader.read(record, frame)
     except Exception as error:
-        return unusable(error, request)
-    image[:] = frame
+        return unusable(error, record)
+    image[:] = picture
     waveform[: len(sound)] = sound
     waveform[len(sound) :] = 0
-    return loaded
+    return info

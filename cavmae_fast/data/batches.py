@@ -1,0 +1,121 @@
+"""Decoded clips to batches: what a model takes, built on the training device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cavmae_fast.data.augment import mask_spectrogram, mix_images, mix_waveforms, noise_and_roll
+from cavmae_fast.data.decode.decoder import Decoded, Reject
+from cavmae_fast.data.decode.reading import ClipInfo
+from cavmae_fast.data.draws import Augmentation, Draws, generator_for
+from cavmae_fast.data.features import audio_features, image_features
+from cavmae_fast.data.sets.labels import LabelSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model takes, on the loader's device.
+
+    Attributes:
+        ids: names of the clips.
+        audio: `[B, audio_length, 128]` float32, normalized log-mel.
+        image: `[B, 3, S, S]` RGB, with the channels last in memory: uint8 (the models normalize it), or float32
+            normalized with ImageNet's mean and standard deviation.
+        labels: `[B, classes]` float32, or None where the loader knows no classes.
+        clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
+        epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.
+        rejects: clips that could not be used and were replaced (in training) or left out (in evaluation).
+    """
+
+    ids: list[str]
+    audio: Tensor
+    image: Tensor
+    labels: Tensor | None
+    clips: np.ndarray
+    epoch: int
+    position: int
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Decoded clips to a batch, on the device.
+
+    Attributes:
+        device: where batches are built and lie.
+        audio_length: of the spectrograms, in frames.
+        mean, std: what log-mel values are normalized with.
+        augmentation: the recipe; what was drawn by it comes with each step.
+        label_set: the classes, or None.
+        normalize_images: give float32 images.
+        seed: of the noise field.
+    """
+
+    device: torch.device
+    audio_length: int
+    mean: float
+    std: float
+    augmentation: Augmentation
+    label_set: LabelSet | None
+    normalize_images: bool
+    seed: int
+
+    def __call__(self, decoded: Decoded) -> Batch:
+        step, draws = decoded.step, decoded.step.draws
+        used = [place for place, info in enumerate(decoded.infos) if info is not None]
+        infos = [decoded.infos[place] for place in used]
+        clips = np.array([decoded.clips[place] for place in used], np.int64)
+        if len(used) < len(step.wants):  # only evaluation leaves places empty, and it mixes nothing
+            draws = draws[np.array(used, np.int64)]
+        image, waveform, count = self._arrays(decoded, infos)
+        if draws.mixed.any():
+            image, waveform, count = self._mixed(image, waveform, count, draws)
+        audio = audio_features(waveform, count, self.audio_length, self.mean, self.std)
+        if self.augmentation.freq_mask or self.augmentation.time_mask:
+            audio = mask_spectrogram(audio, draws.freq, draws.time, -self.mean / self.std)
+        if self.augmentation.noise and len(draws):
+            generator = generator_for(self.device, self.seed, step.epoch, step.wants[0].position)
+            audio = noise_and_roll(audio, draws.level, draws.shift, generator)
+        ids = [info.id for info in infos[: len(draws)]]
+        labels = self._labels(infos, draws)
+        return Batch(ids, audio, image, labels, clips[: len(draws)], step.epoch, step.position, decoded.rejects)
+
+    def _arrays(self, decoded: Decoded, infos: list[ClipInfo]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images `[n, 3, S, S]`, waveforms `[n, samples]` and their own samples `[n]`, on the device."""
+        image = decoded.image.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels stay last in memory
+        waveform = decoded.waveform.to(self.device, non_blocking=True)
+        count = self._to_device(torch.tensor([info.samples for info in infos], dtype=torch.int64))
+        if self.normalize_images:
+            image = image_features(image)
+        elif self.device.type == "cpu":
+            image = image.clone()  # the memory that it lies in is used again
+        return image, waveform, count
+
+    def _mixed(self, image: Tensor, waveform: Tensor, count: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `len(draws)` rows, mixed with the rows of their partners, which come after them."""
+        rows = len(draws)
+        partner = np.arange(rows)
+        partner[draws.mixed] = rows + np.arange(draws.mixed.sum())
+        other = torch.from_numpy(partner).to(self.device, non_blocking=True)
+        image = mix_images(image[:rows], image[other], draws.lam)
+        waveform, count = mix_waveforms(waveform[:rows], count[:rows], waveform[other], count[other], draws.lam)
+        return image, waveform, count
+
+    def _labels(self, infos: list[ClipInfo], draws: Draws) -> Tensor | None:
+        if self.label_set is None:
+            return None
+        rows, smoothing = len(draws), self.augmentation.label_smoothing
+        indices = self.label_set.encode([info.labels for info in infos])
+        if not draws.mixed.any():
+            return self._to_device(self.label_set.multi_hot(indices, smoothing))
+        partner = np.full_like(indices[:rows], -1)
+        partner[draws.mixed] = indices[rows:]
+        return self._to_device(self.label_set.multi_hot(indices[:rows], smoothing, partner=partner, lam=draws.lam))
+
+    def _to_device(self, small: Tensor) -> Tensor:
+        """A tensor that was made here, on the device; from pinned memory, so that nothing waits for the copy."""
+        return small if self.device.type == "cpu" else small.pin_memory().to(self.device, non_blocking=True)

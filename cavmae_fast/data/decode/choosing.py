@@ -1,0 +1,33 @@
+"""Which of the ways to decode a loader takes."""
+
+from __future__ import annotations
+
+import torch
+
+from cavmae_fast.data.decode import dali
+from cavmae_fast.data.sets.opening import Clips
+from cavmae_fast.data.sets.shards import ShardSet
+
+BACKENDS = ("auto", "torch", "dali")
+
+
+def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[str, str]:
+    """The back end for these clips on this device, and in a few words why. ValueError when it cannot be the named one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return "torch", "asked for"
+    if backend == "dali":
+        if missing := dali.available():
+            raise ValueError(f"backend is 'dali', but {missing}")
+        videos = not isinstance(clips, ShardSet) and any(clip.video for clip in clips)
+        if videos and (device.type != "cuda" or not all(clip.video for clip in clips)):
+            raise ValueError(
+                "backend is 'dali', which decodes videos with NVDEC, on a CUDA device, and no mixture of videos and "
+                "extracted frames; allowed: backend='torch', or shards (`cavmae-fast prepare`)"
+            )
+        return "dali", "asked for"
+    if device.type == "cpu":
+        return "torch", "the device is a CPU"
+    # As with kernels: what never ran on a GPU is not the default on one.
+    return "torch", "DALI has not been proven on a GPU; backend='dali' asks for it"

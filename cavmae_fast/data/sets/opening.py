@@ -1,0 +1,66 @@
+"""Opening a data set: its clips, its classes, its weights, and the number that tells it from others."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cavmae_fast.data.sets.labels import LabelSet, read_weights
+from cavmae_fast.data.sets.shards import LABELS, ShardSet, shard_folder
+from cavmae_fast.data.sets.sources import Source, find_sources
+
+Clips = ShardSet | Sequence[Source]
+"""Where the clips of a data set are, by number."""
+
+
+def open_clips(data: str | Path | Sequence[str | Path] | Clips) -> Clips:
+    """The clips of a data set: a folder of shards, or whatever `find_sources` takes; opened ones come back as they are.
+
+    Raises:
+        MediaError: it does not exist, cannot be read or names no clip.
+    """
+    if isinstance(data, ShardSet) or (not isinstance(data, str | Path) and data and isinstance(data[0], Source)):
+        return data
+    places = [data] if isinstance(data, str | Path) else list(data)
+    folder = shard_folder(places)
+    return find_sources(places) if folder is None else ShardSet(folder)
+
+
+def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
+    """Sampling weights `[clips]` from an array, or from a file with one number per row.
+
+    A file that was made for the list from which shards were prepared has a row for each clip of that list; the rows of the
+    clips that are in the shards are taken.
+
+    Raises:
+        LabelError: the file cannot be read or does not fit.
+    """
+    if isinstance(weights, np.ndarray):
+        return weights
+    if isinstance(clips, ShardSet) and clips.manifest["listed"] != len(clips) and Path(weights).is_file():
+        with Path(weights).open() as file:
+            rows = sum(1 for _ in file)
+        if rows == clips.manifest["listed"]:
+            return read_weights(weights, rows)[clips.index["key"]]
+    return read_weights(weights, len(clips))
+
+
+def clip_labels(labels: LabelSet | str | Path | None, clips: Clips) -> LabelSet | None:
+    """The classes: as given, from a CSV, or those the shards were prepared with. LabelError when they cannot be read."""
+    if isinstance(labels, str | Path):
+        return LabelSet.from_csv(labels)
+    if labels is None and isinstance(clips, ShardSet) and clips.manifest["labels"]:
+        return LabelSet.from_csv(clips.folder / LABELS)
+    return labels
+
+
+def checksum(clips: Clips, weights: np.ndarray | None) -> int:
+    """CRC-32 of what tells this data set from others of its size, and of the weights."""
+    if isinstance(clips, ShardSet):
+        crc = zlib.crc32(np.ascontiguousarray(clips.index["crc"][:, 1]))  # of each clip's sound
+    else:
+        crc = zlib.crc32("\n".join(clip.id for clip in clips).encode(errors="surrogateescape"))
+    return crc if weights is None else zlib.crc32(np.ascontiguousarray(weights), crc)
