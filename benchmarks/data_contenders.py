@@ -86,4 +86,4 @@ class HostWork:
 
     def __call__(self, decoded: Decoded) -> Batch:
         step, ids = decoded.step, [info.id for info in decoded.infos if info is not None]
-        return Batch(ids, decoded.waveform, decoded.image, None, step.draws.frame, step.epoch, step.position, [])
+        return Batch(ids, decoded.waveform, decoded.image, None, step.draws.partner, step.epoch, step.position, [])

@@ -100,18 +100,18 @@ def test_draws_are_repeatable_and_differ_by_seed_epoch_and_position():
 def test_draws_never_change():
     """Golden values: a run that is rebuilt from its seed must meet the same clips."""
     draws = draws_of(position=1000, rows=4)
-    assert draws.frame.tolist() == [0, 1, 3, 6]
+    assert (draws.moment * 10).astype(int).tolist() == [0, 1, 3, 6]  # the frame, of ten
     assert draws.mixed.tolist() == [True, False, True, False]
     assert draws.lam.tolist() == [0.469475947756108, 1.0, 0.4115964462134385, 1.0]
     assert draws.partner.tolist() == [1579, -1, 10260, -1]
-    assert draws.partner_frame.tolist() == [0, -1, 9, -1]
+    assert np.floor(draws.partner_moment * 10).astype(int).tolist() == [0, -10, 9, -10]
     assert draws.freq.tolist() == [[22, 22], [56, 12], [3, 46], [70, 46]]
     assert draws.time.tolist() == [[500, 7], [449, 133], [201, 78], [311, 74]]
     assert draws.level.tolist() == [0.0789907590491318, 0.046197336961676855, 0.031136713086564072, 0.06056363787095584]
     assert draws.shift.tolist() == [27, 42, 945, 72]
     assert generator_for("cpu", 7, 3, 1000).initial_seed() == 10983075419280070355
     far = draws_of(seed=2**63 - 1, epoch=2**63 - 1, position=2**62, rows=2)
-    assert far.frame.tolist() == [7, 6] and far.shift.tolist() == [-950, 957]
+    assert (far.moment * 10).astype(int).tolist() == [7, 6] and far.shift.tolist() == [-950, 957]
 
 
 def test_kinds_of_draws():
@@ -119,31 +119,30 @@ def test_kinds_of_draws():
     kinds = {field.name: (getattr(draws, field.name).dtype, getattr(draws, field.name).shape) for field in fields(Draws)}
     whole, real = np.dtype(np.int64), np.dtype(np.float64)
     assert kinds == {
-        "frame": (whole, (5,)), "mixed": (np.dtype(bool), (5,)), "lam": (real, (5,)), "partner": (whole, (5,)),
-        "partner_frame": (whole, (5,)), "freq": (whole, (5, 2)), "time": (whole, (5, 2)), "level": (real, (5,)),
+        "moment": (real, (5,)), "mixed": (np.dtype(bool), (5,)), "lam": (real, (5,)), "partner": (whole, (5,)),
+        "partner_moment": (real, (5,)), "freq": (whole, (5, 2)), "time": (whole, (5, 2)), "level": (real, (5,)),
         "shift": (whole, (5,)),
     }  # fmt: skip
 
 
 def test_what_is_switched_off_is_not_done_and_leaves_the_rest():
     on, off = draws_of(rows=100), draws_of(Augmentation(random_frame=False), rows=100)
-    assert (off.frame == 5).all() and not off.mixed.any()
-    assert (off.lam == 1).all() and (off.partner == -1).all() and (off.partner_frame == -1).all()
+    assert (off.moment == 0.5).all() and not off.mixed.any()
+    assert (off.lam == 1).all() and (off.partner == -1).all() and (off.partner_moment == -1).all()
     assert not off.freq[:, 1].any() and not off.time[:, 1].any() and not off.level.any() and not off.shift.any()
-    assert (draws_of(Augmentation(random_frame=False), num_frames=3).frame == 1).all()
 
     pretrain = draws_of(Augmentation.PRETRAIN, rows=100)
-    for name in ("frame", "level", "shift"):
+    for name in ("moment", "level", "shift"):
         np.testing.assert_array_equal(getattr(pretrain, name), getattr(on, name))
     fixed = draws_of(Augmentation(random_frame=False, mixup=1.0), rows=100)
-    assert fixed.mixed.all() and (fixed.partner_frame == 5).all()
+    assert fixed.mixed.all() and (fixed.partner_moment == 0.5).all()
     np.testing.assert_array_equal(fixed.partner[on.mixed], on.partner[on.mixed])
 
 
 def test_rows_that_are_not_mixed_are_marked():
     draws = draws_of(rows=1000)
     assert ((draws.lam == 1) == ~draws.mixed).all()
-    assert ((draws.partner == -1) == ~draws.mixed).all() and ((draws.partner_frame == -1) == ~draws.mixed).all()
+    assert ((draws.partner == -1) == ~draws.mixed).all() and ((draws.partner_moment == -1) == ~draws.mixed).all()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,6 @@ def test_rows_that_are_not_mixed_are_marked():
         ({"position": -1}, "position is -1"),
         ({"rows": -1}, "rows is -1"),
         ({"num_clips": 0}, "num_clips is 0; allowed: 1 or more"),
-        ({"num_frames": 0}, "num_frames is 0"),
         ({"audio_length": 0}, "audio_length is 0"),
         ({"audio_length": 191}, "time_mask is 192; allowed: 0 to 191"),
         ({"num_mel_bins": 47}, "freq_mask is 48; allowed: 0 to 47"),
@@ -261,6 +259,8 @@ def test_draws_are_distributed_as_published():
     rows = 40_000
     draws = draws_of(rows=rows, num_clips=1000)
     ours = {field.name: getattr(draws, field.name) for field in fields(Draws)}
+    ours["frame"] = (10 * ours.pop("moment")).astype(int)
+    ours["partner_frame"] = np.where(draws.mixed, (10 * ours.pop("partner_moment")).astype(int), -1)
     for name in ("freq", "time"):
         start, width = ours.pop(name).T
         ours |= {f"{name}_start": start, f"{name}_width": width, f"{name}_end": start + width}

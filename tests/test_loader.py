@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_sets import CLASSES, write_labels, write_published, write_shards
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.decode import dali
 from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.decode.decoder import UnusableDataError
 from cavmae_fast.data.draws import Augmentation
-from cavmae_fast.data.features import audio_features, image_features, samples_of
+from cavmae_fast.data.features import audio_features, image_features
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.encoded import decode_image, decode_sound
 from cavmae_fast.data.media.files import MediaError, read_clip
@@ -33,6 +34,7 @@ from cavmae_fast.data.sets.shards import ShardSet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SMALL = {"image_size": 64, "audio_length": 112}
+SAMPLES = ClipSpec(audio_length=112).samples
 PLAIN = Augmentation()  # a random frame, nothing else
 
 
@@ -114,17 +116,17 @@ def test_batches_are_the_clips_and_their_features(sets, kind):
     folder = sets["published"].parent
     for number, batch in enumerate(batches):
         here = listed[4 * number : 4 * number + 4]
-        sounds = torch.zeros(len(here), samples_of(112), dtype=torch.int16)
+        sounds = torch.zeros(len(here), SAMPLES, dtype=torch.int16)
         for row, name in enumerate(entry["video_id"] for entry in here):
             if kind == "videos":
-                clip = read_clip(sets["videos"] / f"{name}.mp4", size=64, seconds=samples_of(112) / 16000)
+                clip = read_clip(sets["videos"] / f"{name}.mp4", size=64, seconds=SAMPLES / 16000)
                 frame, waveform = clip.frames[5], clip.waveform
             else:
                 frame = decode_image((folder / "frame_5" / f"{name}.jpg").read_bytes(), 64, "")
                 waveform = decode_sound((folder / "sound" / f"{name}.flac").read_bytes(), "")
             assert torch.equal(batch.image[row].permute(1, 2, 0), torch.from_numpy(frame.copy()))
-            sounds[row, : len(waveform)] = torch.from_numpy(waveform[: samples_of(112)].copy())
-        counts = torch.tensor([min(len(waveform), samples_of(112))] * len(here))  # all are a second long
+            sounds[row, : len(waveform)] = torch.from_numpy(waveform[:SAMPLES].copy())
+        counts = torch.tensor([min(len(waveform), SAMPLES)] * len(here))  # all are a second long
         assert torch.equal(batch.audio, audio_features(sounds, counts, 112))
         if kind == "videos":
             assert batch.labels is None
@@ -159,8 +161,8 @@ def test_mixup_as_published(sets):
     label_set = LabelSet.from_csv(sets["labels"])
 
     def plain(want):
-        meta, encoded = loader.clips[want.clip].read(want.frame)
-        sound = decode_sound(encoded.sound, "")[: samples_of(112)].astype(np.float64) / 32768
+        meta, encoded = loader.clips[want.clip].read(int(10 * want.moment))
+        sound = decode_sound(encoded.sound, "")[:SAMPLES].astype(np.float64) / 32768
         image = torch.from_numpy(decode_image(encoded.image, 64, "").copy()).permute(2, 0, 1)
         return meta["labels"], sound - sound.mean(), image_features(image[None])[0]
 
@@ -455,17 +457,6 @@ def test_dali_decodes_all_that_the_torch_loader_does(sets, tmp_path):
     assert same(one, other) and len(one.ids) == 4 and a.rejects == b.rejects and len(a.rejects) == 1
 
 
-def test_dali_meets_a_damaged_clip_once(damaged, monkeypatch):
-    """What DALI failed at is decoded here ever after: a pipeline is not rebuilt each epoch."""
-    pytest.importorskip("nvidia.dali")
-    loader = Loader(damaged[0], 5, training=True, augmentation=PLAIN, backend="dali", workers=1, **SMALL)
-    repairs = []
-    repair = loader._decoder._repair
-    monkeypatch.setattr(loader._decoder, "_repair", lambda fed: repairs.append(fed) or repair(fed))
-    run(loader, 6)
-    assert len(repairs) <= 2 and len(loader.rejects) == 4  # "no sound" and "no image"; the others are not there at all
-
-
 def test_dali_reads_no_videos_on_a_cpu(sets):
     pytest.importorskip("nvidia.dali")
     with pytest.raises(ValueError, match="decodes videos with NVDEC, on a CUDA device"):
@@ -701,7 +692,13 @@ def test_weights_of_the_list_fit_its_shards(sets, tmp_path):
     [
         ({"workers": -1}, "workers is -1; allowed: 0 or more"),
         ({"keep": True, "workers": 2}, "keep=True with workers=2; allowed: workers=0"),
-        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": 0}, r"image_size is \(0, 0\); it must be 1 or more"),
+        ({"image_size": (64, 48)}, r"image_size is \(64, 48\); allowed: height and width that are equal"),
+        ({"clip": ClipSpec(image_size=(64, 48)), "image_size": None}, r"image_size is \(64, 48\); allowed: height"),
+        ({"clip": ClipSpec(), "std": 0.0}, "audio_std is 0.0; it must be above 0"),
+        ({"prefetch": 0}, "prefetch is 0; allowed: 1 or more"),
+        ({"clip": ClipSpec(frames=2, frame_rate=1.0), "frame": 3}, "frame is 3; allowed: None"),
+        ({"clip": ClipSpec(frames=2, frame_rate=2.0)}, "the data set has 10 frames of each clip's 10 s; allowed: 1 or less"),
         ({"frame": 10}, "frame is 10; allowed: 0 to 9"),
         ({"rank": 1}, "rank is 1 and world_size None; allowed: both, or neither"),
         ({"rank": 2, "world_size": 2}, "allowed: clips and batch_size >= 1, 0 <= rank < world_size"),

@@ -173,7 +173,8 @@ def test_encoded(tmp_path):
     (tmp_path / "frame_0").mkdir()
     (tmp_path / "frame_0" / "v.jpg").write_bytes(b"picture")
     (tmp_path / "v.wav").write_bytes(b"sound")
-    assert Source("v", frames=str(tmp_path), sound=str(tmp_path / "v.wav")).encoded(4) == (b"picture", b"sound")
+    source = Source("v", ("/m/a",), frames=str(tmp_path), sound=str(tmp_path / "v.wav"))
+    assert source.head() == ("v", ("/m/a",), b"sound") and source.image(4) == b"picture"
 
 
 def test_what_is_no_file(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD
+from cavmae_fast.clip import AUDIO_MEAN, AUDIO_STD
 
 
 @torch.no_grad()
@@ -60,22 +60,25 @@ def mix_images(image: Tensor, other: Tensor, lam: Tensor | np.ndarray) -> Tensor
     """Normalized images mixed as `lam * image + (1 - lam) * other`; where `lam` is 1, exactly `image`.
 
     Args:
-        image, other: `[batch, 3, height, width]`, one floating-point dtype and device, finite.
+        image, other: `[batch, 3, height, width]` or `[batch, frames, 3, height, width]`, one floating-point dtype and
+            device, finite.
         lam: `[batch]`, the first image's share, rounded to that dtype.
 
     Returns:
-        `[batch, 3, height, width]` in the dtype of `image`.
+        The shape and dtype of `image`.
 
     Raises:
         TypeError, ValueError: a wrong type or shape.
     """
     if not image.is_floating_point() or other.dtype != image.dtype:
         raise TypeError(f"image is {image.dtype} and other {other.dtype}; allowed: one floating-point dtype (normalized)")
-    if image.dim() != 4 or image.shape != other.shape:
+    if image.dim() not in (4, 5) or image.shape != other.shape:
         raise ValueError(
-            f"image is {list(image.shape)} and other {list(other.shape)}; allowed: both one shape, [batch, 3, height, width]"
+            f"image is {list(image.shape)} and other {list(other.shape)}; allowed: both one shape, "
+            "[batch, 3, height, width] or [batch, frames, 3, height, width]"
         )
-    return torch.lerp(other, image, _rows("lam", lam, image, image.dtype)[..., None, None])
+    share = _rows("lam", lam, image, image.dtype)
+    return torch.lerp(other, image, share.view(-1, *[1] * (image.dim() - 1)))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.augment import mask_spectrogram, mix_images, mix_waveforms, noise_and_roll
 from cavmae_fast.data.decode.decoder import Decoded, Reject
 from cavmae_fast.data.decode.reading import ClipInfo
@@ -22,9 +23,9 @@ class Batch:
 
     Attributes:
         ids: names of the clips.
-        audio: `[B, audio_length, 128]` float32, normalized log-mel.
-        image: `[B, 3, S, S]` RGB, with the channels last in memory: uint8 (the models normalize it), or float32
-            normalized with ImageNet's mean and standard deviation.
+        audio: `[B, audio_length, mel_bins]` float32, normalized log-mel.
+        image: `[B, 3, S, S]` RGB where a clip is one picture, else `[B, frames, 3, S, S]`, with each picture's channels last
+            in memory: uint8 (the models normalize it), or float32, normalized by color as `ClipSpec` says.
         labels: `[B, classes]` float32, or None where the loader knows no classes.
         clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
         epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.
@@ -47,8 +48,7 @@ class BatchBuilder:
 
     Attributes:
         device: where batches are built and lie.
-        audio_length: of the spectrograms, in frames.
-        mean, std: what log-mel values are normalized with.
+        clip: what the model takes of a clip.
         augmentation: the recipe; what was drawn by it comes with each step.
         label_set: the classes, or None.
         normalize_images: give float32 images.
@@ -56,9 +56,7 @@ class BatchBuilder:
     """
 
     device: torch.device
-    audio_length: int
-    mean: float
-    std: float
+    clip: ClipSpec
     augmentation: Augmentation
     label_set: LabelSet | None
     normalize_images: bool
@@ -74,9 +72,12 @@ class BatchBuilder:
         image, waveform, count = self._arrays(decoded, infos)
         if draws.mixed.any():
             image, waveform, count = self._mixed(image, waveform, count, draws)
-        audio = audio_features(waveform, count, self.audio_length, self.mean, self.std)
+        clip = self.clip
+        audio = audio_features(
+            waveform, count, clip.audio_length, clip.audio_mean, clip.audio_std, clip.sample_rate, clip.mel_bins
+        )
         if self.augmentation.freq_mask or self.augmentation.time_mask:
-            audio = mask_spectrogram(audio, draws.freq, draws.time, -self.mean / self.std)
+            audio = mask_spectrogram(audio, draws.freq, draws.time, -clip.audio_mean / clip.audio_std)
         if self.augmentation.noise and len(draws):
             generator = generator_for(self.device, self.seed, step.epoch, step.wants[0].position)
             audio = noise_and_roll(audio, draws.level, draws.shift, generator)
@@ -85,12 +86,15 @@ class BatchBuilder:
         return Batch(ids, audio, image, labels, clips[: len(draws)], step.epoch, step.position, decoded.rejects)
 
     def _arrays(self, decoded: Decoded, infos: list[ClipInfo]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images `[n, 3, S, S]`, waveforms `[n, samples]` and their own samples `[n]`, on the device."""
-        image = decoded.image.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels stay last in memory
+        """Images `[n, 3, S, S]` or `[n, frames, 3, S, S]`, waveforms `[n, samples]` and their own samples `[n]`, on the
+        device."""
+        image = decoded.image.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # channels stay last in memory
+        if self.clip.frames == 1:
+            image = image[:, 0]
         waveform = decoded.waveform.to(self.device, non_blocking=True)
         count = self._to_device(torch.tensor([info.samples for info in infos], dtype=torch.int64))
         if self.normalize_images:
-            image = image_features(image)
+            image = image_features(image, self.clip.image_mean, self.clip.image_std)
         elif self.device.type == "cpu":
             image = image.clone()  # the memory that it lies in is used again
         return image, waveform, count

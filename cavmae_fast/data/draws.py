@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from cavmae_fast.clip import MEL_BINS
+
 if TYPE_CHECKING:
     import torch
 
 # Columns of random numbers that a position owns. To move one changes every run that is rebuilt from its seed.
-_FRAME, _MIXED, _PARTNER, _PARTNER_FRAME, _FREQ, _TIME, _LEVEL, _SHIFT, _FIELD = 0, 1, 2, 3, 4, 6, 8, 9, 10
+_MOMENT, _MIXED, _PARTNER, _PARTNER_MOMENT, _FREQ, _TIME, _LEVEL, _SHIFT, _FIELD = 0, 1, 2, 3, 4, 6, 8, 9, 10
 _LAM = slice(12, 31)
 _COLUMNS = 32
 
@@ -26,7 +28,7 @@ class Augmentation:
     """What a recipe does to its clips.
 
     Attributes:
-        random_frame: draw one of a clip's frames; else the middle one.
+        random_frame: draw one of a clip's frames, or where the crop begins; else the middle one.
         mixup: share of the clips that another one is mixed into, 0 to 1, by lambda ~ Beta(10, 10).
         freq_mask: SpecAugment, most mel bins that are masked (always fewer); 0 masks none.
         time_mask: SpecAugment, most frames that are masked (always fewer); 0 masks none.
@@ -69,29 +71,29 @@ class Draws:
     """Decisions for a number of clips, a row each; `draws[2:4]` and `draws[indices]` are the draws of those rows.
 
     Attributes:
-        frame: `[rows]` int64, the frame to use.
+        moment: `[rows]` float64 in [0, 1), where in the clip its picture or its crop is taken (`crop_at`).
         mixed: `[rows]` bool, whether another clip is mixed in.
         lam: `[rows]` float64, the share of the first clip; 1.0 where not mixed.
         partner: `[rows]` int64, the clip to mix in; -1 where not mixed.
-        partner_frame: `[rows]` int64, its frame; -1 where not mixed.
+        partner_moment: `[rows]` float64, where in that clip; -1.0 where not mixed.
         freq: `[rows, 2]` int64, first masked mel bin and number of them.
         time: `[rows, 2]` int64, first masked frame and number of them.
         level: `[rows]` float64, what the noise field in [0, 1) is multiplied by: 0 to 0.1.
         shift: `[rows]` int64, frames to roll by, `-audio_length` to `audio_length - 1`.
     """
 
-    frame: np.ndarray
+    moment: np.ndarray
     mixed: np.ndarray
     lam: np.ndarray
     partner: np.ndarray
-    partner_frame: np.ndarray
+    partner_moment: np.ndarray
     freq: np.ndarray
     time: np.ndarray
     level: np.ndarray
     shift: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return len(self.moment)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Draws:
         return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -105,9 +107,8 @@ def draw(
     position: int,
     rows: int,
     num_clips: int,
-    num_frames: int = 10,
     audio_length: int = 1024,
-    num_mel_bins: int = 128,
+    num_mel_bins: int = MEL_BINS,
 ) -> Draws:
     """All decisions for `rows` consecutive positions of the epoch's global sequence, the first being `position`.
 
@@ -121,19 +122,24 @@ def draw(
         position: of the first row in the epoch, over all ranks.
         rows: how many positions to draw for.
         num_clips: clips of the data set, from which partners are drawn evenly (also when clips are balanced).
-        num_frames: frames of a clip.
         audio_length, num_mel_bins: of the spectrograms.
 
     Raises:
         ValueError: a number is out of range, or a mask may be wider than the spectrogram.
     """
-    for name, value, least in (("position", position, 0), ("rows", rows, 0), ("num_clips", num_clips, 1),
-                               ("num_frames", num_frames, 1), ("audio_length", audio_length, 1),
-                               ("num_mel_bins", num_mel_bins, 1)):  # fmt: skip
+    for name, value, least in (
+        ("position", position, 0),
+        ("rows", rows, 0),
+        ("num_clips", num_clips, 1),
+        ("audio_length", audio_length, 1),
+        ("num_mel_bins", num_mel_bins, 1),
+    ):
         if value < least:
             raise ValueError(f"{name} is {value}; allowed: {least} or more")
-    for name, most, size in (("freq_mask", augmentation.freq_mask, num_mel_bins),
-                             ("time_mask", augmentation.time_mask, audio_length)):  # fmt: skip
+    for name, most, size in (
+        ("freq_mask", augmentation.freq_mask, num_mel_bins),
+        ("time_mask", augmentation.time_mask, audio_length),
+    ):
         if most > size:
             raise ValueError(f"{name} is {most}; allowed: 0 to {size}, what the spectrogram has")
 
@@ -147,18 +153,17 @@ def draw(
         start = uniform[:, column + 1] * (size - width)
         return np.stack([start, width], axis=1).astype(np.int64)  # each rounded down by itself, as torchaudio does
 
-    middle = np.full(rows, num_frames // 2)
-    frame, partner_frame = (
-        below(num_frames, column) if augmentation.random_frame else middle for column in (_FRAME, _PARTNER_FRAME)
-    )
+    moment, partner_moment = uniform[:, _MOMENT], uniform[:, _PARTNER_MOMENT]
+    if not augmentation.random_frame:
+        moment = partner_moment = np.full(rows, 0.5)
     mixed = uniform[:, _MIXED] < augmentation.mixup
     lam = np.partition(uniform[:, _LAM], 9, axis=1)[:, 9]  # the median of 19 uniform numbers is Beta(10, 10) exactly
     return Draws(
-        frame=frame,
+        moment=moment,
         mixed=mixed,
         lam=np.where(mixed, lam, 1.0),
         partner=np.where(mixed, below(num_clips, _PARTNER), -1),
-        partner_frame=np.where(mixed, partner_frame, -1),
+        partner_moment=np.where(mixed, partner_moment, -1.0),
         freq=band(augmentation.freq_mask, num_mel_bins, _FREQ),
         time=band(augmentation.time_mask, audio_length, _TIME),
         level=uniform[:, _LEVEL] * (0.1 if augmentation.noise else 0.0),

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.batches import Batch, BatchBuilder
 from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.decode.decoder import Decoder, InProcess, Reject, UnusableDataError
@@ -22,14 +24,10 @@ from cavmae_fast.data.decode.in_workers import InWorkers
 from cavmae_fast.data.decode.reading import Reader
 from cavmae_fast.data.decode.workers import TIMEOUT, default_count
 from cavmae_fast.data.draws import Augmentation
-from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, samples_of
 from cavmae_fast.data.plan import Order, Plan
 from cavmae_fast.data.prefetch import Prefetcher, on_stream
 from cavmae_fast.data.sets.labels import LabelSet
-from cavmae_fast.data.sets.opening import Clips, checksum, clip_labels, clip_weights, open_clips
-from cavmae_fast.data.sets.shards import ShardSet
-
-NUM_FRAMES = 10
+from cavmae_fast.data.sets.opening import Clips, checksum, clip_labels, clip_weights, frames_of, open_clips
 
 
 class Loader:
@@ -44,7 +42,9 @@ class Loader:
 
     Args:
         data: a folder that `cavmae-fast prepare` wrote; or folders, media files, globs, CSV or published JSON lists.
-        batch_size: clips a step, on this rank.
+        batch_size: clips per step, on this rank.
+        clip: what the model takes of a clip; default: CAV-MAE's `ClipSpec()`. With a frame rate, a crop is cut out of each
+            clip: in training anywhere, in evaluation from its middle.
         training: shuffle, augment, leave out the last step when it is not full; else the data set's order, all of it.
         augmentation: default `Augmentation.PRETRAIN` in training, else `Augmentation.EVALUATE`.
         labels: the classes, as a `LabelSet` or its CSV; default: those the shards were prepared with.
@@ -52,18 +52,18 @@ class Loader:
         backend: 'torch' (worker processes: PyAV, Pillow, FLAC), 'dali', or 'auto'; `loader.backend` and `loader.reason`
             say which it is and why.
         device: where the features are computed and the batches lie.
-        workers: decoding processes ('torch') or threads ('dali'); default: one a core; 0 decodes in this process ('torch').
-        image_size, audio_length: of the model's inputs, in pixels and in frames of 10 ms.
-        mean, std: of the log-mel values of the training data.
+        workers: decoding processes ('torch') or threads ('dali'); default: one per core; 0 ('torch') decodes in this process.
+        image_size, audio_length, mean, std: take the place of `clip.image_size` (one number for both sides, which must be
+            equal), `clip.audio_length`, `clip.audio_mean` and `clip.audio_std`.
         normalize_images: give float32 images; else uint8, which the models normalize on the way into the patch
             projection (with mixup images are always float32).
         seed: of the order, the frames and the augmentation.
         rank, world_size: of this process and of all; default: torch.distributed's where it is initialized, else 0 of 1.
-        frame: which frame to use, for evaluation on another than the middle one.
+        frame: which frame to use, for evaluation on another than the middle one, where a clip is one picture.
         keep: hold decoded clips in memory, for small data sets (with `workers=0`).
         prefetch: steps decoded ahead.
         timeout: seconds a clip may take in a worker process.
-        report: called with a sentence when a worker process died.
+        report: called with a sentence when a worker process died, or when DALI failed at clips that are not damaged.
 
     Attributes:
         clips: the data set.
@@ -80,6 +80,7 @@ class Loader:
         self,
         data: str | Path | Sequence[str | Path] | Clips,
         batch_size: int,
+        clip: ClipSpec | None = None,
         *,
         training: bool = False,
         augmentation: Augmentation | None = None,
@@ -88,10 +89,10 @@ class Loader:
         backend: Literal["auto", "torch", "dali"] = "auto",
         device: str | torch.device = "cpu",
         workers: int | None = None,
-        image_size: int = 224,
-        audio_length: int = 1024,
-        mean: float = AUDIO_MEAN,
-        std: float = AUDIO_STD,
+        image_size: int | tuple[int, int] | None = None,
+        audio_length: int | None = None,
+        mean: float | None = None,
+        std: float | None = None,
         normalize_images: bool = False,
         seed: int = 0,
         rank: int | None = None,
@@ -111,56 +112,60 @@ class Loader:
             raise ValueError(f"keep=True with workers={workers}; allowed: workers=0, for kept clips are this process's")
         if not training and (weights is not None or (augmentation and augmentation.mixup)):
             raise ValueError("weights and mixup are for training=True; evaluation takes every clip once, as it is")
-        if image_size < 1 or audio_length < 1 or prefetch < 1:
-            raise ValueError(
-                f"image_size={image_size}, audio_length={audio_length}, prefetch={prefetch}; allowed: 1 or more"
-            )
+        if prefetch < 1:
+            raise ValueError(f"prefetch is {prefetch}; allowed: 1 or more")
+        clip = _with(clip or ClipSpec(), image_size, audio_length=audio_length, audio_mean=mean, audio_std=std)
         self.clips = open_clips(data)
         self.training = training
         augmentation = augmentation or (Augmentation.PRETRAIN if training else Augmentation.EVALUATE)
-        num_frames = self.clips.num_frames if isinstance(self.clips, ShardSet) else NUM_FRAMES
-        if frame is not None and not 0 <= frame < num_frames:
-            raise ValueError(f"frame is {frame}; allowed: 0 to {num_frames - 1}, or None")
+        num_frames = frames_of(self.clips, clip)
+        if frame is not None and (clip.frame_rate is not None or not 0 <= frame < num_frames):
+            whole = f"0 to {num_frames - 1}, or " if clip.frame_rate is None else ""
+            raise ValueError(f"frame is {frame}; allowed: {whole}None")
         rank, world_size = _place(rank, world_size)
         self.order = Order(
-            len(self.clips), batch_size, seed, shuffle=training, rank=rank, world_size=world_size, drop_last=training,
+            len(self.clips),
+            batch_size,
+            seed,
+            shuffle=training,
             weights=None if weights is None else clip_weights(weights, self.clips),
-        )  # fmt: skip
+            rank=rank,
+            world_size=world_size,
+            drop_last=training,
+        )
         if training and not self.order.steps():
             raise ValueError(
                 f"batch_size={batch_size} on {world_size} ranks; allowed: {len(self.clips)} clips, as the data set has, "
                 "or fewer in all"
             )
-        self.plan = Plan(self.order, augmentation, num_frames, audio_length, training, frame)
+        moment = None if frame is None else (frame + 0.5) / num_frames
+        self.plan = Plan(self.order, augmentation, clip, training, moment)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # threads do not share the current device
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.backend, self.reason = choose_backend(backend, self.clips, self.device)
+        self.backend, self.reason = choose_backend(backend, self.clips, self.device, clip)
         label_set = clip_labels(labels, self.clips)
         normalize_images = normalize_images or augmentation.mixup > 0
-        self.builder = BatchBuilder(
-            self.device, audio_length, mean, std, augmentation, label_set, normalize_images, seed
-        )
+        self.builder = BatchBuilder(self.device, clip, augmentation, label_set, normalize_images, seed)
         self.epoch = self.position = 0
         self.waited = 0.0
         self._loops = 0
         self._process = os.getpid()
         self.rejects: dict[str, Reject] = {}
-        reader = Reader(num_frames, image_size, samples_of(audio_length), keep, label_set)
+        reader = Reader(clip, num_frames, keep, label_set)
         self._exact = InProcess(self.clips, reader, self.plan.substitute)
         rows = 2 * batch_size if augmentation.mixup else batch_size
         # On a GPU all work for a batch runs on a stream of its own, beside the model's.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        options: dict[str, Any] = {"rows": rows, "prefetch": prefetch}
+        options: dict[str, Any] = {"rows": rows, "prefetch": prefetch, "report": report}
         with on_stream(self._stream):
+            self._decoder: Decoder = self._exact
             if self.backend == "dali":
                 options |= {"threads": workers, "device": self.device}
-                self._decoder: Decoder = InDali(self.clips, reader, self.plan.substitute, **options)
+                self._decoder = InDali(self.clips, reader, self.plan.substitute, **options)
             elif workers:
-                options |= {"workers": workers, "timeout": timeout, "report": report, "pin": self._stream is not None}
+                options |= {"workers": workers, "timeout": timeout, "pin": self._stream is not None}
                 self._decoder = InWorkers(self.clips, reader, self.plan.substitute, **options)
-            else:
-                self._decoder = self._exact
         self._prefetcher: Prefetcher | None = None
         self._open: dict[str, Any] = {"decoder": self._decoder}
         self._finalizer = weakref.finalize(self, _close, self._open, self._process)
@@ -252,9 +257,12 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "clips": self.order.clips, "seed": self.order.seed, "shuffle": self.order.shuffle, "data": self._checksum,
+            "clips": self.order.clips,
+            "seed": self.order.seed,
+            "shuffle": self.order.shuffle,
+            "data": self._checksum,
             "weighted": self.order.weights is not None,
-        }  # fmt: skip
+        }
 
     @cached_property
     def _checksum(self) -> int:
@@ -271,6 +279,17 @@ class Loader:
         """Ends the loader's processes and threads; also done when it is collected and at exit."""
         self._finalizer()
         self._prefetcher = None
+
+
+def _with(clip: ClipSpec, image_size: int | tuple[int, int] | None, **given: float | None) -> ClipSpec:
+    """`clip` with the fields that are given. ValueError when its pictures are not square."""
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if image_size is not None:
+        fields["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    clip = replace(clip, **fields)
+    if clip.image_size[0] != clip.image_size[1]:
+        raise ValueError(f"image_size is {clip.image_size}; allowed: height and width that are equal")
+    return clip
 
 
 def _close(parts: dict[str, Any], process: int) -> None:

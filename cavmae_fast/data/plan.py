@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.draws import Augmentation, Draws, draw
 
 
@@ -97,12 +98,19 @@ class Order:
 
 
 class Want(NamedTuple):
-    """A clip that a step needs: its place in the epoch, whether it is to be mixed into another, its number, its frame."""
+    """A clip that a step needs.
+
+    Attributes:
+        position: its place in the epoch.
+        partner: whether it is to be mixed into the clip of that place.
+        clip: its number in the data set.
+        moment: where in it the picture or the crop is taken, in [0, 1) (`crop_at`).
+    """
 
     position: int
     partner: bool
     clip: int
-    frame: int
+    moment: float
 
 
 @dataclass(frozen=True)
@@ -128,18 +136,16 @@ class Plan:
     Attributes:
         order: whose clips come when.
         augmentation: what is drawn for them.
-        num_frames: of a clip.
-        audio_length: of the spectrograms, in frames.
+        clip: what the model takes of a clip.
         training: go on from epoch to epoch, and replace clips that cannot be used.
-        frame: use this frame instead of the drawn one.
+        moment: use this one instead of those that are drawn.
     """
 
     order: Order
     augmentation: Augmentation
-    num_frames: int
-    audio_length: int
+    clip: ClipSpec
     training: bool
-    frame: int | None = None
+    moment: float | None = None
 
     def __post_init__(self) -> None:
         self.draw(0, range(0))  # masks wider than the spectrogram are an error now, not in the first step
@@ -147,9 +153,15 @@ class Plan:
     def draw(self, epoch: int, span: range) -> Draws:
         """The decisions for these positions."""
         return draw(
-            self.augmentation, seed=self.order.seed, epoch=epoch, position=span.start, rows=len(span),
-            num_clips=self.order.clips, num_frames=self.num_frames, audio_length=self.audio_length,
-        )  # fmt: skip
+            self.augmentation,
+            seed=self.order.seed,
+            epoch=epoch,
+            position=span.start,
+            rows=len(span),
+            num_clips=self.order.clips,
+            audio_length=self.clip.audio_length,
+            num_mel_bins=self.clip.mel_bins,
+        )
 
     def steps(self, epoch: int, position: int) -> Iterator[Step]:
         """This rank's steps from there on: to the end of the epoch or, in training, without end."""
@@ -168,10 +180,10 @@ class Plan:
         """The step at `position` of an epoch whose sequence this is."""
         span = self.order.span(position)
         draws = self.draw(epoch, span)
-        frames = draws.frame if self.frame is None else np.full(len(span), self.frame)
-        wants = [Want(p, False, int(sequence[p]), int(frame)) for p, frame in zip(span, frames, strict=True)]
+        moments = draws.moment if self.moment is None else np.full(len(span), self.moment)
+        wants = [Want(p, False, int(sequence[p]), float(moment)) for p, moment in zip(span, moments, strict=True)]
         for row in np.flatnonzero(draws.mixed):
-            wants.append(Want(span[row], True, int(draws.partner[row]), int(draws.partner_frame[row])))
+            wants.append(Want(span[row], True, int(draws.partner[row]), float(draws.partner_moment[row])))
         return Step(epoch, position, draws, wants)
 
     def substitute(self, want: Want, attempt: int) -> int | None:

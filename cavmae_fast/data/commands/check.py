@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.commands.inspecting import InspectClip, Inspected, Item, Shards, Thresholds
 from cavmae_fast.data.commands.options import check_ranges
 from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count
@@ -271,8 +272,6 @@ def check(config: CheckConfig) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from cavmae_fast.data.features import samples_of
-
     begin = time.monotonic()
     _validate(config)
     clips = _open(config.data)
@@ -285,7 +284,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     limits = Thresholds(config.min_seconds, config.silence_db, config.black_level, config.flat_levels)
     inspect = InspectClip(
         limits, shards.num_frames if shards else _NUM_FRAMES, shards.manifest["size"] if shards else _FRAME_SIZE,
-        samples_of(audio_length),
+        ClipSpec(audio_length=audio_length).samples,
     )  # fmt: skip
     count = min(config.workers or default_count(), len(clips))
     sent: deque[tuple[int | None, Item]] = deque()

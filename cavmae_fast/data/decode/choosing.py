@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.decode import dali
 from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.data.sets.shards import ShardSet
@@ -11,8 +12,20 @@ from cavmae_fast.data.sets.shards import ShardSet
 BACKENDS = ("auto", "torch", "dali")
 
 
-def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[str, str]:
-    """The back end for these clips on this device, and in a few words why. ValueError when it cannot be the named one."""
+def choose_backend(
+    backend: str, clips: Clips, device: torch.device, clip: ClipSpec = ClipSpec()  # noqa: B008
+) -> tuple[str, str]:
+    """The back end that decodes these clips for this device, and in a few words why.
+
+    Args:
+        backend: 'auto', 'torch' or 'dali'.
+        clips: the data set.
+        device: where the batches lie.
+        clip: what the model takes of a clip.
+
+    Raises:
+        ValueError: `backend` is none of these, or cannot decode these clips here.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "torch":
@@ -25,6 +38,11 @@ def choose_backend(backend: str, clips: Clips, device: torch.device) -> tuple[st
             raise ValueError(
                 "backend is 'dali', which decodes videos with NVDEC, on a CUDA device, and no mixture of videos and "
                 "extracted frames; allowed: backend='torch', or shards (`cavmae-fast prepare`)"
+            )
+        if videos and clip.frame_rate is not None:
+            raise ValueError(
+                f"backend is 'dali' with clip.frame_rate={clip.frame_rate:g}, and it cuts no crops in time out of videos; "
+                "allowed: backend='torch', or shards (`cavmae-fast prepare`)"
             )
         return "dali", "asked for"
     if device.type == "cpu":

@@ -50,7 +50,7 @@ class Decoded:
         substitute: which clip takes the place of one that cannot be used.
         clips: the clip at each place of the step; None where it could not be used and has no substitute.
         infos: what is known of each; None until it is decoded, and where the place stays empty.
-        image: `[n, S, S, 3]` uint8, of the n clips that could be used.
+        image: `[n, frames, S, S, 3]` uint8, of the n clips that could be used.
         waveform: `[n, samples]` int16, of these, zeros past each clip's end.
         release: to be called when the tensors are no longer needed.
     """
@@ -120,15 +120,15 @@ class InProcess:
 
     def decode(self, steps: Iterator[Step], stopped: Event) -> Iterator[Decoded]:
         """The clips of each step, in order, each step decoded when it is asked for."""
-        size = self.reader.size
+        clip = self.reader.clip
         for step in steps:
             decoded = Decoded(step, self.substitute)
-            image = torch.empty(len(step.wants), size, size, 3, dtype=torch.uint8)
-            waveform = torch.empty(len(step.wants), self.reader.samples, dtype=torch.int16)
+            image = torch.empty(len(step.wants), clip.frames, *clip.image_size, 3, dtype=torch.uint8)
+            waveform = torch.empty(len(step.wants), clip.samples, dtype=torch.int16)
             for place, want in enumerate(step.wants):
-                while (clip := decoded.clips[place]) is not None:
-                    record = self.records[clip]
-                    result = read_into(self.reader, record, want.frame, image[place].numpy(), waveform[place].numpy())
+                while (number := decoded.clips[place]) is not None:
+                    record = self.records[number]
+                    result = read_into(self.reader, record, want.moment, image[place].numpy(), waveform[place].numpy())
                     if isinstance(result, ClipInfo):
                         decoded.infos[place] = result
                         break

@@ -66,7 +66,7 @@ class InWorkers:
         self._fd = os.memfd_create("clips")
         self._pinned = False
         try:
-            slots = Slots(self._fd, rows * (prefetch + 1), reader.size, reader.samples)
+            slots = Slots(self._fd, rows * (prefetch + 1), reader.clip)
             os.truncate(self._fd, slots.nbytes())
             self.images, self.waveforms = map(torch.from_numpy, slots.arrays())
             self.workers = Workers(
@@ -127,7 +127,7 @@ class InWorkers:
     def _submit(self, begun: _UnderWay, places: Sequence[int], first: bool = False) -> None:
         decoded = begun.decoded
         items = [
-            (begun.base + place, self.records[decoded.clips[place]], decoded.step.wants[place].frame) for place in places
+            (begun.base + place, self.records[decoded.clips[place]], decoded.step.wants[place].moment) for place in places
         ]
         self.workers.submit(Job(items, tag=(begun, places)), first)
 

@@ -1,16 +1,19 @@
-"""One clip of a data set into arrays: what the loader's processes do."""
+"""One clip of a data set into arrays: what the loader's processes do. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.decode.workers import unusable
-from cavmae_fast.data.media.encoded import SAMPLE_RATE, Encoded, decode_image, decode_sound
-from cavmae_fast.data.media.files import Clip, MediaError, read_clip
+from cavmae_fast.data.media.crop import FRAME_SECONDS, Crop, crop_at
+from cavmae_fast.data.media.encoded import decode_image, decode_sound
+from cavmae_fast.data.media.files import MediaError, read_clip, read_frames, read_sound
 from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
 from cavmae_fast.data.sets.shards import ShardClip
 from cavmae_fast.data.sets.sources import Source
@@ -20,135 +23,161 @@ Record = ShardClip | Source
 
 
 class ClipInfo(NamedTuple):
-    """What is known of a clip besides its picture and sound. `samples`: its own, at 16 kHz."""
+    """What is known of a clip besides its pictures and sound. `samples`: of its sound, as the model hears it."""
 
     id: str
     labels: tuple[str, ...]
     samples: int
 
 
-def read_encoded(record: Record, frame: int) -> tuple[str, tuple[str, ...], Encoded]:
-    """Id, labels and bytes of a clip that lies in a shard or in extracted files. MediaError names what cannot be read."""
-    if isinstance(record, ShardClip):
-        meta, encoded = record.read(frame)
-        return meta["id"], tuple(meta["labels"]), encoded
-    return record.id, record.labels, record.encoded(frame)
+class Arrays(NamedTuple):
+    """A clip as it goes into a batch: `images [frames, S, S, 3]` uint8, `sound [info.samples]` int16."""
 
-
-def image_name(record: Record, frame: int) -> str:
-    """How messages call a clip's frame."""
-    return record.frame_path(frame) if isinstance(record, Source) else str(record)
+    info: ClipInfo
+    images: np.ndarray
+    sound: np.ndarray
 
 
 @dataclass
 class Reader:
-    """Decodes a clip's frame and sound.
+    """Decodes what the model takes of a clip.
 
     Attributes:
-        num_frames: of a clip.
-        size: height and width of the frame.
-        samples: most samples of the sound.
-        keep: hold decoded clips in this process's memory (all frames of a video, 1.8 MB at 224 pixels and 10 s).
+        clip: what that is.
+        num_frames: frames of a clip, from which its pictures are chosen.
+        keep: hold decoded clips in this process's memory (all frames of a video: 1.8 MB for ten at 224 pixels and 10 s).
         label_set: the classes; a clip with another label cannot be used. None: labels are not looked at.
     """
 
+    clip: ClipSpec
     num_frames: int
-    size: int
-    samples: int
     keep: bool = False
     label_set: LabelSet | None = None
-    _kept: dict[tuple, Any] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
 
-    def read(self, record: Record, frame: int) -> tuple[ClipInfo, np.ndarray, np.ndarray]:
-        """What is known of the clip, its frame `[size, size, 3]` uint8 and its sound `[samples]` int16.
+    def read(self, record: Record, moment: float) -> Arrays:
+        """The clip's crop at a moment in [0, 1) (see `crop_at`).
 
         Raises:
             MediaError: the clip cannot be used.
         """
         if isinstance(record, Source) and record.video:
             self.check_labels(record, record.labels)
-            clip, number = self._video(record.video, frame)
-            return ClipInfo(record.id, record.labels, len(clip.waveform)), clip.frames[number], clip.waveform
-        if (record, frame) in self._kept:
-            return self._kept[record, frame]
-        clip_id, labels, encoded = read_encoded(record, frame)
-        self.check_labels(record, labels)
-        image = decode_image(encoded.image, self.size, image_name(record, frame))
-        waveform = decode_sound(encoded.sound, str(record))[: self.samples]
-        result = ClipInfo(clip_id, labels, len(waveform)), image, waveform
-        if self.keep:
-            self._kept[record, frame] = result
-        return result
+            return self._from_video(record, moment)
+        name, labels, sound = self._once(record, lambda: self._sound(record))
+        crop = self._crop(moment, sound)
+        pictures = {k: self._once((record, k), lambda k=k: self._image(record, k)) for k in crop.frames}
+        return self._arrays(name, labels, crop, np.stack([pictures[k] for k in crop.frames]), sound)
 
     def check_labels(self, record: Record, labels: tuple[str, ...]) -> None:
         """Raises MediaError when a label is not one of the classes."""
         if self.label_set is not None and (unknown := self.label_set.unknown(labels)):
             raise MediaError(foreign_labels(record, unknown))
 
-    def _video(self, path: str, frame: int) -> tuple[Clip, int]:
-        options = {"num_frames": self.num_frames, "size": self.size, "seconds": self.samples / SAMPLE_RATE}
+    def _from_video(self, record: Source, moment: float) -> Arrays:
+        cropped, rate = self.clip.frame_rate is not None, self.clip.sample_rate
+        frames = {"num_frames": self.num_frames, "size": self.clip.image_size[0]}
+        # The crop may begin anywhere in the seconds from which frames are chosen.
+        sound_of = {"sample_rate": rate, "seconds": self.clip.samples / rate + FRAME_SECONDS * cropped}
+        if self.keep:
+            whole = self._once(record, lambda: read_clip(record.video, **frames, **sound_of))
+            sound, crop = whole.waveform, self._crop(moment, whole.waveform)
+            images = whole.frames[list(crop.frames)]
+        elif cropped:
+            sound, _ = read_sound(record.video, **sound_of)
+            crop = self._crop(moment, sound)
+            images = read_frames(record.video, crop.frames, **frames)
+        else:  # one pass over the file gives both
+            crop = crop_at(self.clip, moment, self.num_frames, 0.0)
+            whole = read_clip(record.video, frame=crop.frames[0], **frames, **sound_of)
+            images, sound = whole.frames, whole.waveform
+        return self._arrays(record.id, record.labels, crop, images, sound)
+
+    def _sound(self, record: Record) -> tuple[str, tuple[str, ...], np.ndarray]:
+        name, labels, data = record.head()
+        self.check_labels(record, labels)
+        return name, labels, decode_sound(data, str(record), self.clip.sample_rate)
+
+    def _image(self, record: Record, frame: int) -> np.ndarray:
+        called = record.frame_path(frame) if isinstance(record, Source) else str(record)
+        return decode_image(record.image(frame), self.clip.image_size[0], called)
+
+    def _crop(self, moment: float, sound: np.ndarray) -> Crop:
+        return crop_at(self.clip, moment, self.num_frames, len(sound) / self.clip.sample_rate)
+
+    def _arrays(self, name: str, labels: tuple[str, ...], crop: Crop, images: np.ndarray, sound: np.ndarray) -> Arrays:
+        heard = sound[crop.sound(self.clip.sample_rate, self.clip.samples)]
+        return Arrays(ClipInfo(name, labels, len(heard)), images, heard)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns or raises; it is called once for each key where clips are kept."""
         if not self.keep:
-            return read_clip(path, frame=frame, **options), 0
-        if (path,) not in self._kept:
+            return make()
+        if key not in self._kept:
             try:
-                self._kept[path,] = read_clip(path, **options)
+                self._kept[key] = make()
             except MediaError as error:
-                self._kept[path,] = error
-        kept = self._kept[path,]
+                self._kept[key] = error
+        kept = self._kept[key]
         if isinstance(kept, MediaError):
             raise kept
-        return kept, frame
+        return kept
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Memory that the loader shares with its workers: rows of one frame and one sound each.
+    """Memory that the loader shares with its workers: rows of one clip each.
 
     Attributes:
         fd: of the shared memory.
-        rows, size, samples: rows, height and width of a frame, samples of a sound.
+        rows: clips it has room for.
+        clip: what a model takes of one.
     """
 
     fd: int
     rows: int
-    size: int
-    samples: int
+    clip: ClipSpec
+
+    def _image_shape(self) -> tuple[int, ...]:
+        return self.rows, self.clip.frames, *self.clip.image_size, 3
 
     def nbytes(self) -> int:
-        return self.rows * (3 * self.size**2 + 2 * self.samples)
+        return int(np.prod(self._image_shape())) + 2 * self.rows * self.clip.samples
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """images `[rows, size, size, 3]` uint8 and waveforms `[rows, samples]` int16, mapped."""
+        """images `[rows, frames, S, S, 3]` uint8 and waveforms `[rows, samples]` int16, mapped."""
         memory = mmap.mmap(self.fd, self.nbytes())
-        frame = 3 * self.size**2
-        waveforms = np.frombuffer(memory, np.int16, self.rows * self.samples).reshape(self.rows, self.samples)
-        images = np.frombuffer(memory, np.uint8, self.rows * frame, offset=waveforms.nbytes)
-        return images.reshape(self.rows, self.size, self.size, 3), waveforms
+        waveforms = np.frombuffer(memory, np.int16, self.rows * self.clip.samples).reshape(self.rows, -1)
+        images = np.frombuffer(memory, np.uint8, offset=waveforms.nbytes, count=int(np.prod(self._image_shape())))
+        return images.reshape(self._image_shape()), waveforms
 
 
 @dataclass
 class ReadIntoSlot:
-    """Runs in the workers: (row, where the clip is, its frame) -> the clip in that row of the shared memory, and what is
-    known of it, or the reason why it cannot be used."""
+    """Runs in the workers: (row, where the clip is, moment) -> the clip in that row of the shared memory, and what is known
+    of it, or the reason why it cannot be used."""
 
     reader: Reader
     slots: Slots
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
-    def __call__(self, item: tuple[int, Record, int]) -> ClipInfo | str:
+    def __call__(self, item: tuple[int, Record, float]) -> ClipInfo | str:
         if self._arrays is None:
             self._arrays = self.slots.arrays()
-        (row, record, frame), (images, waveforms) = item, self._arrays
-        return read_into(self.reader, record, frame, images[row], waveforms[row])
+        (row, record, moment), (images, waveforms) = item, self._arrays
+        return read_into(self.reader, record, moment, images[row], waveforms[row])
 
 
-def read_into(reader: Reader, record: Record, frame: int, image: np.ndarray, waveform: np.ndarray) -> ClipInfo | str:
-    """Reads a clip into `image [S, S, 3]` and `waveform [samples]` (zeros past its end), or says why that cannot be."""
+def read_into(
+    reader: Reader, record: Record, moment: float, images: np.ndarray, waveform: np.ndarray
+) -> ClipInfo | str:
+    """Reads a clip into `images [frames, S, S, 3]` and `waveform [samples]` (zeros past its end), or says why that cannot
+    be."""
     try:
-        info, picture, sound = reader.read(record, frame)
+        found = reader.read(record, moment)
     except Exception as error:
         return unusable(error, record)
-    image[:] = picture
-    waveform[: len(sound)] = sound
-    waveform[len(sound) :] = 0
-    return info
+    images[:] = found.images
+    waveform[: len(found.sound)] = found.sound
+    waveform[len(found.sound) :] = 0
+    return found.info

@@ -1,26 +1,30 @@
-"""A clip as bytes: one JPEG or PNG image and one FLAC or WAV sound, to arrays and back."""
+"""A clip as bytes: JPEG or PNG images and one FLAC or WAV sound, to arrays and back."""
 
 from __future__ import annotations
 
 import io
-import wave
 from typing import NamedTuple
 
 import numpy as np
 
+from cavmae_fast.clip import SAMPLE_RATE, WINDOW_SECONDS
 from cavmae_fast.data.media.files import MAX_PIXELS, MediaError
 
-SAMPLE_RATE = 16000
-MIN_SAMPLES = 400
-"The shortest sound that has a feature: one window of 25 ms."
 _MAX_SOUND_BYTES = 1 << 30
 
 
 class Encoded(NamedTuple):
-    """`image`: the bytes of a JPEG or PNG file; `sound`: those of a FLAC or WAV file."""
+    """`images`: the bytes of JPEG or PNG files; `sound`: those of a FLAC or WAV file; `first`: the sample of the sound with
+    which a crop begins."""
 
-    image: bytes
+    images: tuple[bytes, ...]
     sound: bytes
+    first: int = 0
+
+    @property
+    def image(self) -> bytes:
+        """The first image."""
+        return self.images[0]
 
 
 def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
@@ -53,18 +57,18 @@ def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def decode_sound(data: bytes, name: str) -> np.ndarray:
-    """The sound's first channel `[samples]` int16 at 16 kHz; another rate is resampled by FFmpeg.
+def decode_sound(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """The sound's first channel `[samples]` int16 at `sample_rate` Hz; another rate is resampled by FFmpeg.
 
     Raises:
         MediaError: `data` cannot be decoded, holds less than 25 ms, or is a FLAC stream that lacks samples; the message
             begins with `name`.
     """
     waveform, rate = _decode_flac(data, name) if data[:4] == b"fLaC" else _decode_wav(data, name)
-    if rate != SAMPLE_RATE:
-        waveform = _resample(waveform, rate, name)
-    if len(waveform) < MIN_SAMPLES:
-        raise MediaError(f"{name}: {1000 * len(waveform) / SAMPLE_RATE:.1f} ms of sound; at least 25 ms are needed")
+    if rate != sample_rate:
+        waveform = _resample(waveform, rate, sample_rate, name)
+    if len(waveform) < int(sample_rate * WINDOW_SECONDS):
+        raise MediaError(f"{name}: {1000 * len(waveform) / sample_rate:.1f} ms of sound; at least 25 ms are needed")
     return waveform
 
 
@@ -111,18 +115,30 @@ def _decode_wav(data: bytes, name: str) -> tuple[np.ndarray, int]:
     return waveform, rate
 
 
-def _resample(waveform: np.ndarray, rate: int, name: str) -> np.ndarray:
+def _resample(waveform: np.ndarray, rate: int, sample_rate: int, name: str) -> np.ndarray:
     import av
 
     if not 1000 <= rate <= 768000:
         raise MediaError(f"{name}: a sample rate of {rate} Hz; allowed: 1000 to 768000")
-    if 2 * len(waveform) * SAMPLE_RATE / rate > _MAX_SOUND_BYTES:
-        raise MediaError(f"{name}: {len(waveform)} samples at {rate} Hz; allowed: 1 GiB in all at {SAMPLE_RATE} Hz")
-    resampler = av.AudioResampler(format="s16p", layout="mono", rate=SAMPLE_RATE)
+    if 2 * len(waveform) * sample_rate / rate > _MAX_SOUND_BYTES:
+        raise MediaError(f"{name}: {len(waveform)} samples at {rate} Hz; allowed: 1 GiB in all at {sample_rate} Hz")
+    resampler = av.AudioResampler(format="s16p", layout="mono", rate=sample_rate)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform)[None], format="s16p", layout="mono")
     frame.sample_rate = rate
     parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
     return np.concatenate([*parts, np.zeros(0, np.int16)])
+
+
+def sound_seconds(data: bytes, name: str) -> float:
+    """How long a sound is, by its header. MediaError when it has none that can be read; it begins with `name`."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return file.frames / file.samplerate
+    except Exception as error:
+        cause = getattr(error, "error_string", error)
+        raise MediaError(f"{name}: not a readable FLAC or WAV sound ({cause})") from error
 
 
 def encode_image(frame: np.ndarray, quality: int) -> bytes:
@@ -134,13 +150,13 @@ def encode_image(frame: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def encode_sound(waveform: np.ndarray) -> bytes:
-    """`[samples]` int16 at 16 kHz -> the bytes of a FLAC file."""
+def encode_sound(waveform: np.ndarray, sample_rate: int = SAMPLE_RATE) -> bytes:
+    """`[samples]` int16 at `sample_rate` Hz -> the bytes of a FLAC file."""
     import soundfile
 
     buffer = io.BytesIO()
     # The fastest level: to encode and to decode; the others save 3 to 28 % of the bytes.
-    soundfile.write(buffer, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.0)
+    soundfile.write(buffer, waveform, sample_rate, format="FLAC", subtype="PCM_16", compression_level=0.0)
     return buffer.getvalue()
 
 
@@ -149,32 +165,12 @@ def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
-def is_plain_sound(data: bytes) -> bool:
-    """Whether this is a FLAC or WAV file of 16-bit samples at 16 kHz, by its header where that is in its usual place."""
+def is_plain_sound(data: bytes, sample_rate: int = SAMPLE_RATE) -> bool:
+    """Whether this is a FLAC or WAV file of 16-bit samples at this rate, by its header where that is in its usual place."""
     if data[:4] == b"fLaC":
         field = int.from_bytes(data[18:22], "big")  # 20 bits of rate, 3 of channels, 5 of sample size
-        return len(data) > 42 and (field >> 12, (field >> 4 & 31) + 1) == (SAMPLE_RATE, 16)
+        return len(data) > 42 and (field >> 12, (field >> 4 & 31) + 1) == (sample_rate, 16)
     if data[:4] == b"RIFF" and data[8:16] == b"WAVEfmt " and len(data) > 36:
         kind, rate, bits = (int.from_bytes(data[i:j], "little") for i, j in ((20, 22), (24, 28), (34, 36)))
-        return (kind, rate, bits) == (1, SAMPLE_RATE, 16)
+        return (kind, rate, bits) == (1, sample_rate, 16)
     return False
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """`[H, W, 3]` uint8 -> the bytes of a PNG file, which keeps every pixel."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def encode_wav(waveform: np.ndarray) -> bytes:
-    """`[samples]` int16 at 16 kHz -> the bytes of a WAV file."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(waveform.astype("<i2").tobytes())
-    return buffer.getvalue()

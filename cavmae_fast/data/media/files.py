@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cavmae_fast.clip import SAMPLE_RATE, WINDOW_SECONDS
+from cavmae_fast.data.media.crop import FRAME_SECONDS
 from cavmae_fast.errors import CavmaeError
 
 if TYPE_CHECKING:
     import av
 
-VIDEO_SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"
-)  # fmt: skip
-_WINDOW_SECONDS = 0.025  # the shortest sound that has a feature
-_FRAME_SECONDS = 10  # frames are chosen from the first ten seconds, as published
+VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 _MAX_FPS = 1000  # a rate above this is a broken header (often the time base), not a camera
 MAX_PIXELS = 1 << 25
 "The largest picture that is decoded: a little above 8K video; what claims more is a broken header."
@@ -86,7 +84,7 @@ def read_clip(
     *,
     num_frames: int = 10,
     size: int = 224,
-    sample_rate: int = 16000,
+    sample_rate: int = SAMPLE_RATE,
     seconds: float = 10.24,
     frame: int | None = None,
 ) -> Clip:
@@ -113,10 +111,10 @@ def read_clip(
             25 ms of sound.
         ValueError: a number is out of range.
     """
-    if num_frames < 1 or size < 1 or sample_rate < 1000 or seconds < _WINDOW_SECONDS:
+    if num_frames < 1 or size < 1 or sample_rate < 1000 or seconds < WINDOW_SECONDS:
         raise ValueError(
             f"num_frames={num_frames}, size={size}, sample_rate={sample_rate}, seconds={seconds}; "
-            f"allowed: num_frames and size >= 1, sample_rate >= 1000, seconds >= {_WINDOW_SECONDS}"
+            f"allowed: num_frames and size >= 1, sample_rate >= 1000, seconds >= {WINDOW_SECONDS}"
         )
     if frame is not None and not 0 <= frame < num_frames:
         raise ValueError(f"frame is {frame}; allowed: 0 to {num_frames - 1}, or None for all {num_frames}")
@@ -124,20 +122,33 @@ def read_clip(
     _check_file(path)
     chosen = range(num_frames) if frame is None else [frame]
     sound = _Sound(sample_rate, int(seconds * sample_rate))
-    picture = _Picture(num_frames, chosen, size)
+    frames = _frames(path, _Picture(num_frames, chosen, size), sound)
+    waveform = _long_enough(path, sound)
+    return Clip(path, frames, waveform, len(waveform) / sample_rate)
+
+
+def read_frames(path: str | Path, frames: Sequence[int], *, num_frames: int = 10, size: int = 224) -> np.ndarray:
+    """Some of the `num_frames` frames of a media file, without its sound: `[len(frames), size, size, 3]` uint8, chosen and
+    scaled as `read_clip` does. A number may come more than once. Raises MediaError as `read_clip` does."""
+    path = Path(path)
+    _check_file(path)
+    return _frames(path, _Picture(num_frames, frames, size), None)
+
+
+def _frames(path: Path, picture: "_Picture", sound: "_Sound | None") -> np.ndarray:
+    """Decodes the frames that `picture` wants and, on the way, the sound."""
     _decode(path, picture, sound)
     if picture.ended_early:
         # The header promised more frames than the file holds: choose again among those that there are.
-        picture = _Picture(num_frames, chosen, size, total=picture.count)
+        picture = _Picture(picture.num_frames, picture.chosen, picture.size, total=picture.count)
         _decode(path, picture, None)
     if not picture.complete:
         raise MediaError(f"{path}: no video frame could be decoded")
-    waveform = _long_enough(path, sound)
-    return Clip(path, picture.frames(), waveform, len(waveform) / sample_rate)
+    return picture.frames()
 
 
 def read_sound(
-    path: str | Path, *, num_frames: int = 10, frame: int = 5, sample_rate: int = 16000, seconds: float = 10.24
+    path: str | Path, *, num_frames: int = 10, frame: int = 5, sample_rate: int = SAMPLE_RATE, seconds: float = 10.24
 ) -> tuple[np.ndarray, int]:
     """The sound of a media file, as `read_clip` returns it, and the number in the file of frame `frame` of `num_frames`,
     from 0, as its header promises it; no picture is decoded. Raises MediaError as `read_clip` does."""
@@ -150,7 +161,7 @@ def read_sound(
 
 def _long_enough(path: Path, sound: "_Sound") -> np.ndarray:
     waveform = sound.waveform()
-    if len(waveform) < sound.sample_rate * _WINDOW_SECONDS:
+    if len(waveform) < sound.sample_rate * WINDOW_SECONDS:
         milliseconds = 1000 * len(waveform) / sound.sample_rate
         raise MediaError(f"{path}: {milliseconds:.1f} ms of sound could be decoded; at least 25 ms are needed")
     return waveform
@@ -247,7 +258,7 @@ class _Picture:
         """Decide which frame numbers are wanted, and how far decoding must go to be sure of them."""
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         fps = next((rate for rate in rates if rate and 0 < rate <= _MAX_FPS), 25)
-        limit = max(1, int(_FRAME_SECONDS * fps))
+        limit = max(1, int(FRAME_SECONDS * fps))
         known = self.total or stream.frames
         total = min(known, limit) if known > 0 else limit
         self.numbers = [int(i * total / self.num_frames) for i in self.chosen]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cavmae_fast.clip import ClipSpec
+from cavmae_fast.data.media.crop import FRAME_SECONDS
 from cavmae_fast.data.sets.labels import LabelSet, read_weights
 from cavmae_fast.data.sets.shards import LABELS, ShardSet, shard_folder
 from cavmae_fast.data.sets.sources import Source, find_sources
 
+NUM_FRAMES = 10
+"Frames of a clip that is not in shards, as published."
 Clips = ShardSet | Sequence[Source]
 """Where the clips of a data set are, by number."""
 
@@ -27,6 +32,34 @@ def open_clips(data: str | Path | Sequence[str | Path] | Clips) -> Clips:
     places = [data] if isinstance(data, str | Path) else list(data)
     folder = shard_folder(places)
     return find_sources(places) if folder is None else ShardSet(folder)
+
+
+def frames_of(clips: Clips, clip: ClipSpec) -> int:
+    """Into how many frames a clip's first ten seconds are cut, from which the model's pictures are chosen.
+
+    Shards say what they were prepared with; the published layout has ten; videos are cut as finely as the frame rate needs.
+
+    Raises:
+        ValueError: the data set has fewer pictures per second than the model takes.
+    """
+    needed = 1 if clip.frame_rate is None else math.ceil(FRAME_SECONDS * clip.frame_rate)
+    if isinstance(clips, ShardSet):
+        found, seconds = clips.num_frames, clips.manifest["seconds"]
+        if clip.frame_rate is not None and seconds < FRAME_SECONDS:
+            raise ValueError(
+                f"clip.frame_rate is {clip.frame_rate:g}, but {clips.folder} holds {seconds:g} s of sound beside frames of "
+                f"{FRAME_SECONDS} s; allowed: shards prepared with --seconds {FRAME_SECONDS} or more"
+            )
+    elif needed > NUM_FRAMES and all(source.video for source in clips):
+        found = needed
+    else:
+        found = NUM_FRAMES
+    if found < needed:
+        raise ValueError(
+            f"clip.frame_rate is {clip.frame_rate:g}, but the data set has {found} frames of each clip's {FRAME_SECONDS} s; "
+            f"allowed: {found / FRAME_SECONDS:g} or less, or shards prepared with --frames {needed} or more"
+        )
+    return found
 
 
 def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:

@@ -221,22 +221,37 @@ class ShardClip(NamedTuple):
         Raises:
             MediaError: the shard cannot be read, or the clip in it is damaged.
         """
+        meta, sound = self._members(0, 1)
+        return json.loads(meta), Encoded((self.image(frame),), sound)
+
+    def head(self) -> tuple[str, tuple[str, ...], bytes]:
+        """Its name, its labels and the bytes of its sound; raises as `read` does."""
+        meta, sound = self._members(0, 1)
+        said = json.loads(meta)
+        return said["id"], tuple(said["labels"]), sound
+
+    def image(self, frame: int) -> bytes:
+        """The bytes of a frame; raises as `read` does."""
+        return self._members(2 + frame, 2 + frame)[0]
+
+    def _members(self, first: int, last: int) -> list[bytes]:
+        """The bytes of these members, which are neighbors, each checked against its checksum."""
         starts = _starts(self.offset, self.sizes)
-        member = 2 + frame
         try:
             file = _open(self.path)
             if starts[-1] + self.sizes[-1] > os.fstat(file.descriptor).st_size:
                 raise MediaError(f"{self}: {INDEX} places it past the end of the file")
-            head = file.read(starts[0], starts[1] + self.sizes[1] - starts[0])  # JSON and FLAC are neighbors
-            image = file.read(starts[member], self.sizes[member])
+            data = file.read(starts[first], starts[last] + self.sizes[last] - starts[first])
         except OSError as error:
             raise MediaError(f"{self}: cannot be read ({error.strerror})") from error
-        meta, sound = head[: self.sizes[0]], head[starts[1] - starts[0] :]
-        for number, data in ((0, meta), (1, sound), (member, image)):
-            if len(data) != self.sizes[number] or zlib.crc32(data) != self.crcs[number]:
+        found = []
+        for number in range(first, last + 1):
+            begin = starts[number] - starts[first]
+            found.append(data[begin : begin + self.sizes[number]])
+            if len(found[-1]) != self.sizes[number] or zlib.crc32(found[-1]) != self.crcs[number]:
                 name = member_names(self.key, len(self.sizes) - 2)[number]
                 raise MediaError(f"{self}: {name} is damaged (it does not match its checksum)")
-        return json.loads(meta), Encoded(image, sound)
+        return found
 
 
 class ShardSet:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cavmae_fast.data.media.encoded import Encoded
 from cavmae_fast.data.media.files import VIDEO_SUFFIXES, MediaError, find_media
 from cavmae_fast.data.sets.labels import split_labels
 
@@ -54,13 +53,13 @@ class Source(NamedTuple):
         """The bytes of a frame's file."""
         return read_file(self.frame_path(number))
 
-    def encoded(self, number: int) -> Encoded:
-        """The bytes of a frame and of the sound (published layout).
+    def head(self) -> tuple[str, tuple[str, ...], bytes]:
+        """Its name, its labels and the bytes of its sound (published layout).
 
         Raises:
-            MediaError: a file is missing or cannot be read.
+            MediaError: the file of the sound is missing or cannot be read.
         """
-        return Encoded(self.image(number), read_file(self.sound))
+        return self.id, self.labels, read_file(self.sound)
 
 
 def read_file(path: str) -> bytes:
