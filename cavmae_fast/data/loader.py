@@ -52,7 +52,7 @@ class Loader:
         backend: 'torch' (worker processes: PyAV, Pillow, FLAC), 'dali', or 'auto'; `loader.backend` and `loader.reason`
             say which it is and why.
         device: where the features are computed and the batches lie.
-        workers: decoding processes ('torch') or threads ('dali'); default: one per core; 0 ('torch') decodes in this process.
+        workers: decoding processes ('torch'; 0 decodes in this process) or threads ('dali'); default: one per core.
         image_size, audio_length, mean, std: take the place of `clip.image_size` (one number for both sides, which must be
             equal), `clip.audio_length`, `clip.audio_mean` and `clip.audio_std`.
         normalize_images: give float32 images; else uint8, which the models normalize on the way into the patch

@@ -1,8 +1,8 @@
-"""Worker processes that outlive what they are fed: a crash or a hang costs one item, which is named, and the work goes on.
+"""Worker processes that survive bad input: an item that crashes or hangs its worker is lost and named, and the work goes on.
 
 Each worker is a fresh Python process with a socket of its own (no lock is shared, so a killed worker cannot hold one) and
-a memory limit. It runs one callable over jobs, which are short lists of items; a byte of shared memory says which item it
-is at. The parent's script is not imported again, so no `if __name__ == "__main__"` is needed.
+a memory limit. It runs one callable over jobs, which are short lists of items; a word of shared memory says which item it
+is working on. The parent's script is not imported again, so no `if __name__ == "__main__"` is needed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MEMORY_LIMIT = 2 << 30
 TIMEOUT = 25.0
 "Seconds one item may take."
 HELD_BYTES = 256 << 20
-"Results that may wait for an earlier one."
+"Bytes of results that `in_order` keeps while an earlier result is not there yet."
 _POLL_SECONDS = 0.5
-_STRIKES = 2  # workers an item may kill: the first may have been killed from outside
+_STRIKES = 2  # workers that an item may kill before it is lost: the first may have been killed from outside
 _BOOT_SECONDS = 300.0  # for Python and the libraries to load, perhaps from a slow network disk
-_GRACE_SECONDS = 2.0  # for a worker to end when its socket is closed, or its job when nobody waits for it
-_FAILED_STARTS = 10  # workers in a row that end before their first item: then it is not the items
+_GRACE_SECONDS = 2.0  # for a worker to end after its socket was closed, or to finish a job that nobody waits for
+_FAILED_STARTS = 10  # workers in a row that end before their first item: then the items are not the cause
 _BOOT = "import sys; from cavmae_fast.data.decode.workers import _serve; _serve(*map(int, sys.argv[1:]))"
 
 
@@ -81,7 +81,7 @@ class Job:
 
 
 class _Worker:
-    """One process, its socket and its byte of progress."""
+    """One process, its socket, its progress (two words of shared memory) and the clock of the item it is working on."""
 
     def __init__(self, function: bytes, memory: int, timeout: float, fds: Sequence[int]):
         shared = os.memfd_create("progress")
@@ -91,7 +91,7 @@ class _Worker:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         # Workers are as many as there are cores; threads inside one would only fight.
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        # Keep freed memory: to map it anew for every clip costs a fifth of the time that decoding one from a shard takes.
+        # Let glibc keep freed memory: to map it again for every clip takes a fifth of the time that decoding one takes.
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
         with theirs:
             self.process = subprocess.Popen(
@@ -100,43 +100,46 @@ class _Worker:
             )  # fmt: skip
         os.close(shared)
         self.connection = Connection(ours.detach())
-        with contextlib.suppress(OSError):  # it died: found out when its socket is read
+        with contextlib.suppress(OSError):  # the worker died already, which `wait` finds out when it reads the socket
             self.connection.send_bytes(function)
         self.jobs: deque[Job] = deque()  # the first is being worked on, the second waits in the socket
         self.sent: deque[list[int]] = deque()
-        self.rest(0)
+        self.restart_clock(0)
 
     def send(self, job: Job) -> None:
         numbers = job.left()
         self.jobs.append(job)
         self.sent.append(numbers)
         if len(self.jobs) == 1:
-            self.rest(self._count())
+            self.restart_clock(self._count())
         with contextlib.suppress(OSError):
             self.connection.send([job.items[i] for i in numbers])
 
     def _count(self) -> int:
+        """Items that the worker has begun, and 1 for having started; 0 until then."""
         return int.from_bytes(self.progress[:8], "little")
 
-    def rest(self, count: int) -> None:
-        """Begins to measure anew: `count` is that of the item being worked on, -1 where it is not known."""
+    def restart_clock(self, count: int) -> None:
+        """Restart the timer for the current item. `count`: the worker's count at that item, -1 where it is not known."""
         self.seen, self.looked, self.taken = count, time.monotonic(), 0.0
 
     @property
     def booted(self) -> bool:
+        """Whether the process has loaded its libraries and its callable."""
         return self._count() > 0
 
     def stuck(self, timeout: float) -> bool:
-        """Whether the item being worked on has taken longer than `timeout`, as far as this process was awake to see it."""
+        """Whether the current item has taken longer than `timeout`. Only time during which this process ran is counted."""
         count, now = self._count(), time.monotonic()
         if count != self.seen:
-            self.rest(count)
-        self.taken += min(now - self.looked, 2 * _POLL_SECONDS)  # more: this process was stopped or busy, like the worker
+            self.restart_clock(count)
+        # A longer pause means that this process was stopped or busy, and then the worker probably was, too.
+        self.taken += min(now - self.looked, 2 * _POLL_SECONDS)
         self.looked = now
         return self.taken > (timeout if count else max(timeout, _BOOT_SECONDS))
 
     def current(self) -> int:
-        """The number, within the first job, of the item being worked on."""
+        """Which item of the first job is being worked on: its index in `Job.items`."""
         position = int.from_bytes(self.progress[8:16], "little")
         return self.sent[0][min(position, len(self.sent[0]) - 1)]
 
@@ -147,7 +150,7 @@ class _Worker:
         self.connection.close()
         try:
             status = self.process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:  # its socket is closed, and yet it does not end
+        except subprocess.TimeoutExpired:  # a closed socket should have ended it
             self.process.kill()
             status = self.process.wait()
         self.progress.close()
@@ -207,7 +210,7 @@ class Workers:
         self._feed()
 
     def _feed(self) -> None:
-        for depth in (0, 1):  # two jobs a worker, so that none waits for the parent
+        for depth in (0, 1):  # up to two jobs per worker, so that no worker waits for the parent between jobs
             for worker in self._workers:
                 if self._queue and len(worker.jobs) == depth:
                     worker.send(self._queue.popleft())
@@ -239,7 +242,7 @@ class Workers:
     def _collect(self, worker: _Worker) -> list[Job]:
         ok, value = worker.connection.recv()
         job, numbers = worker.jobs.popleft(), worker.sent.popleft()
-        worker.rest(-1)
+        worker.restart_clock(-1)
         self._failed_starts = 0
         if not ok:
             raise WorkerError(value)
@@ -247,9 +250,10 @@ class Workers:
         return [] if job.left() else [job]
 
     def _replace(self, number: int, cause: str | None) -> list[Job]:
-        """Puts a fresh worker in the place of one that died, or that is stopped for `cause`; its jobs are queued again.
+        """Replaces a worker that died, or stops one for `cause` and replaces it; its jobs are queued again.
 
-        The item it was at is lost for `cause`, or when it kills its second worker.
+        The item that it was working on is lost when there is a `cause`, or when this is the second worker that it killed.
+        Returns the job that is complete with that loss, if any.
         """
         worker = self._workers[number]
         booted = worker.booted
@@ -262,7 +266,7 @@ class Workers:
         self._workers[number] = self._start()
         self._queue.extendleft(reversed(worker.jobs))
         if culprit is None:
-            self._report(f"a worker that was at no item ended ({_status(status)}); another took its place")
+            self._report(f"a worker ended without being at work on an item ({_status(status)}); another took its place")
             return []
         job = worker.jobs[0]
         job.strikes[culprit] = job.strikes.get(culprit, 0) + 1
@@ -280,8 +284,11 @@ class Workers:
     def in_order(
         self, items: Iterator[Any], window: int, nbytes: Callable[[Any], int] = lambda result: 0
     ) -> Iterator[Any]:
-        """The results of `items`, a job each, in their order. No more than `window` are under way or wait for their turn,
-        and nothing more is begun while `HELD_BYTES` wait, as `nbytes` counts them."""
+        """The results of `items`, one job per item, in the order of the items.
+
+        At most `window` items are under way or wait for an earlier one, and none is begun while results of `HELD_BYTES` or
+        more wait. `nbytes` says how many bytes a result takes.
+        """
         done: dict[int, Any] = {}
         sent = taken = held = 0
         while True:
@@ -300,11 +307,11 @@ class Workers:
             yield result
 
     def reset(self, grace: float = _GRACE_SECONDS) -> None:
-        """Forgets all jobs. Workers that are not done with theirs within `grace` seconds are replaced, so that none goes on
-        with an item that nobody waits for."""
+        """Drops all jobs. A worker that has not finished its own within `grace` seconds is replaced, so that no worker is
+        busy with an item that nobody waits for."""
         self._queue.clear()
         end = time.monotonic() + grace
-        with contextlib.suppress(WorkerError):  # what a forgotten job raises is of no interest
+        with contextlib.suppress(WorkerError):  # what a dropped job raises concerns nobody
             while any(worker.jobs for worker in self._workers) and (left := end - time.monotonic()) > 0:
                 self.wait(left)
                 self._queue.clear()
@@ -343,7 +350,7 @@ def default_count() -> int:
 
 
 def _serve(socket_fd: int, progress_fd: int, memory: int, timeout: int) -> None:
-    """A worker's life: the callable first, then jobs until the parent closes the socket or is gone."""
+    """Runs in the worker: receives the callable, then jobs, until the parent closes the socket or is gone."""
     import resource
     import traceback
 
@@ -353,7 +360,7 @@ def _serve(socket_fd: int, progress_fd: int, memory: int, timeout: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = Connection(socket_fd)
     progress = mmap.mmap(progress_fd, mmap.PAGESIZE)
-    # Should the parent be gone when an item hangs, nobody else stops this process.
+    # If an item hangs after the parent is gone, only this alarm ends the process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     deadline = 2 * timeout + 60
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
