@@ -65,13 +65,14 @@ def make_loader(
     them by one worker process per core, or as many as `workers` says."""
     from tqdm import tqdm
 
-    chosen, _ = choose_backend(backend, clips, device)
+    chosen, _ = choose_backend(backend, clips, device, spec)
     few = chosen == "torch" and len(clips) <= CACHED_CLIPS
     if workers is None:
         workers = 0 if few else default_count()
     return Loader(
         clips,
         min(batch_size, len(clips)),
+        spec,
         training=training,
         backend=chosen,
         device=device,
@@ -79,8 +80,4 @@ def make_loader(
         seed=seed,
         keep=training and few and not workers,
         report=tqdm.write,
-        image_size=spec.image_size[0],
-        audio_length=spec.audio_length,
-        mean=spec.audio_mean,
-        std=spec.audio_std,
     )
