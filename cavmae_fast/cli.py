@@ -8,7 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from cavmae_fast.data.commands.check import CheckConfig
+    from cavmae_fast.data.commands.prepare import PrepareConfig, Unfinished
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,34 @@ def _pretrain(config) -> None:
     print(_closing(config, summary))
 
 
-def _prepare(config) -> None:
-    from cavmae_fast.data.commands.prepare import prepare
+def _prepare(config: PrepareConfig) -> None:
+    from cavmae_fast.data.commands.prepare import Unfinished, prepare
 
-    manifest = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
-    print(f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {manifest['bytes'] / 1e6:,.1f} MB: {config.out}")
+    result = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
+    print(_part_done(result) if isinstance(result, Unfinished) else _all_prepared(config, result))
+
+
+def _part_done(result: Unfinished) -> str:
+    """What is there, what is missing, and what to run."""
+    named = [f"--part {part}" for part in result.parts[:8]] + ["..."] * (len(result.parts) > 8)
+    return (
+        f"part {result.part} is done ({result.own} shards), but {len(result.missing)} of all {result.total} shards are "
+        f"missing: {', '.join(named)}\n"
+        "next:  let these parts end, and the last one writes the index; or run the same command without --part, when no "
+        "part is running, to make what is missing"
+    )
+
+
+def _all_prepared(config: PrepareConfig, manifest: dict) -> str:
+    megabytes = manifest["bytes"] / 1e6
+    lines = [f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {megabytes:,.1f} MB: {config.out}"]
     if manifest["rejects"]:
-        print(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
-    print(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")
+        lines.append(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
+    lines.append(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")
+    return "\n".join(lines)
 
 
-def _check(config) -> None:
+def _check(config: CheckConfig) -> None:
     from cavmae_fast.data.commands.check import check, render
 
     report = _run(lambda: check(config), "nothing was written")
@@ -66,7 +87,7 @@ def _check(config) -> None:
     sys.exit(0 if report["ok"] else 1)
 
 
-def _run(job: Callable[[], dict], interrupted: str) -> dict:
+def _run(job: Callable[[], Any], interrupted: str) -> Any:
     """What the job returns; its errors become one line and an exit code."""
     from cavmae_fast.errors import CavmaeError
 

@@ -23,8 +23,11 @@ import numpy as np
 import pytest
 from media_sets import write_labels, write_published
 
+from cavmae_fast.data.commands import encoding, folder
 from cavmae_fast.data.commands import prepare as module
-from cavmae_fast.data.commands.prepare import EncodeClip, PrepareConfig, PrepareError, prepare
+from cavmae_fast.data.commands.encoding import EncodeClip
+from cavmae_fast.data.commands.folder import OutputFolder, Part, PrepareError
+from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
 from cavmae_fast.data.media.encoded import decode_image, decode_sound, encode_image
 from cavmae_fast.data.media.files import MediaError, read_clip
 from cavmae_fast.data.media.synthetic import generate_clips
@@ -284,10 +287,11 @@ def test_shards_of_somebody_else(videos, tmp_path):
 
 def test_two_at_once(videos, tmp_path):
     with (
-        module._locked(tmp_path),
+        OutputFolder(tmp_path, Part(1, 1), {}),
         pytest.raises(PrepareError, match=rf"{re.escape(str(tmp_path))}: another `cavmae-fast prepare` is at work on it"),
     ):
         prepare(PrepareConfig(src=(str(videos[0]),), out=tmp_path, **OPTIONS))
+    (tmp_path / "prepare.json").unlink()
     assert prepare(PrepareConfig(src=(str(videos[0]),), out=tmp_path, **OPTIONS))["clips"] == 1
 
 
@@ -355,7 +359,7 @@ def test_whatever_a_library_raises_names_the_clip(monkeypatch, error, reason):
     def broken(*_: object, **__: object):
         raise error
 
-    monkeypatch.setattr(module, "read_clip", broken)
+    monkeypatch.setattr(encoding, "read_clip", broken)
     assert EncodeClip(2, 32, 1.0, 90, None)((0, Source("v", video="v.mp4"))).startswith(reason)
 
 
@@ -416,10 +420,10 @@ def test_disk_really_full(mixed, undisturbed, tmp_path):
 
 
 def test_no_space_for_the_plan(videos, tmp_path, monkeypatch):
-    def full(path, text):
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_whole", full)
+    monkeypatch.setattr(folder, "put_whole", full)
     with pytest.raises(PrepareError, match="No space left on device"):
         prepare(PrepareConfig(src=(str(videos[0]),), out=tmp_path, **OPTIONS))
 

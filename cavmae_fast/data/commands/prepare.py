@@ -1,26 +1,26 @@
-"""`cavmae-fast prepare`: raw clips to shards, in parallel, resumable at any moment."""
+"""`cavmae-fast prepare`: raw clips to shards, in parallel, on one machine or several, resumable at any moment."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cavmae_fast.data.commands.encoding import EncodeClip
+from cavmae_fast.data.commands.folder import OutputFolder, Part, PrepareError, reject_lines
 from cavmae_fast.data.commands.options import check_ranges
-from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count, unusable
-from cavmae_fast.data.media.encoded import SAMPLE_RATE, decode_image, decode_sound, encode_image, encode_sound
-from cavmae_fast.data.media.files import MediaError, read_clip
-from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
+from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count
+from cavmae_fast.data.media.encoded import SAMPLE_RATE
+from cavmae_fast.data.media.files import MediaError
+from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.shards import (
     INDEX,
     LABELS,
@@ -29,24 +29,13 @@ from cavmae_fast.data.sets.shards import (
     REJECTS,
     VERSION,
     PreparedClip,
-    ShardWriter,
     finished,
     index_dtype,
-    put_whole,
     read_record,
-    to_json,
-    write_whole,
 )
-from cavmae_fast.data.sets.sources import Source, find_sources, read_file
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.data.sets.sources import Source, find_sources
 
-_PLAN = "prepare.json"
-_JOBS_A_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory
-_CLIP_BYTES = 64 << 20  # a clip of extracted files; one from a video takes 0.6 MB
-
-
-class PrepareError(CavmaeError, RuntimeError):
-    """Preparing cannot go on; the message says why, and that what is finished stays."""
+_JOBS_PER_WORKER = 16  # in flight: enough that a slow clip does not stop the others, few enough to hold in memory
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class PrepareConfig:
     labels: Path | None = None
     """CSV of the classes (index,mid,display_name); clips with other labels are left out."""
     frames: int = 10
-    """Frames a clip, spread evenly over its first ten seconds."""
+    """Frames per clip, spread evenly over its first ten seconds."""
     size: int = 224
     """Height and width of the frames."""
     seconds: float = 10.24
@@ -71,86 +60,61 @@ class PrepareConfig:
     quality: int = 90
     """JPEG quality of the frames, 1 to 95."""
     shard_clips: int = 1000
-    """Clips of the list that a shard takes."""
+    """Clips of the list per shard."""
+    part: str | None = None
+    """I/N: make only part I of N (1/N to N/N), so that N machines share the work; the last to finish writes the index."""
     workers: int | None = None
     """Decoding processes; default: the cores there are."""
     timeout: float = TIMEOUT
     """Seconds a clip may take before it is left out."""
 
 
-@dataclass(frozen=True)
-class EncodeClip:
-    """Runs in the workers: (number, source) -> the clip as it goes into a shard, or the reason why it cannot."""
+class Unfinished(NamedTuple):
+    """What `prepare` returns for a part that is done while shards of other parts are missing.
 
-    frames: int
-    size: int
-    seconds: float
-    quality: int
-    known_labels: frozenset[str] | None
+    Attributes:
+        part: the part that is done.
+        own: how many shards it has.
+        missing: the numbers of the shards that are not there yet.
+        total: how many shards there will be.
+    """
 
-    def __call__(self, item: tuple[int, Source]) -> PreparedClip | str:
-        key, source = item
-        try:
-            if self.known_labels is not None and (unknown := set(source.labels) - self.known_labels):
-                return foreign_labels(source, sorted(unknown))
-            images, waveform = self._from_video(source) if source.video else self._from_files(source)
-            sound = encode_sound(waveform)
-        except Exception as error:
-            return unusable(error, source)
-        digest = hashlib.sha256(sound)
-        for image in images:
-            digest.update(image)
-        meta = {
-            "id": source.id, "labels": source.labels, "source": str(source), "duration": len(waveform) / SAMPLE_RATE,
-            "samples": len(waveform), "hash": digest.hexdigest(),
-        }  # fmt: skip
-        return PreparedClip(key, meta, sound, images)
+    part: Part
+    own: int
+    missing: list[int]
+    total: int
 
-    def _from_video(self, source: Source) -> tuple[list[bytes], np.ndarray]:
-        clip = read_clip(source.video, num_frames=self.frames, size=self.size, seconds=self.seconds)
-        return [encode_image(frame, self.quality) for frame in clip.frames], clip.waveform
-
-    def _from_files(self, source: Source) -> tuple[list[bytes], np.ndarray]:
-        """Extracted frames are taken as they are, byte for byte, once they are known to decode."""
-        images: list[bytes] = []
-        for number in range(self.frames):
-            images.append(source.image(number))
-            if (size := sum(map(len, images))) > _CLIP_BYTES:
-                raise MediaError(f"{source}: {len(images)} frames take {size} bytes; allowed: {_CLIP_BYTES} for a clip")
-        for image in set(images):
-            decode_image(image, self.size, source.frame_path(images.index(image)))
-        waveform = decode_sound(read_file(source.sound), source.sound)
-        return images, waveform[: int(self.seconds * SAMPLE_RATE)]
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that have missing shards."""
+        return [Part(number + 1, self.part.count) for number in sorted({n % self.part.count for n in self.missing})]
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Runs the whole job -> the manifest.
+def prepare(config: PrepareConfig) -> dict[str, Any] | Unfinished:
+    """Runs the whole job, or one part of it -> the manifest; `Unfinished` when shards of other parts are missing.
 
     Raises:
         ValueError: an option is out of range, or `out` holds shards of another list or with other settings.
         MediaError: `src` names no clip, or not one clip of it can be used.
         LabelError: the CSV of the classes.
-        PrepareError: the disk is full or another `prepare` works on `out`.
+        PrepareError: the disk is full or another `prepare` is at the same work.
     """
-    _check(config)
+    part = _check(config)
     known = frozenset(LabelSet.from_csv(config.labels).mids) if config.labels else None
     sources = find_sources(config.src)
     encode = EncodeClip(config.frames, config.size, config.seconds, config.quality, known)
+    total = -(-len(sources) // config.shard_clips)  # shards
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        with _locked(config.out):
-            _match_plan(config, sources)
+        with OutputFolder(config.out, part, _plan(config, sources)) as folder:
             if config.labels:
-                write_whole(config.out / LABELS, config.labels.read_text(encoding="utf-8-sig"))
-            for part in config.out.glob(".*.part"):
-                part.unlink()
-            _run(config, sources, encode)
-            manifest = _publish(config, len(sources))
+                folder.write(LABELS, config.labels.read_text(encoding="utf-8-sig"))
+            _make_shards(config, folder, sources, encode, part.shards(total))
+            if missing := folder.unfinished(total):
+                return Unfinished(part, len(part.shards(total)), missing, total)
+            manifest = _publish(config, folder, len(sources), total)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise PrepareError(
-                f"{config.out}: {error.strerror}; finished shards are whole; make room and start the same command again"
-            ) from error
+        if reason := _explained(error):
+            raise PrepareError(f"{config.out}: {reason}") from error
         raise
     if not manifest["clips"]:
         reason = json.loads((config.out / REJECTS).open(encoding="utf-8").readline())["reason"]
@@ -158,127 +122,140 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return manifest
 
 
-def _check(config: PrepareConfig) -> None:
+def _check(config: PrepareConfig) -> Part:
     if not config.src:
         raise ValueError("SRC names nothing; allowed: folders, media files, globs, CSV files, JSON lists")
     limits = {
-        "frames": (1, MAX_FRAMES), "size": (1, 4096), "quality": (1, 95), "shard_clips": (1, 10**6),
-        "seconds": (0.025, 3600), "timeout": (0.1, 86400), "workers": (1, 4096),
-    }  # fmt: skip
+        "frames": (1, MAX_FRAMES),
+        "size": (1, 4096),
+        "quality": (1, 95),
+        "shard_clips": (1, 10**6),
+        "seconds": (0.025, 3600),
+        "timeout": (0.1, 86400),
+        "workers": (1, 4096),
+    }
     check_ranges(config, limits)
+    return Part.parse(config.part)
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PrepareError(f"{out}: another `cavmae-fast prepare` is at work on it") from error
-        yield
+def _explained(error: OSError) -> str | None:
+    """What the user can do about an error of the disk; None for errors that say it themselves."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror}; finished shards are whole; make room and start the same command again"
+    if error.errno == errno.ENOENT and str(error.filename).endswith(".part"):
+        return f"another call for the same shards removed {Path(error.filename).name}; run one call for each part at a time"
+    return None
 
 
-def _match_plan(config: PrepareConfig, sources: list[Source]) -> None:
-    """Refuses a folder that was begun from another list or with other settings: its shards would not fit together."""
+def _plan(config: PrepareConfig, sources: list[Source]) -> dict[str, Any]:
+    """What decides the bytes of the shards. How the work is split (`part`, `workers`) does not."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(repr(source).encode())
     settings = {name: getattr(config, name) for name in ("frames", "size", "seconds", "quality", "shard_clips")}
-    plan = {"version": VERSION, "clips": len(sources), "list": digest.hexdigest(), **settings}
-    plan["labels"] = hashlib.sha256(config.labels.read_bytes()).hexdigest() if config.labels else None
-    path = config.out / _PLAN
-    if path.exists():
-        begun = json.loads(path.read_text())
-        if begun != plan:
-            changed = [name for name in plan if begun.get(name) != plan[name]]
-            now = ", ".join(f"{name} {begun.get(name)!s:.12} then, {plan[name]!s:.12} now" for name in changed)
-            raise ValueError(f"--out {config.out} was begun from another list or with other settings ({now}); name another")
-    elif any(config.out.glob("shard-*")):
-        raise ValueError(f"--out {config.out} holds shards without {_PLAN}; name another folder")
-    else:
-        write_whole(path, json.dumps(plan, indent=1) + "\n")
+    labels = hashlib.sha256(config.labels.read_bytes()).hexdigest() if config.labels else None
+    return {"version": VERSION, "clips": len(sources), "list": digest.hexdigest(), **settings, "labels": labels}
 
 
-def _run(config: PrepareConfig, sources: list[Source], encode: EncodeClip) -> None:
+def _make_shards(
+    config: PrepareConfig, folder: OutputFolder, sources: list[Source], encode: EncodeClip, numbers: Sequence[int]
+) -> None:
+    """Makes those of the shards `numbers` that are not there."""
     from tqdm import tqdm
 
-    shards = range(-(-len(sources) // config.shard_clips))
-    missing, rejects = [], []
-    for number in shards:
-        record = finished(config.out, number)
-        if record is None:
-            missing.append(number)
-        else:
+    spans = {n: range(n * config.shard_clips, min((n + 1) * config.shard_clips, len(sources))) for n in numbers}
+    total = sum(map(len, spans.values()))  # clips
+    rejects: list[dict[str, Any]] = []
+    for number in numbers:
+        if (record := finished(folder.path, number)) is not None:
             rejects += record["rejects"]
-    write_whole(config.out / REJECTS, "".join(map(_line, rejects)))
-    spans = [range(n * config.shard_clips, min((n + 1) * config.shard_clips, len(sources))) for n in missing]
-    todo = sum(map(len, spans))
-    count = min(config.workers or default_count(), max(todo, 1))
-    left_out = len(rejects)
+            del spans[number]
+    folder.begin_rejects(rejects)
+    if not spans:
+        return
+    todo = sum(map(len, spans.values()))
+    count = min(config.workers or default_count(), todo)
+    description = None if folder.part.whole else f"part {folder.part}"
     with (
-        tqdm(total=len(sources), initial=len(sources) - todo, unit="clip", dynamic_ncols=True, smoothing=0.05) as bar,
-        (config.out / REJECTS).open("a", encoding="utf-8") as reject_file,
-    ):
-        if not todo:
-            return
-        with Workers(
-            encode, count, timeout=config.timeout, describe=lambda item: str(item[1]),
+        tqdm(total=total, initial=total - todo, desc=description, unit="clip", dynamic_ncols=True, smoothing=0.05) as bar,
+        Workers(
+            encode,
+            count,
+            timeout=config.timeout,
+            describe=lambda item: str(item[1]),
             report=partial(tqdm.write, file=sys.stderr),  # which, unlike stdout, takes names that are no text
-        ) as workers:  # fmt: skip
-            items = ((key, sources[key]) for span in spans for key in span)
-            results = workers.in_order(items, _JOBS_A_WORKER * count, _nbytes)
-            for number, span in zip(missing, spans, strict=True):
-                writer = ShardWriter(config.out, number)
-                try:
-                    own: list[dict[str, Any]] = []
-                    for key in span:
-                        result = next(results)
-                        if isinstance(result, PreparedClip):
-                            writer.add(result)
-                        else:
-                            reason = result.reason if isinstance(result, Lost) else result
-                            own.append({"key": key, "id": sources[key].id, "source": str(sources[key]), "reason": reason})
-                        bar.set_postfix_str(f"left out {left_out + len(own)}", refresh=False)
-                        bar.update()
-                    writer.finish(own)
-                except BaseException:
-                    writer.abandon()
-                    raise
-                left_out += len(own)
-                reject_file.writelines(map(_line, own))
-                reject_file.flush()
+        ) as workers,
+    ):
+        items = ((key, sources[key]) for span in spans.values() for key in span)
+        results = _counted(workers.in_order(items, _JOBS_PER_WORKER * count, _nbytes), bar, len(rejects))
+        for number, span in spans.items():
+            folder.log_rejects(_make_shard(folder, number, [(key, sources[key]) for key in span], results))
+
+
+def _counted(results: Iterator[Any], bar: Any, left_out: int) -> Iterator[PreparedClip | str | Lost]:
+    """The results as they come, with the progress bar moved on by each."""
+    for result in results:
+        left_out += not isinstance(result, PreparedClip)
+        bar.set_postfix_str(f"left out {left_out}", refresh=False)
+        bar.update()
+        yield result
+
+
+def _make_shard(
+    folder: OutputFolder, number: int, clips: list[tuple[int, Source]], results: Iterator[PreparedClip | str | Lost]
+) -> list[dict[str, Any]]:
+    """Takes a result for each of the clips, and publishes the shard -> the clips that were left out."""
+    rejects: list[dict[str, Any]] = []
+    writer = folder.writer(number)
+    try:
+        for (key, source), result in zip(clips, results, strict=False):  # the results after them are other shards'
+            if isinstance(result, PreparedClip):
+                writer.add(result)
+            else:
+                reason = result.reason if isinstance(result, Lost) else result
+                rejects.append({"key": key, "id": source.id, "source": str(source), "reason": reason})
+        folder.check_plan()
+        writer.finish(rejects)
+    except BaseException:
+        writer.abandon()
+        raise
+    return rejects
 
 
 def _nbytes(result: PreparedClip | str | Lost) -> int:
     return len(result.sound) + sum(map(len, result.images)) if isinstance(result, PreparedClip) else 0
 
 
-def _line(reject: dict[str, Any]) -> str:
-    return to_json(reject) + "\n"
-
-
-def _publish(config: PrepareConfig, total: int) -> dict[str, Any]:
-    """Writes what is known only at the end: the index of all clips and the manifest."""
+def _publish(config: PrepareConfig, folder: OutputFolder, listed: int, total: int) -> dict[str, Any]:
+    """Writes what is known only when all `total` shards are there: rejects, the index of all clips and the manifest."""
     shards = []
     rows: list[np.ndarray] = []
     dtype = index_dtype(config.frames)
     rejects: list[dict[str, Any]] = []
-    for number in range(-(-total // config.shard_clips)):
-        record = read_record(config.out, number)
+    for number in range(total):
+        record = read_record(folder.path, number)
         rejects += record["rejects"]
         if record["clips"]:
             shards.append({"number": number, "clips": len(record["clips"]), "bytes": record["bytes"]})
             places = [(number, c["key"], c["offset"], c["size"], c["crc"]) for c in record["clips"]]
             rows.append(np.array(places, dtype))
-    write_whole(config.out / REJECTS, "".join(map(_line, rejects)))
+    folder.write(REJECTS, reject_lines(rejects))
     index = np.concatenate([*rows, np.zeros(0, dtype)])
-    put_whole(config.out / INDEX, lambda file: np.save(file, index))
+    folder.put(INDEX, lambda file: np.save(file, index))
     manifest = {
-        "version": VERSION, "listed": total, "clips": sum(shard["clips"] for shard in shards), "rejects": len(rejects),
-        "frames": config.frames, "size": config.size, "seconds": config.seconds, "sample_rate": SAMPLE_RATE,
-        "quality": config.quality, "labels": LABELS if config.labels else None,
-        "bytes": sum(shard["bytes"] for shard in shards), "shards": shards,
-    }  # fmt: skip
-    write_whole(config.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        "version": VERSION,
+        "listed": listed,
+        "clips": sum(shard["clips"] for shard in shards),
+        "rejects": len(rejects),
+        "frames": config.frames,
+        "size": config.size,
+        "seconds": config.seconds,
+        "sample_rate": SAMPLE_RATE,
+        "quality": config.quality,
+        "labels": LABELS if config.labels else None,
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": shards,
+    }
+    folder.write(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    folder.tidy()
     return manifest
-

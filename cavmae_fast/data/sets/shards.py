@@ -77,11 +77,16 @@ class ShardWriter:
 
     The file grows under a hidden name. `finish` puts it under its own, beside its record and its DALI index, when it is
     whole and on the disk; `abandon` removes it.
+
+    Args:
+        folder: where the shard lies.
+        number: the shard's.
+        mark: goes into the hidden names, so that several writers may work in one folder.
     """
 
-    def __init__(self, folder: Path, number: int):
-        self.folder, self.number = folder, number
-        self._part = folder / f".{shard_name(number)}.tar.part"
+    def __init__(self, folder: Path, number: int, mark: str = ""):
+        self.folder, self.number, self.mark = folder, number, mark
+        self._part = folder / f".{shard_name(number)}.tar{mark}.part"
         self._file = self._part.open("wb")
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._offset = 0
@@ -111,13 +116,13 @@ class ShardWriter:
         self._file.close()
         name = shard_name(self.number)
         if self._clips:
-            write_whole(self.folder / f"{name}.idx", dali_index(self._clips))
+            write_whole(self.folder / f"{name}.idx", dali_index(self._clips), self.mark)
         record = {"number": self.number, "bytes": size if self._clips else 0, "clips": self._clips, "rejects": rejects}
-        write_whole(self.folder / f"{name}.json", to_json(record))
+        write_whole(self.folder / f"{name}.json", to_json(record), self.mark)
         if self._clips:
             self._part.replace(self.folder / f"{name}.tar")
         else:
-            self._part.unlink()
+            self._part.unlink(missing_ok=True)  # now that the record is there, another call may have tidied up
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # the disk may be full: closing writes the archive's end
@@ -137,14 +142,15 @@ def to_json(value: Any) -> str:
     return text
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all."""
-    put_whole(path, lambda file: file.write(text.encode()))
+def write_whole(path: Path, text: str, mark: str = "") -> None:
+    """Writes a text file so that it is there whole or not at all; `mark` as in `put_whole`."""
+    put_whole(path, lambda file: file.write(text.encode()), mark)
 
 
-def put_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Lets `write` fill a hidden file, and gives it its name when it is on the disk."""
-    part = path.with_name(f".{path.name}.part")
+def put_whole(path: Path, write: Callable[[BinaryIO], Any], mark: str = "") -> None:
+    """Lets `write` fill a hidden file, and gives it its name when it is on the disk. Who may write `path` at the same time
+    as another gives a `mark` of its own, which goes into the hidden name."""
+    part = path.with_name(f".{path.name}{mark}.part")
     try:
         with part.open("wb") as file:
             write(file)
