@@ -73,22 +73,22 @@ def decode_sound(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.n
 
 
 def _decode_flac(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """With miniaudio, which takes 0.6 times as long as libFLAC (10 s: 0.9 ms against 1.6)."""
+    """With miniaudio, which takes 0.55 times as long as libFLAC: a third of all that the host does for a clip in a shard."""
     import miniaudio
 
-    # A decoder allocates what the header promises: 36 bits of samples a channel.
-    promised = int.from_bytes(data[21:26], "big") & ((1 << 36) - 1)
-    channels = (data[20] >> 1 & 7) + 1 if len(data) > 42 else 0
-    rate = int.from_bytes(data[18:21], "big") >> 4
-    if not channels or not rate or 2 * promised * channels > _MAX_SOUND_BYTES:
-        raise MediaError(f"{name}: not a readable FLAC sound (its header promises {promised} samples at {rate} Hz)")
     try:
+        header = miniaudio.flac_get_info(data)
+        # The decoder allocates what the header promises: 36 bits of samples per channel.
+        if 2 * header.num_frames * header.nchannels > _MAX_SOUND_BYTES:
+            raise MediaError(f"{name}: a sound of {header.num_frames} x {header.nchannels} samples; allowed: 1 GiB in all")
         sound = miniaudio.flac_read_s16(data)
     except miniaudio.MiniaudioError as error:
         raise MediaError(f"{name}: not a readable FLAC sound ({error})") from error
+    except ZeroDivisionError as error:  # miniaudio computes the duration from what the header says
+        raise MediaError(f"{name}: not a readable FLAC sound (its header says 0 Hz)") from error
     waveform = np.frombuffer(sound.samples, np.int16).reshape(-1, sound.nchannels)[:, 0]
-    if len(waveform) < promised:
-        raise MediaError(f"{name}: {len(waveform)} of the FLAC stream's {promised} samples could be decoded")
+    if len(waveform) < header.num_frames:
+        raise MediaError(f"{name}: {len(waveform)} of the FLAC stream's {header.num_frames} samples could be decoded")
     return waveform, sound.sample_rate
 
 
