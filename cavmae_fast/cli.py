@@ -80,7 +80,8 @@ def _all_prepared(config: PrepareConfig, manifest: dict) -> str:
 
 
 def _check(config: CheckConfig) -> None:
-    from cavmae_fast.data.commands.check import check, render
+    from cavmae_fast.data.commands.check import check
+    from cavmae_fast.data.commands.rendering import render
 
     report = _run(lambda: check(config), "nothing was written")
     print(render(report))

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae_fast.data.commands import check as module
-from cavmae_fast.data.commands.check import CheckConfig, check, render
+from cavmae_fast.data.commands import check as check_module
+from cavmae_fast.data.commands import findings, log_mel
+from cavmae_fast.data.commands.census import Census
+from cavmae_fast.data.commands.check import CheckConfig, check
 from cavmae_fast.data.commands.inspecting import InspectClip
 from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
+from cavmae_fast.data.commands.rendering import render
 from cavmae_fast.data.media.files import MediaError
 from cavmae_fast.data.sets.labels import LabelError
 from cavmae_fast.data.sets.shards import shard_name
@@ -131,7 +134,7 @@ def test_every_defect_of_a_list_is_named(folder):
     assert found(report, "duplicate") == ["twice"] and "also that of clip 15" in reasons(report, "duplicate")
     assert found(report, "label") == ["strange"] and report["classes"]["unknown"] == {"/m/x": 1}
     assert found(report, "unlabelled") == ["plain"]
-    assert set(report["counts"]) == set(module.ERRORS) - {"shard"} | set(module.WARNINGS)
+    assert set(report["counts"]) == set(findings.ERRORS) - {"shard"} | set(findings.WARNINGS)
     assert report["usable"] == report["clips"] - 7 == report["statistics"]["clips"]
     assert not report["weights"]["written"] and not (folder.root / "train_weight.csv").exists()
     lines = [json.loads(line) for line in (folder.root / "train_check/rejects.jsonl").open()]
@@ -162,8 +165,8 @@ def published_statistics(waveforms, length, batch):
 
 
 def test_statistics(folder, monkeypatch):
-    monkeypatch.setattr(module, "_PUBLISHED_BATCH", 4)
-    monkeypatch.setattr(module, "_FEATURE_BATCH", 3)
+    monkeypatch.setattr(log_mel, "_PUBLISHED_BATCH", 4)
+    monkeypatch.setattr(log_mel, "_FEATURE_BATCH", 3)
     waveforms = [noise(0.3 + 0.25 * i, seed=i, loud=0.3 / (i + 1)) for i in range(9)]  # 30 to 228 frames
     for i, waveform in enumerate(waveforms):
         folder.add(f"c{i}", sound=waveform)
@@ -360,7 +363,7 @@ def test_accidents_cost_one_clip(folder, monkeypatch):
     names = ["a", "crash", "b", "hang", "c", "hunger"]
     for name in names:
         folder.add(name)
-    monkeypatch.setattr(module, "InspectClip", Accident)
+    monkeypatch.setattr(check_module, "InspectClip", Accident)
     report = check(folder.config(timeout=2))
     assert found(report, "unreadable") == ["crash", "hang", "hunger"] and report["usable"] == 3
     assert "died (exit status 3)" in reasons(report, "unreadable") and "longer than 2 s" in reasons(report, "unreadable")
@@ -425,14 +428,14 @@ def test_nothing_is_left_of_a_check_that_failed(folder, monkeypatch):
     def broken(*_):
         raise OSError("broken")
 
-    monkeypatch.setattr(module._Census, "take", broken)
+    monkeypatch.setattr(Census, "take", broken)
     with pytest.raises(OSError, match="broken"):
         check(folder.config())
     assert list((folder.root / "train_check").iterdir()) == []
 
 
 def test_lists_in_the_report_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(module, "_LISTED", 2)
+    monkeypatch.setattr(findings, "_LISTED", 2)
     for i in range(5):
         folder.add(f"c{i}", labels="")
     report = check(folder.config())
