@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import resource
 import shutil
 import statistics
 import sys
@@ -26,7 +28,14 @@ from typing import Any
 
 import torch
 from common import BenchmarkError, add_arguments, device_name, find_device, provenance
-from data_contenders import DecodeOnly, HostWork, published_loader
+from data_contenders import (
+    DecodeOnly,
+    HostWork,
+    PublishedDataset,
+    PublishedHostWork,
+    published_loader,
+    with_data_loader,
+)
 from render import data_tables, render
 from report import Report
 from timing import elapsed, synchronize
@@ -44,7 +53,13 @@ from cavmae_fast.data.sets.sources import find_sources
 from cavmae_fast.models import create_model
 
 CPU = torch.device("cpu")
-SECTIONS = ("stages", "prepare", "loaders", "wait")
+SECTIONS = ("stages", "prepare", "host", "loaders", "wait")
+
+
+def published_layout(folder: Path) -> Path:
+    """The list of the published layout of the clips in `folder/shards`: the same bytes, as files; made once."""
+    listed = folder / "published" / "list.json"
+    return listed if listed.exists() else export_published(ShardSet(folder / "shards"), listed.parent)
 
 
 def export_published(shards: ShardSet, folder: Path) -> Path:
@@ -72,8 +87,20 @@ def clocked(run: Callable[[], int], device: torch.device) -> float:
     return clips / (time.perf_counter() - begin)
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of all its children so far, those included that run on: what other programs on the
+    machine do to the clock, they do not do to this."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            for task in Path(f"/proc/{child}/task").glob("*/schedstat"):
+                total += int(task.read_text().split()[0]) / 1e9
+    return total
+
+
 def interleaved(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
-    """The clips/s that each contender returns, one epoch a round, all in turn; the first round warms up and does not
+    """The clips/s that each contender returns, one epoch per round, all in turn; the first round warms up and does not
     count."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 1):
@@ -150,19 +177,63 @@ def preparing(report: Report, listed: Path, folder: Path, options: argparse.Name
     report.add("prepare", {"workers": options.workers, "rates": rates, "cost_over_decoding": cost})
 
 
+def host(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
+    """What is left to the host where a GPU computes the features, by each loader: clips/s, and milliseconds of CPU time per
+    clip, in all processes. Every contender hands out whole batches of a uint8 frame and int16 sound."""
+    published, opened = published_layout(folder), []
+
+    def ours(data: Path, backend: str, data_loader: bool = False) -> Callable[[], int]:
+        # Not training: then nothing is decoded beyond the end of the epoch, and CPU time belongs to what was counted.
+        loader = Loader(data, options.batch, backend=backend, workers=options.workers)
+        loader.builder = HostWork()
+        if data_loader:
+            with_data_loader(loader, options.workers)
+        opened.append(loader)
+        return lambda: sum(len(batch.ids) for batch in loader)
+
+    theirs = published_loader(PublishedHostWork(published), options.batch, options.workers)
+    contenders = {
+        "published way": lambda: sum(len(waveform) for waveform, _ in theirs),
+        "torch, published layout": ours(published, "torch"),
+        "torch, shards": ours(folder / "shards", "torch"),
+        "DataLoader, shards": ours(folder / "shards", "torch", data_loader=True),
+    }
+    if dali.available() is None:
+        contenders["dali, shards"] = ours(folder / "shards", "dali")
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def epoch(name: str) -> float:
+        cpu_before, begin = cpu_seconds(), time.perf_counter()
+        clips = contenders[name]()
+        seconds = time.perf_counter() - begin
+        cpu[name].append(1e3 * (cpu_seconds() - cpu_before) / clips)
+        return clips / seconds
+
+    load = os.getloadavg()[0]
+    rates = interleaved({name: partial(epoch, name) for name in contenders}, options.rounds)
+    for loader in opened:
+        loader.close()
+    base = rates["published way"]["clips_per_s"]
+    for name, rate in rates.items():
+        found = cpu[name][1:]
+        times = {"cpu_ms_per_clip": statistics.median(found), "cpu_ms_min": min(found), "cpu_ms_max": max(found)}
+        report.add("host", {"loader": name, **rate, **times, "to_published": rate["clips_per_s"] / base})
+    report.data["load"] = {"before": load, "after": os.getloadavg()[0]}  # of the machine, the benchmark's own included
+
+
 def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Clips/s of each loader on the same clips and as many processes or threads: features included, on `--device`; and
-    without them, which is the host's work alone where the features are a GPU's."""
-    published = export_published(ShardSet(folder / "shards"), folder / "published")
+    """Clips/s of each loader in training on the same clips, with as many processes or threads: features included, on
+    `--device`."""
+    published = published_layout(folder)
     opened: list[Loader] = []
 
-    def ours(data: Path, backend: str, features: bool = True) -> Callable[[], float]:
+    def ours(data: Path, backend: str, data_loader: bool = False) -> Callable[[], float]:
         loader = Loader(
             data, options.batch, training=True, backend=backend, workers=options.workers, device=report.device
         )  # fmt: skip
+        if data_loader:
+            with_data_loader(loader, options.workers)
         opened.append(loader)
-        if not features:
-            loader.builder = HostWork()
 
         def epoch() -> float:
             _rest(loader)  # nothing is decoded ahead when the clock starts
@@ -172,18 +243,17 @@ def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namesp
 
         return epoch
 
-    theirs = published_loader(published, options.batch, options.workers)
+    theirs = published_loader(PublishedDataset(published), options.batch, options.workers)
     contenders = {
         "published way": lambda: clocked(lambda: sum(len(audio) for audio, _ in theirs), report.device),
         "torch, published layout": ours(published, "torch"),
         "torch, shards": ours(folder / "shards", "torch"),
-        "torch, shards, without features": ours(folder / "shards", "torch", features=False),
+        "DataLoader, shards": ours(folder / "shards", "torch", data_loader=True),
         "torch, videos": ours(listed, "torch"),
     }
     if dali.available() is None:
         contenders["dali, published layout"] = ours(published, "dali")
         contenders["dali, shards"] = ours(folder / "shards", "dali")
-        contenders["dali, shards, without features"] = ours(folder / "shards", "dali", features=False)
     rates = interleaved(contenders, options.rounds)
     for loader in opened:
         loader.close()
@@ -265,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
             repeated = itertools.islice(itertools.cycle(files), options.clips)
             listed.write_text("".join(f"{Path(file).resolve()}\n" for file in repeated))
             prepare(PrepareConfig(src=(str(listed),), out=folder / "shards", workers=options.workers, shard_clips=100))
-            for section, run in zip(SECTIONS, (stages, preparing, loaders, wait), strict=True):
+            for section, run in zip(SECTIONS, (stages, preparing, host, loaders, wait), strict=True):
                 if section in chosen:
                     run(report, listed, folder, options)
         except BenchmarkError as error:

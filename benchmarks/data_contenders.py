@@ -1,27 +1,37 @@
-"""What `data.py` times besides our loaders: the published loader's way, written plainly, and decoding alone."""
+"""What `data.py` times besides our loaders: the published loader's way and a plain `DataLoader` over shards, written as
+anybody would write them, and decoding alone."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Semaphore
 
 import numpy as np
 import soundfile
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.batches import Batch
-from cavmae_fast.data.decode.decoder import Decoded
+from cavmae_fast.data.decode.decoder import Decoded, Substitute
+from cavmae_fast.data.decode.reading import ClipInfo, Reader
 from cavmae_fast.data.features import AUDIO_MEAN, AUDIO_STD, IMAGE_MEAN, IMAGE_STD
+from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.plan import Step, Want
+from cavmae_fast.data.sets.shards import ShardSet
 from cavmae_fast.data.sets.sources import Source
 from cavmae_fast.reference.fbank import log_mel_fbank
 
 TARGET_LENGTH = 1024
+SAMPLES = ClipSpec(audio_length=TARGET_LENGTH).samples
 
 
 class PublishedDataset(Dataset):
@@ -43,12 +53,15 @@ class PublishedDataset(Dataset):
         missing = TARGET_LENGTH - len(features)
         return torch.nn.functional.pad(features, (0, 0, 0, missing)) if missing > 0 else features[:TARGET_LENGTH]
 
-    def image(self, path: Path) -> Tensor:
+    def crop(self, path: Path) -> Image.Image:
         image = Image.open(path).convert("RGB")
         scale = 224 / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         left, top = (image.width - 224) // 2, (image.height - 224) // 2
-        pixels = np.array(image.crop((left, top, left + 224, top + 224)))
+        return image.crop((left, top, left + 224, top + 224))
+
+    def image(self, path: Path) -> Tensor:
+        pixels = np.array(self.crop(path))
         return (torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255) - self.mean) / self.std
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -60,11 +73,90 @@ class PublishedDataset(Dataset):
         return features, self.image(frame)
 
 
-def published_loader(listed: Path, batch: int, workers: int) -> DataLoader:
+class PublishedHostWork(PublishedDataset):
+    """Of the published way only what is left to the host where a GPU computes the features: to read and decode a frame and
+    the sound, and to bring them to one size."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = self.rows[index]
+        samples, _ = soundfile.read(self.base / row["wav"], dtype="int16", always_2d=True)
+        waveform = np.zeros(SAMPLES, np.int16)
+        waveform[: len(samples)] = samples[:SAMPLES, 0]
+        frame = self.base / row["video_path"] / f"frame_{random.randrange(10)}" / f"{row['video_id']}.jpg"
+        return torch.from_numpy(waveform), torch.from_numpy(np.array(self.crop(frame)))
+
+
+def published_loader(dataset: PublishedDataset, batch: int, workers: int) -> DataLoader:
     """The published loader; its workers are kept from epoch to epoch, so that their start does not count."""
-    return DataLoader(
-        PublishedDataset(listed), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
-    )
+    return DataLoader(dataset, batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
+
+
+class ShardDataset(Dataset):
+    """The clips of a folder of shards: what a step wants of one -> what is known of it, its pictures and its sound, as our
+    own workers decode and check them."""
+
+    def __init__(self, shards: ShardSet, reader: Reader):
+        self.shards, self.reader = shards, reader
+
+    def __getitem__(self, want: Want) -> tuple[ClipInfo, Tensor, Tensor]:
+        info, images, sound = self.reader.read(self.shards[want.clip], want.moment)
+        waveform = np.zeros(self.reader.clip.samples, np.int16)
+        waveform[: len(sound)] = sound
+        return info, torch.from_numpy(images), torch.from_numpy(waveform)
+
+
+class DataLoaderDecoder:
+    """In the place of a loader's decoder: a plain `DataLoader`, over the same steps. It does less: a clip that cannot be
+    used, a worker that dies or hangs ends the loop."""
+
+    closing = False
+
+    def __init__(self, shards: ShardSet, reader: Reader, substitute: Substitute, workers: int):
+        self.substitute = substitute
+        self.steps: Iterator[Step] = iter(())
+        self.begun: deque[Step] = deque()
+        self.batches = DataLoader(
+            ShardDataset(shards, reader),
+            batch_sampler=self,
+            num_workers=workers,
+            collate_fn=self.collate,
+            persistent_workers=True,
+        )
+
+    def __iter__(self) -> Iterator[Sequence[Want]]:
+        for step in self.steps:
+            self.begun.append(step)
+            yield step.wants
+
+    @staticmethod
+    def collate(clips: list[tuple[ClipInfo, Tensor, Tensor]]) -> tuple[list[ClipInfo], Tensor, Tensor]:
+        infos, images, waveforms = zip(*clips, strict=True)
+        return list(infos), default_collate(images), default_collate(waveforms)
+
+    def decode(self, steps: Iterator[Step], stopped: Event) -> Iterator[Decoded]:
+        self.steps, self.begun = steps, deque()
+        ahead, batches = Semaphore(3), iter(self.batches)
+        while not stopped.is_set():
+            if not ahead.acquire(timeout=0.2):
+                continue
+            batch = next(batches, None)
+            if batch is None:
+                return
+            infos, image, waveform = batch
+            decoded = Decoded(self.begun.popleft(), self.substitute)
+            decoded.infos = infos
+            yield decoded.finish(image, waveform, ahead.release)
+
+    def close(self) -> None:
+        """The processes end when their `DataLoader` is collected."""
+        del self.batches
+
+
+def with_data_loader(loader: Loader, workers: int) -> None:
+    """Puts a `DataLoader` in the place of the decoder of a loader over shards."""
+    loader._decoder.close()
+    decoder = DataLoaderDecoder(loader.clips, loader._exact.reader, loader.plan.substitute, workers)
+    loader._decoder = loader._open["decoder"] = decoder
 
 
 @dataclass(frozen=True)

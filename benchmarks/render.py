@@ -140,6 +140,13 @@ def data_tables(data: Record) -> str:
         cost = 100 * row["cost_over_decoding"]
         text = f"`prepare` costs {cost:.1f} % more than decoding alone, on {row['workers']} workers:"
         parts.append(f"{text}\n\n" + table(["", "clips/s"], rows))
+    if "host" in data:
+        rows = [
+            [r["loader"], number(r["clips_per_s"]), f"{r['min']:,.0f}-{r['max']:,.0f}", f"{r['to_published']:.2f}x",
+             f"{r['cpu_ms_per_clip']:.2f}", f"{r['cpu_ms_min']:.2f}-{r['cpu_ms_max']:.2f}"] for r in data["host"]
+        ]  # fmt: skip
+        headings = ["the host's work, no features", "clips/s", "spread", "to published", "CPU ms per clip", "spread"]
+        parts.append(table(headings, rows))
     if "loaders" in data:
         rows = [
             [r["loader"], number(r["clips_per_s"]), f"{r['min']:,.0f}-{r['max']:,.0f}", f"{r['to_published']:.2f}x"]
