@@ -6,7 +6,7 @@ while a model trains.
     python benchmarks/data.py --sections loaders --batch 48 --workers 2
 
 All contenders of a section run on the same clips, interleaved, in one run; medians over `--rounds`. Writes
-`results/<device>/data.json`.
+`results/<device>/data.json`; a run of some sections alone writes `data-SECTIONS.json`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _rest(loader: Loader) -> None:
 
 
 def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Milliseconds a clip of each step of the work, in this process, on one thread."""
+    """Milliseconds per clip of each step of the work, in this process, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     sources = [source.video for source in find_sources([listed])][:8]
@@ -318,7 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.clips < options.batch or min(options.batch, options.workers, options.rounds) < 1:
         parser.error("--batch, --workers and --rounds must be 1 or more, and --clips no less than --batch")
     command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    path = options.out / device_name(device) / "data.json"
+    # A run of some sections does not replace the record of all.
+    part = "" if set(chosen) == set(SECTIONS) else f"-{'-'.join(chosen)}"
+    path = options.out / device_name(device) / f"data{part}.json"
     report = Report(path, "data", device, options.tiny, 0.0, provenance(device, command, options.commit))
     report.data["settings"] = {
         name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")

@@ -261,6 +261,9 @@ def test_data_writes_every_section(tmp_path, capsys):
     assert {"torch, shards", "torch, published layout", "torch, videos"} <= rates.keys()
     for row in rates.values():
         assert row["to_published"] == pytest.approx(row["clips_per_s"] / rates["published way"]["clips_per_s"])
+    host = {row["loader"]: row for row in record["host"]}
+    assert {"published way", "torch, shards", "DataLoader, shards"} <= host.keys()
+    assert all(0 < row["cpu_ms_min"] <= row["cpu_ms_per_clip"] <= row["cpu_ms_max"] for row in host.values())
     (prepared,) = record["prepare"]
     alone, whole = (prepared["rates"][name]["clips_per_s"] for name in ("decoding alone", "prepare"))
     assert prepared["cost_over_decoding"] == pytest.approx(alone / whole - 1)
@@ -287,3 +290,24 @@ def test_the_published_way_gives_our_features(tmp_path):
         torch.testing.assert_close(batch.audio[row], features, atol=1e-3, rtol=0)
         image = dataset.image(dataset.base / "frame_5" / f"{entry['video_id']}.jpg")
         torch.testing.assert_close(batch.image[row], image, atol=1e-5, rtol=0)
+
+
+def test_a_data_loader_over_shards_gives_our_batches(tmp_path):
+    """What is timed against our worker processes hands out the same frames and sounds, epoch after epoch."""
+    from media_sets import write_shards
+
+    from cavmae_fast.data.loader import Loader
+    from cavmae_fast.data.media.synthetic import generate_clips
+
+    generate_clips(tmp_path / "clips", num_train=5, num_test=1, seconds=0.5, size=64)
+    shards = write_shards(tmp_path / "shards", tmp_path / "clips")
+    ours, theirs = (Loader(shards, 2, training=True, workers=1) for _ in range(2))
+    data_contenders.with_data_loader(theirs, 2)
+    for _ in range(2):
+        pairs = list(zip(ours, theirs, strict=True))
+        assert len(pairs) == 3
+        for one, other in pairs:
+            assert one.ids == other.ids
+            assert torch.equal(one.image, other.image) and torch.equal(one.audio, other.audio)
+    ours.close()
+    theirs.close()

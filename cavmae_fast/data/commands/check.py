@@ -52,7 +52,7 @@ class CheckConfig:
     """File for the weights of balanced sampling; default: `LIST_weight.csv` beside a list, weights.csv in a folder of
     shards, else in `--out`. Written when the classes are known."""
     seconds: float = 10.24
-    """The most sound of a clip that a model sees, 100 frames a second."""
+    """The most sound of a clip that a model sees, 100 frames per second."""
     workers: int | None = None
     """Decoding processes; default: the cores there are."""
     timeout: float = TIMEOUT

@@ -138,7 +138,7 @@ class OutputFolder:
         put_whole(self.path / name, write, self._mark)
 
     def writer(self, number: int) -> ShardWriter:
-        """Of a shard."""
+        """The writer of shard `number`."""
         return ShardWriter(self.path, number, self._mark)
 
     def begin_rejects(self, rejects: Iterable[dict[str, Any]]) -> None:

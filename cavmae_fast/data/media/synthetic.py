@@ -5,8 +5,8 @@ A clip shows one shape on a noisy background and plays one sound. What is seen d
 | seen   | values                                | heard  | values                                       |
 | ------ | ------------------------------------- | ------ | -------------------------------------------- |
 | shape  | circle, square, triangle, cross, star | timbre | sine, square, saw, bell (FM), noise band     |
-| color | 16 hues                               | pitch  | 16 pitches, 220 to 2960 Hz                   |
-| motion | still, right, left, up, down          | rhythm | held, 2, 4 or 8 notes a second, long-short   |
+| color  | 16 hues                               | pitch  | 16 pitches, 220 to 2960 Hz                   |
+| motion | still, right, left, up, down          | rhythm | held, 2, 4 or 8 notes per second, long-short |
 
 Motion is visible in a single frame: a moving shape drags fading copies of itself behind it. Position, size, speed,
 background, texture, loudness, phase, tempo, a slight detuning and noise differ from clip to clip and mean nothing.
@@ -72,7 +72,7 @@ def generate_clips(
     seed: int = 0,
     workers: int = 2,
 ) -> tuple[list[Path], list[Path]]:
-    """Write a set of clips (H.264 and AAC in MP4, 8 frames a second) and its manifest; reuse a complete one.
+    """Write a set of clips (H.264 and AAC in MP4, 8 frames per second) and its manifest; reuse a complete one.
 
     The same parameters give the same pictures and sounds. Files appear under their names only when whole, and
     `manifest.jsonl` last: its first line holds the parameters, each other line one clip's `file`, `split` and
@@ -105,9 +105,13 @@ def generate_clips(
     out_dir = Path(out_dir)
     train, test = combinations(seed)
     parameters = {
-        "num_train": num_train, "num_test": num_test, "seconds": float(seconds), "size": size, "seed": seed,
+        "num_train": num_train,
+        "num_test": num_test,
+        "seconds": float(seconds),
+        "size": size,
+        "seed": seed,
         "version": _VERSION,
-    }  # fmt: skip
+    }
     rows = [_row("train", i, train[i % len(train)]) for i in range(num_train)]
     rows += [_row("test", i, test[i]) for i in range(num_test)]
     if not _is_complete(out_dir, parameters, rows):
@@ -130,10 +134,16 @@ def generate_clips(
 def _row(split: str, index: int, combination: Combination) -> dict[str, Any]:
     shape, color, motion = combination
     return {
-        "file": f"{split}/{split}_{index:05d}.mp4", "split": split, "index": index, "shape": SHAPES[shape],
-        "hue": HUES[color], "motion": MOTIONS[motion], "timbre": TIMBRES[shape], "pitch_hz": PITCHES[color],
+        "file": f"{split}/{split}_{index:05d}.mp4",
+        "split": split,
+        "index": index,
+        "shape": SHAPES[shape],
+        "hue": HUES[color],
+        "motion": MOTIONS[motion],
+        "timbre": TIMBRES[shape],
+        "pitch_hz": PITCHES[color],
         "rhythm": RHYTHMS[motion],
-    }  # fmt: skip
+    }
 
 
 def _is_complete(out_dir: Path, parameters: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
@@ -170,7 +180,7 @@ def _write_clip(path: Path, row: dict[str, Any], seconds: float, size: int, seed
     def rng(stream: int) -> np.random.Generator:
         return np.random.default_rng([seed, stream, row["split"] == "test", row["index"]])
 
-    # Sight and sound draw from generators of their own: their nuisances must not be related.
+    # Sight and sound draw from two generators, so that what means nothing in one says nothing about the other.
     frames = _draw(row, round(seconds * _FPS), size, rng(0))
     waveform = _play(row, round(seconds * _RATE), rng(1))
     _replace(path, lambda temporary: _encode(temporary, frames, waveform))
@@ -196,7 +206,7 @@ def _draw(row: dict[str, Any], count: int, size: int, rng: np.random.Generator) 
     # Everything that is ever drawn, tail included, stays in the picture.
     corners = np.array([p - tail for p in (0 * path, path) for tail in (0 * gap, 3 * gap)])
     low, high = radius - corners.min(0), size - radius - corners.max(0)
-    # About the middle of where it may be: a few minutes of training go to what the shape is, not to where.
+    # Near the middle of where it may be, so that a few minutes of training are spent on what the shape is, not on where.
     start = (low + high) / 2 + np.clip(high - low, 0, 0.2 * size) * rng.uniform(-0.5, 0.5, 2)
 
     frames = []

@@ -97,10 +97,13 @@ class ShardWriter:
         sizes = [len(data) for data in members]
         self._clips.append(
             {
-                "key": clip.key, "offset": self._offset, "size": sizes, "crc": [zlib.crc32(data) for data in members],
+                "key": clip.key,
+                "offset": self._offset,
+                "size": sizes,
+                "crc": [zlib.crc32(data) for data in members],
                 "meta": clip.meta,
             }
-        )  # fmt: skip
+        )
         for name, data in zip(member_names(clip.key, len(clip.images)), members, strict=True):
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -265,7 +268,7 @@ class ShardSet:
 
     Attributes:
         folder, manifest: the folder and what its manifest says.
-        num_frames: frames a clip.
+        num_frames: frames per clip.
         index: `[clips]` of `index_dtype(num_frames)`, mapped from the file.
 
     Raises:
