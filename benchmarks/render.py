@@ -133,8 +133,10 @@ def data_tables(data: Record) -> str:
     """Stages, `prepare`, loaders and the wait while training."""
     parts = []
     if "stages" in data:
-        rows = [[row["stage"], number(row["ms_per_clip"], 2)] for row in data["stages"]]
-        parts.append(table(["stage, one thread", "ms a clip"], rows))
+        rows = [
+            [row["stage"], number(row["ms_per_clip"], 2), number(row.get("cpu_ms_per_clip"), 2)] for row in data["stages"]
+        ]
+        parts.append(table(["stage, one thread", "ms per clip", "CPU ms per clip"], rows))
     for row in data.get("prepare", []):
         rows = [[name, number(rate["clips_per_s"], 1)] for name, rate in row["rates"].items()]
         cost = 100 * row["cost_over_decoding"]

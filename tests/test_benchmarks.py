@@ -267,7 +267,7 @@ def test_data_writes_every_section(tmp_path, capsys):
     (prepared,) = record["prepare"]
     alone, whole = (prepared["rates"][name]["clips_per_s"] for name in ("decoding alone", "prepare"))
     assert prepared["cost_over_decoding"] == pytest.approx(alone / whole - 1)
-    assert len(record["stages"]) == 9 and all(row["ms_per_clip"] > 0 for row in record["stages"])
+    assert len(record["stages"]) == 10 and all(row["ms_per_clip"] > 0 for row in record["stages"])
     assert all(0 <= row["waited"] <= 1 and row["clips_per_s"] > 0 for row in record["wait"])
     text = capsys.readouterr().out
     assert "| torch, shards |" in text and "more than decoding alone" in text
