@@ -214,7 +214,6 @@ def host(report: Report, listed: Path, folder: Path, options: argparse.Namespace
         cpu[name].append(1e3 * (cpu_seconds() - cpu_before) / clips)
         return clips / seconds
 
-    load = os.getloadavg()[0]
     rates = interleaved({name: partial(epoch, name) for name in contenders}, options.rounds)
     for loader in opened:
         loader.close()
@@ -223,7 +222,6 @@ def host(report: Report, listed: Path, folder: Path, options: argparse.Namespace
         found = cpu[name][1:]
         times = {"cpu_ms_per_clip": statistics.median(found), "cpu_ms_min": min(found), "cpu_ms_max": max(found)}
         report.add("host", {"loader": name, **rate, **times, "to_published": rate["clips_per_s"] / base})
-    report.data["load"] = {"before": load, "after": os.getloadavg()[0]}  # of the machine, the benchmark's own included
 
 
 def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -330,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.data["settings"] = {
         name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")
     } | {"media": [Path(place).name for place in options.media] or "generated"}
+    report.data["load"] = {"before": os.getloadavg()[0]}  # of the whole machine
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -349,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.finish("failed", str(error))
             print(error, file=sys.stderr)
             return 1
+    report.data["load"]["after"] = os.getloadavg()[0]
     report.finish("ok")
     render(path.parent)
     print(data_tables(report.data))

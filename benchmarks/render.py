@@ -132,6 +132,12 @@ def _pytest(record: Record) -> str:
 def data_tables(data: Record) -> str:
     """Stages, `prepare`, loaders and the wait while training."""
     parts = []
+    if "after" in data.get("load", {}):
+        before, after = data["load"]["before"], data["load"]["after"]
+        parts.append(
+            f"The machine's load average was {before:.1f} before and {after:.1f} after. More than 1 before means that other"
+            " programs were running: then CPU times can be compared, and times by the clock and clips/s cannot."
+        )
     if "stages" in data:
         rows = [
             [row["stage"], number(row["ms_per_clip"], 2), number(row.get("cpu_ms_per_clip"), 2)] for row in data["stages"]
@@ -147,11 +153,6 @@ def data_tables(data: Record) -> str:
             [r["loader"], number(r["clips_per_s"]), f"{r['min']:,.0f}-{r['max']:,.0f}", f"{r['to_published']:.2f}x",
              f"{r['cpu_ms_per_clip']:.2f}", f"{r['cpu_ms_min']:.2f}-{r['cpu_ms_max']:.2f}"] for r in data["host"]
         ]  # fmt: skip
-        load = data["load"]
-        parts.append(
-            f"Load average {load['before']:.1f} before the next table, {load['after']:.1f} after it. Where it is more than"
-            " the workers, other programs were running: then compare CPU time, not clips/s."
-        )
         headings = ["the host's work, no features", "clips/s", "spread", "to published", "CPU ms per clip", "spread"]
         parts.append(table(headings, rows))
     if "loaders" in data:
