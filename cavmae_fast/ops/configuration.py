@@ -54,20 +54,26 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or set(content) != {"implementations", "launches"}:
+    sections = content if isinstance(content, dict) and set(content) == {"implementations", "launches"} else {}
+    if not sections or not all(isinstance(groups, dict) for groups in sections.values()):
         raise ConfigurationError(f"{path} must hold 'implementations' and 'launches', and nothing else")
-    for operator, by_dtype in content["implementations"].items():
-        for dtype, implementation in by_dtype.items():
-            if dtype not in DTYPES or implementation not in IMPLEMENTATIONS:
-                raise ConfigurationError(
-                    f"{path} gives {operator} in {dtype} the implementation {implementation!r}; allowed are the dtypes"
-                    f" {', '.join(DTYPES)} and the implementations {', '.join(IMPLEMENTATIONS)}"
-                )
-    for kernel, cases in content["launches"].items():
-        for case, launch_of_case in cases.items():
-            if not isinstance(launch_of_case, dict) or not all(isinstance(v, int) for v in launch_of_case.values()):
-                raise ConfigurationError(f"{path} launches {kernel}, {case!r}, with {launch_of_case}; allowed are integers")
+    for section, groups in sections.items():
+        for group, entries in groups.items():
+            if not isinstance(entries, dict):
+                raise ConfigurationError(f"{path} has {entries!r} in {section} for {group}; it must be an object")
+            for name, value in entries.items():
+                if section == "implementations" and (name not in DTYPES or value not in IMPLEMENTATIONS):
+                    raise ConfigurationError(
+                        f"{path} gives {group} in {name} the implementation {value!r}; allowed are the dtypes"
+                        f" {', '.join(DTYPES)} and the implementations {', '.join(IMPLEMENTATIONS)}"
+                    )
+                if section == "launches" and not _is_launch(value):
+                    raise ConfigurationError(f"{path} launches {group}, {name!r}, with {value}; allowed are named integers")
     return content
+
+
+def _is_launch(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(number, int) for number in value.values())
 
 
 @functools.cache

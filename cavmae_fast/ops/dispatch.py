@@ -14,8 +14,8 @@ of the library built from csrc/). Which one runs is decided for every call by `c
 4. PyTorch.
 
 An implementation that cannot take a call (the operator has none of that kind, the device is a CPU, the dtype is float64,
-a size is too large for its kernels) leaves it to the next in this order, and `Choice.reason` says so. What is asked for
-by name and is not installed is an error.
+a size is too large for its kernels) leaves it to PyTorch, and `Choice.reason` says why. An implementation that is asked
+for and is not installed is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ _limits: dict[str, Limit] = {}
 
 
 class ModeError(CavmaeError, ValueError):
-    """A mode is none of `MODES`."""
+    """What is asked for does not exist."""
 
     exit_code = 2
 
@@ -55,8 +55,7 @@ class MissingImplementation(CavmaeError, RuntimeError):
     """An implementation was asked for by name and is not installed."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What runs, and why."""
 
     implementation: str
@@ -82,8 +81,8 @@ def _mode() -> tuple[str, str]:
     """The mode in force, and who set it."""
     if _override is not None:
         return _override, f"override({_override!r})"
-    if os.environ.get("CAVMAE_NATIVE", "0") != "0":
-        raise ModeError("CAVMAE_NATIVE is set, which has no effect any more; CAVMAE_OPS=cuda selects the CUDA library")
+    if os.environ.get("CAVMAE_NATIVE", "") not in ("", "0"):
+        raise ModeError("CAVMAE_NATIVE is set, but it selects nothing any more; CAVMAE_OPS=cuda selects the CUDA library")
     value = os.environ.get("CAVMAE_OPS", "auto")
     if value not in MODES:
         raise ModeError(f"CAVMAE_OPS is {value!r}; it must be one of {', '.join(MODES)}")
@@ -127,6 +126,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Seque
     asked, source = _mode()
     if asked in operators[operator] and (missing := _missing(asked)):
         raise MissingImplementation(f"{source} asks for {LABELS[asked]}, but {missing}")
+    launches = _launches_on(device)
     candidates = [] if asked == "auto" else [(asked, source)]
     if asked in ("auto", "cuda"):
         candidates.append(_proven(operator, device, dtype))
@@ -134,9 +134,9 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Seque
     for implementation, reason in candidates:
         refusal = _refusal(operator, implementation, device, dtype, shape)
         if refusal is None:
-            return Choice(implementation, reason, _launches_on(device))
+            return Choice(implementation, reason, launches)
         refusals.append(refusal)
-    return Choice("torch", refusals[0], _launches_on(device))
+    return Choice("torch", refusals[0], launches)
 
 
 def _proven(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
