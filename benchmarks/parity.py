@@ -22,8 +22,9 @@ from cavmae_fast.ops import registry
 from cavmae_fast.reference import cavmae as reference
 
 sys.path.insert(0, str(ROOT / "tests" / "ops"))
-import harness
 from samples import Sample, samples
+
+from cavmae_fast.ops import parity as harness
 
 FP16_LOSS_SCALE = 1024.0
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import assert_parity, convert, run
 
 from cavmae_fast.ops import attention_backends, configuration, dispatch
 from cavmae_fast.ops.attention import BACKENDS, attention, available_backends, query_attention, resolve_backend
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.parity import assert_parity, convert, run
 from cavmae_fast.reference import operators as reference
 
 MODULE = sys.modules[resolve_backend.__module__]

@@ -10,10 +10,10 @@ import os
 
 import pytest
 import torch
-from harness import assert_parity, flatten, run
 from samples import Sample, samples
 
 from cavmae_fast.ops import dispatch, native
+from cavmae_fast.ops.parity import assert_parity, flatten, run
 
 CUDA = torch.cuda.is_available()
 DRY_RUN = not CUDA and os.environ.get("CAVMAE_GPU_DRY_RUN") == "1"

@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import assert_parity
 
 from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
+from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.reference import operators as reference
 

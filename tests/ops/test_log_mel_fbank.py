@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from harness import assert_parity, error
 
 from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
+from cavmae_fast.ops.parity import assert_parity, error
 from cavmae_fast.reference import fbank as reference
 
 operator = importlib.import_module("cavmae_fast.ops.log_mel_fbank")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import assert_parity
 
 from cavmae_fast.data.features import image_features
 from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
+from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.reference import operators as reference
 
 CASES = {

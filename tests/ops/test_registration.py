@@ -7,12 +7,12 @@ import pkgutil
 
 import pytest
 import torch
-from harness import flatten, run
 from samples import Sample, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae_fast import ops
 from cavmae_fast.ops import dispatch
+from cavmae_fast.ops.parity import flatten, run
 
 for _module in pkgutil.iter_modules(ops.__path__):
     importlib.import_module(f"{ops.__name__}.{_module.name}")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import assert_parity
 
 from cavmae_fast.ops import dispatch
+from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.reference import operators as reference
 

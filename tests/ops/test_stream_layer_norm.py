@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import assert_parity
 
 from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.reference import operators as reference
 
