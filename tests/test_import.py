@@ -77,6 +77,8 @@ print(json.dumps(sorted(sys.modules)))
     else:
         above = ("data", "training", "evaluation", "cli")
         assert [name for name in loaded if name.startswith("cavmae_fast.") and name.split(".")[1] in above] == []
+        tools = "cavmae_fast.ops.catalogue", "cavmae_fast.ops.parity"
+        assert [name for name in loaded if name.startswith(tools)] == []
 
 
 def test_no_device_is_queried_and_nothing_drawn_or_configured():

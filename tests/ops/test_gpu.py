@@ -10,16 +10,18 @@ import os
 
 import pytest
 import torch
-from samples import Sample, samples
 
-from cavmae_fast.ops import dispatch, native
+from cavmae_fast.ops import catalogue, dispatch, native
+from cavmae_fast.ops.catalogue import Case, outputs_of
 from cavmae_fast.ops.parity import assert_parity, flatten, run
 
 CUDA = torch.cuda.is_available()
 DRY_RUN = not CUDA and os.environ.get("CAVMAE_GPU_DRY_RUN") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
-SAMPLES = samples("small") if DRY_RUN else samples("real") + samples("small")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BATCH = 8
+MODEL_CASES = [] if DRY_RUN else [*catalogue.pretraining(BATCH), *catalogue.variants(BATCH)]
+CASES = [*MODEL_CASES, *catalogue.small()]
+PAIRS = [(case, dtype) for case in CASES for dtype in case.dtypes]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,54 +45,51 @@ def skip_without_bf16(dtype: torch.dtype) -> None:
         pytest.skip("Triton's interpreter has no bf16")
 
 
-def check_parity(sample: Sample, dtype: torch.dtype) -> None:
+def check_parity(case: Case, dtype: torch.dtype) -> None:
     skip_without_bf16(dtype)
-    inputs = sample.inputs(dtype, DEVICE)
-    assert_parity(sample.function, sample.reference, inputs, baseline=sample.baseline(dtype))
+    inputs = case.inputs(dtype, DEVICE)
+    assert_parity(case.ours, case.reference, inputs, baseline=case.baseline)
 
 
-def cotangents_of(sample: Sample, inputs: list) -> list[torch.Tensor]:
+def cotangents_of(case: Case, inputs: list) -> list[torch.Tensor]:
     """Random gradients of the outputs, where backward takes them: nothing is copied while a graph is captured."""
-    outputs = sample.function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs_of(case.ours(*inputs))
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs if o.requires_grad]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_parity(sample, dtype):
-    check_parity(sample, dtype)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=str)
+def test_parity(case, dtype):
+    check_parity(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_repeats_bitwise(sample, dtype):
+@pytest.mark.parametrize(("case", "dtype"), [pair for pair in PAIRS if pair[1] != torch.float16], ids=str)
+def test_repeats_bitwise(case, dtype):
     skip_without_bf16(dtype)
-    inputs = sample.inputs(dtype, DEVICE)
-    cotangents = cotangents_of(sample, inputs)
-    first, first_gradients, _ = run(sample.function, inputs, cotangents)
+    inputs = case.inputs(dtype, DEVICE)
+    cotangents = cotangents_of(case, inputs)
+    first, first_gradients, _ = run(case.ours, inputs, cotangents)
     for _ in range(3):
-        again, again_gradients, _ = run(sample.function, inputs, cotangents)
+        again, again_gradients, _ = run(case.ours, inputs, cotangents)
         for a, b in zip([*first, *first_gradients], [*again, *again_gradients]):
             assert torch.equal(a, b)
 
 
 @on_device
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_cuda_graph(sample):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_graph(case):
     """Forward and backward, captured once and replayed on new numbers, give what they give eagerly."""
-    inputs = sample.inputs(torch.bfloat16, DEVICE)
-    cotangents = cotangents_of(sample, inputs)
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    cotangents = cotangents_of(case, inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles kernels and fills caches, which capture forbids
         for _ in range(2):
-            run(sample.function, inputs, cotangents)
+            run(case.ours, inputs, cotangents)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, captured_gradients, _ = run(sample.function, inputs, cotangents)
+        captured, captured_gradients, _ = run(case.ours, inputs, cotangents)
 
     with torch.no_grad():
         for leaf in flatten(inputs):
@@ -100,25 +99,24 @@ def test_cuda_graph(sample):
             value.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
-    eager, eager_gradients, _ = run(sample.function, inputs, cotangents)
+    eager, eager_gradients, _ = run(case.ours, inputs, cotangents)
     for a, b in zip([*captured, *captured_gradients], [*eager, *eager_gradients]):
         assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("sample", samples("small"), ids=str)
-def test_tensors_on_another_than_the_current_device(sample):
+@pytest.mark.parametrize("case", catalogue.small(), ids=str)
+def test_tensors_on_another_than_the_current_device(case):
     assert torch.cuda.current_device() == 0
-    inputs = sample.inputs(torch.float32, "cuda:1")
-    assert_parity(sample.function, sample.reference, inputs, baseline=sample.baseline(torch.float32))
+    inputs = case.inputs(torch.float32, "cuda:1")
+    assert_parity(case.ours, case.reference, inputs, baseline=case.baseline)
 
 
 @on_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.operator == "linear_gelu"], ids=str)
-def test_native_parity(sample, dtype, monkeypatch):
-    """The same with the kernel of the CUDA library (rows that are no multiples of 16 bytes go to Triton's)."""
+@pytest.mark.parametrize(("case", "dtype"), [p for p in PAIRS if "cuda" in dispatch.operators[p[0].operator]], ids=str)
+def test_native_parity(case, dtype):
+    """The same with the kernels of the CUDA library, where they take the call."""
     if native.library() is None:
         pytest.skip(f"the CUDA library is {native.status()}")
-    monkeypatch.setenv("CAVMAE_NATIVE", "1")
-    check_parity(sample, dtype)
+    with dispatch.override("cuda"):
+        check_parity(case, dtype)

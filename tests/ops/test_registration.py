@@ -7,17 +7,17 @@ import pkgutil
 
 import pytest
 import torch
-from samples import Sample, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae_fast import ops
-from cavmae_fast.ops import dispatch
+from cavmae_fast.ops import catalogue, dispatch
+from cavmae_fast.ops.catalogue import Case
 from cavmae_fast.ops.parity import flatten, run
 
 for _module in pkgutil.iter_modules(ops.__path__):
     importlib.import_module(f"{ops.__name__}.{_module.name}")
 
-SMALL = samples("small")
+SMALL = catalogue.small()
 #: `test_autograd_registration` is not among them: it demands an autograd formula inside the operator, and ours stands
 #: outside, in an autograd.Function around it. The tests of torch.compile below cover it.
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -37,9 +37,9 @@ class RecordCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def calls_of(sample: Sample) -> list[tuple[torch._ops.OpOverload, tuple]]:
+def calls_of(case: Case) -> list[tuple[torch._ops.OpOverload, tuple]]:
     with RecordCalls() as record:
-        run(sample.function, sample.inputs(torch.float32))
+        run(case.ours, case.inputs(torch.float32))
     return record.calls
 
 
@@ -49,20 +49,25 @@ def detached(item):
     return [detached(i) for i in item] if isinstance(item, list | tuple) else item
 
 
-@pytest.mark.parametrize("size", ["small", "real"])
-def test_every_operator_has_a_sample(size):
-    assert {sample.operator for sample in samples(size)} == set(dispatch.operators)
+@pytest.mark.parametrize("cases", [SMALL, catalogue.pretraining(2)], ids=["small", "pretraining"])
+def test_every_operator_has_a_case(cases):
+    assert {case.operator for case in cases} == set(dispatch.operators)
 
 
-def test_samples_reach_every_operator():
+def test_no_two_cases_have_one_name():
+    names = list(map(str, [*SMALL, *catalogue.pretraining(2), *catalogue.variants(2)]))
+    assert len(set(names)) == len(names)
+
+
+def test_cases_reach_every_operator():
     """Each operator's forward, and its backward where there is one."""
     namespace = getattr(torch.ops, dispatch.NAMESPACE)
     names = [name + suffix for name in dispatch.operators for suffix in ("", "_backward")]
     wanted = {getattr(namespace, name).default for name in names if hasattr(namespace, name)}
     assert len(wanted) > len(dispatch.operators)
-    for sample in SMALL:
-        called = {operator for operator, _ in calls_of(sample)}
-        assert getattr(namespace, sample.operator).default in called, f"{sample} does not call its operator"
+    for case in SMALL:
+        called = {operator for operator, _ in calls_of(case)}
+        assert getattr(namespace, case.operator).default in called, f"{case} does not call its operator"
         wanted -= called
     assert not wanted
 
@@ -76,43 +81,43 @@ def test_operators_run_on_their_tensors_device(monkeypatch):
             entered.append(self)
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    for sample in SMALL:
+    for case in SMALL:
         before = len(entered)
-        run(sample.function, sample.inputs(torch.float32))
-        assert len(entered) - before >= 1 + sample.differentiable, f"{sample}: forward and backward"
+        run(case.ours, case.inputs(torch.float32))
+        assert len(entered) - before >= 1 + case.differentiable, f"{case}: forward and backward"
 
 
 @pytest.mark.parametrize(
-    ("sample", "mode"),
-    [(s, mode) for s in SMALL for mode in ("torch", "triton") if mode in dispatch.operators[s.operator]],
+    ("case", "mode"),
+    [(case, mode) for case in SMALL for mode in ("torch", "triton") if mode in dispatch.operators[case.operator]],
     ids=str,
 )
-def test_opcheck(sample, mode):
+def test_opcheck(case, mode):
     with dispatch.override(mode):
-        for operator, arguments in calls_of(sample):
+        for operator, arguments in calls_of(case):
             torch.library.opcheck(operator, tuple(detached(arguments)), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("sample", SMALL, ids=str)
-def test_compiles_whole(sample):
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_compiles_whole(case):
     torch.compiler.reset()
-    inputs = sample.inputs(torch.float32)
-    want, want_gradients, cotangents = run(sample.function, inputs)
-    compiled = torch.compile(sample.function, fullgraph=True, backend="aot_eager")
+    inputs = case.inputs(torch.float32)
+    want, want_gradients, cotangents = run(case.ours, inputs)
+    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
     got, got_gradients, _ = run(compiled, inputs, cotangents)
     assert len(got) == len(want) and len(got_gradients) == len(want_gradients)
-    assert bool(got_gradients) == sample.differentiable
+    assert bool(got_gradients) == case.differentiable
     for a, b in zip([*got, *got_gradients], [*want, *want_gradients]):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("sample", SMALL, ids=str)
-def test_autocast_changes_nothing(sample):
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_autocast_changes_nothing(case):
     """Modules alone read autocast: an operator computes in the dtypes it is given."""
-    inputs = sample.inputs(torch.float32)
-    want, want_gradients, cotangents = run(sample.function, inputs)
+    inputs = case.inputs(torch.float32)
+    want, want_gradients, cotangents = run(case.ours, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        got, got_gradients, _ = run(sample.function, inputs, cotangents)
+        got, got_gradients, _ = run(case.ours, inputs, cotangents)
     for a, b in zip([*got, *got_gradients], [*want, *want_gradients]):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -124,13 +129,13 @@ def test_inductor(monkeypatch, tmp_path):
     # The cache on disk is not keyed by the instructions that ATEN_CPU_CAPABILITY allows: code compiled under one setting
     # gives wrong numbers, or does not compile, under another.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    chosen = [s for s in SMALL if (s.operator, s.case) in (("stream_layer_norm", "delta"), ("linear_gelu", "shared"))]
+    chosen = [case for case in SMALL if str(case) in ("stream_layer_norm-delta", "linear_gelu-shared")]
     norm, mlp = chosen
     inputs = [norm.inputs(torch.float32), mlp.inputs(torch.float32)[1:]]
 
     def block(norm_inputs, mlp_inputs):
-        x, y = norm.function(*norm_inputs)
-        return x.mean() + mlp.function(y * 2, *mlp_inputs).square().mean()
+        x, y = norm.ours(*norm_inputs)
+        return x.mean() + mlp.ours(y * 2, *mlp_inputs).square().mean()
 
     want, want_gradients, cotangents = run(block, inputs)
     got, got_gradients, _ = run(torch.compile(block, fullgraph=True), inputs, cotangents)

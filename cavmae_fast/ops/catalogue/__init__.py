@@ -1,0 +1,150 @@
+"""Calls of every operator: for the tests, for the proof on a GPU, for the benchmarks and for the tuner.
+
+    for case in pretraining(batch=256):
+        inputs = case.inputs(torch.bfloat16, "cuda")
+        results = parity.compare(case.ours, case.reference, inputs, baseline=case.baseline)
+
+Three sets: `small` (awkward shapes, some milliseconds each), `pretraining` (what a training step of CAV-MAE calls, in its
+dtypes: these are timed) and `variants` (at the models' shapes, what other uses call). Nothing is drawn before `inputs` is
+called. Neither `import cavmae_fast` nor `cavmae_fast.ops` loads this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cavmae_fast.ops.catalogue import calls
+from cavmae_fast.ops.catalogue.case import Case, outputs_of
+from cavmae_fast.ops.layout import StreamLayout
+
+__all__ = ["BASE", "TINY", "Case", "Sizes", "outputs_of", "pretraining", "small", "variants"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Token counts and widths of a model: ViT-B at 75 % masking by default."""
+
+    image: int = 224
+    frames: int = 1024
+    patch: int = 16
+    width: int = 768
+    heads: int = 12
+    decoder_width: int = 512
+    decoder_heads: int = 16
+    seconds: float = 10.24
+    "Of sound, for the features."
+
+    @property
+    def all_a(self) -> int:
+        return self.frames * 128 // self.patch**2
+
+    @property
+    def all_v(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @property
+    def kept_a(self) -> int:
+        return self.all_a // 4
+
+    @property
+    def kept_v(self) -> int:
+        return self.all_v // 4
+
+    @property
+    def total(self) -> int:
+        return self.all_a + self.all_v
+
+    @property
+    def kept(self) -> int:
+        return self.kept_a + self.kept_v
+
+    @property
+    def samples(self) -> int:
+        """Samples of sound."""
+        return int(16000 * self.seconds)
+
+
+BASE = Sizes()
+TINY = Sizes(image=64, frames=32, width=32, heads=2, decoder_width=32, decoder_heads=2, seconds=0.2)
+
+
+def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
+    """What a training step calls for `batch` clips, and their features."""
+    s, width, decoder_width = sizes, sizes.width, sizes.decoder_width
+    encoders = StreamLayout(batch, (s.kept_a, s.kept_v))
+    shared = StreamLayout(batch, (s.kept_a, s.kept_v, s.kept))
+    decoder, removed = StreamLayout(batch, (s.total,)), StreamLayout(batch, (s.total - s.kept,))
+    spectrogram, frame = (batch, 1, 128, s.frames), (batch, 3, s.image, s.image)
+    removed_a, removed_v = s.all_a - s.kept_a, s.all_v - s.kept_v
+    return [
+        calls.layer_norm("encoders", encoders, width),
+        calls.layer_norm("shared", shared, width),
+        calls.layer_norm("decoder", decoder, decoder_width),
+        calls.linear("encoders-qkv", encoders, width, 3 * width, shared=False, gelu=False),
+        calls.linear("decoder-fc2", decoder, 4 * decoder_width, decoder_width, shared=True, gelu=False),
+        calls.linear("encoders-fc1", encoders, width, 4 * width, shared=False, gelu=True),
+        calls.linear("decoder-fc1", decoder, decoder_width, 4 * decoder_width, shared=True, gelu=True),
+        calls.attend("encoders", encoders, encoders, width, s.heads),
+        calls.attend("shared", shared, shared, width, s.heads),
+        calls.attend("decoder", decoder, decoder, decoder_width, s.decoder_heads),
+        calls.attend("decoder-last", removed, decoder, decoder_width, s.decoder_heads),
+        calls.gather("decoder", batch, s.total, s.total - s.kept, decoder_width),
+        calls.scatter("decoder", batch, s.total, s.kept, decoder_width),
+        calls.embed("audio", "spectrogram", spectrogram, s.patch, s.kept_a, width),
+        calls.embed("video", "frame", frame, s.patch, s.kept_v, width),
+        calls.embed("bytes", "bytes", frame, s.patch, s.kept_v, width),
+        calls.patch_mse("audio", "spectrogram", spectrogram, s.patch, removed_a),
+        calls.patch_mse("video", "frame", frame, s.patch, removed_v),
+        calls.patch_mse("bytes", "bytes", frame, s.patch, removed_v),
+        calls.contrastive("batch", batch, width),
+        calls.log_mel("clips", batch, s.samples),
+        calls.features("features", [s.samples] * batch, s.frames),
+    ]
+
+
+def variants(batch: int, sizes: Sizes = BASE) -> list[Case]:
+    """What fine-tuning, retrieval and other settings call for `batch` clips, at the models' shapes."""
+    s, width, decoder_width = sizes, sizes.width, sizes.decoder_width
+    encoders = StreamLayout(batch, (s.kept_a, s.kept_v))
+    shared = StreamLayout(batch, (s.kept_a, s.kept_v, s.kept))
+    decoder = StreamLayout(batch, (s.total,))
+    frame = (batch, 3, s.image, s.image)
+    shorter = [max(400, s.samples * (1 + i % 4) // 4) for i in range(batch)]
+    return [
+        calls.layer_norm("encoders-first", encoders, width, delta=False),
+        calls.layer_norm("decoder-low", decoder, decoder_width, full=False),
+        calls.linear("shared-qkv", shared, width, 3 * width, shared=True, gelu=False),
+        calls.linear("shared-fc1", shared, width, 4 * width, shared=True, gelu=True),
+        calls.scatter("decoder-low", batch, s.total, s.kept, decoder_width, full=False),
+        calls.embed("video-all", "frame", frame, s.patch, None, width, trained=True),
+        calls.patch_mse("video-plain", "frame", frame, s.patch, s.all_v - s.kept_v, norm=False),
+        calls.contrastive("both-ways", max(batch, 97), width, bidirectional=True, full=False),
+        calls.features("lengths", shorter, s.frames),
+    ]
+
+
+def small() -> list[Case]:
+    """Awkward shapes: odd widths, streams of one token, fewer rows than a tile."""
+    three, two, one = StreamLayout(2, (3, 7, 10)), StreamLayout(3, (1, 5)), StreamLayout(2, (11,))
+    return [
+        calls.layer_norm("delta", three, 24, full=False),
+        calls.layer_norm("alone", one, 33, delta=False, full=False),
+        calls.linear("shared", three, 24, 40, shared=True, gelu=False),
+        calls.linear("streams", two, 17, 33, shared=False, gelu=False),
+        calls.linear("shared", three, 24, 40, shared=True, gelu=True),
+        calls.linear("streams", two, 17, 33, shared=False, gelu=True),
+        calls.attend("packed", three, three, 32, 2),
+        calls.attend("queries", StreamLayout(2, (5,)), one, 32, 2),
+        calls.gather("some", 2, 11, 5, 24),
+        calls.scatter("some", 2, 11, 5, 24, full=False),
+        calls.embed("kept", "frame", (2, 3, 12, 8), 4, 3, 24, trained=True, full=False),
+        calls.embed("all", "spectrogram", (2, 1, 8, 12), 4, None, 24, trained=True, full=False),
+        calls.embed("bytes-kept", "bytes", (2, 3, 8, 12), 4, 3, 24, trained=True, full=False),
+        calls.patch_mse("normalized", "frame", (2, 3, 12, 8), 4, 4),
+        calls.patch_mse("plain", "spectrogram", (2, 1, 8, 12), 4, 3, norm=False),
+        calls.patch_mse("bytes-some", "bytes", (2, 3, 8, 12), 4, 3),
+        calls.contrastive("one-way", 33, 24, full=False),
+        calls.contrastive("both-ways-odd", 17, 33, bidirectional=True, full=False),
+        calls.log_mel("waveform", 2, 1000),
+        calls.features("clips-odd", [800, 400, 1100], 6),
+    ]
