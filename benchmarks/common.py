@@ -25,10 +25,6 @@ CLOCKS = {
     "max_sm_mhz": "clocks.max.sm", "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",
 }  # fmt: skip
 
-# The scripts run from a checkout, with nothing installed.
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 
 class BenchmarkError(RuntimeError):
     """A benchmark that cannot give a number that means something; the message is one sentence."""

@@ -29,8 +29,11 @@ from typing import Any
 
 import soundfile
 import torch
-from common import BenchmarkError, add_arguments, device_name, find_device, provenance
-from data_contenders import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
+
+from benchmarks.common import BenchmarkError, add_arguments, device_name, find_device, provenance
+from benchmarks.data_contenders import (
     DecodeOnly,
     HostWork,
     PublishedDataset,
@@ -38,10 +41,9 @@ from data_contenders import (
     published_loader,
     with_data_loader,
 )
-from render import data_tables, render
-from report import Report
-from timing import elapsed, synchronize
-
+from benchmarks.render import data_tables, render
+from benchmarks.suite.report import Report
+from benchmarks.timing import elapsed, synchronize
 from cavmae_fast.data.commands.prepare import PrepareConfig, prepare
 from cavmae_fast.data.decode import dali
 from cavmae_fast.data.decode.workers import Job, Workers, default_count

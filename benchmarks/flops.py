@@ -6,7 +6,6 @@ so a step is three forward passes; recomputation, normalization, softmax, GELU a
 
 from __future__ import annotations
 
-import common  # noqa: F401  (puts the checkout on the path)
 from torch import nn
 
 from cavmae_fast.reference.cavmae import CAVMAE

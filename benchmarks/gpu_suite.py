@@ -1,7 +1,8 @@
 """Everything there is to know about a GPU in one command: what is right on it, and how fast.
 
     python benchmarks/gpu_suite.py                       # all sections, less than 9 minutes on an H200
-    python benchmarks/gpu_suite.py --sections parity --write-proven
+    python benchmarks/gpu_suite.py --sections parity --write-proven --batch 256
+    python benchmarks/gpu_suite.py --sections parity --write-proven --operators attention,linear_gelu
     python benchmarks/gpu_suite.py --device cpu --tiny   # a dry run of the code, without a GPU
 
 Each section is a process of its own, so that a fault of the device in one does not reach the others; it writes
@@ -12,6 +13,7 @@ failed, was wrong or ran out of time.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -23,7 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
+
+from benchmarks.common import (
     BenchmarkError,
     add_arguments,
     device_name,
@@ -34,15 +39,16 @@ from common import (
     strip_paths,
     write_json,
 )
-from render import render
-from report import Report
+from benchmarks.prove import right_pairs
+from benchmarks.render import render
+from benchmarks.suite.report import Options, Report
 
 
 def _section(module: str, function: str) -> Callable[[Report], None]:
     """A section's function, imported when it runs: the parent process needs none of it."""
 
     def run(report: Report) -> None:
-        getattr(__import__(module), function)(report)
+        getattr(importlib.import_module(f"benchmarks.suite.{module}"), function)(report)
 
     return run
 
@@ -56,7 +62,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "pytest": _section("sections", "pytest"),
 }
 "In the order in which they run."
-LIMITS = {"parity": 120.0, "steps": 200.0, "attention": 90.0, "operators": 110.0, "breakdown": 40.0, "pytest": 120.0}
+LIMITS = {"parity": 180.0, "steps": 200.0, "attention": 90.0, "operators": 110.0, "breakdown": 40.0, "pytest": 120.0}
 "Seconds a section may take; the last ones have what is left of the budget."
 LEAST, START = 20.0, 10.0
 "Seconds below which a section is not begun; those of its process that go into starting."
@@ -107,7 +113,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], t
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--tiny", action="store_true", help="small shapes: tries the code, measures nothing")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds for all sections")
-    parser.add_argument("--write-proven", action="store_true", help="mark the operators that parity showed to be right")
+    parser.add_argument("--write-proven", action="store_true", help="make default, at once, what parity shows to be right")
+    parser.add_argument("--batch", type=int, help="clips per step at which parity proves (default: 256 on CUDA, else 2)")
+    parser.add_argument("--operators", help="those that parity proves (default: all, and the models)")
     parser.add_argument("--in-process", action="store_true", help="run the sections in this process")
     args = parser.parse_args(arguments)
     device = find_device(parser, args.device)
@@ -117,6 +125,17 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], t
             parser.error(f"--sections names {name!r}; it must be of {', '.join(SECTIONS)}")
     if args.write_proven and ("parity" not in chosen or device.type != "cuda" or args.tiny):
         parser.error("--write-proven needs the section parity on a CUDA device, without --tiny")
+    if args.batch is None:
+        args.batch = 256 if device.type == "cuda" else 2
+    if args.batch < 1:
+        parser.error(f"--batch is {args.batch}; it must be at least 1")
+    if args.operators is not None:
+        from cavmae_fast.ops import dispatch
+
+        able = [name for name, implementations in dispatch.operators.items() if "triton" in implementations]
+        for name in args.operators.split(","):
+            if name not in able:
+                parser.error(f"--operators names {name!r}; it must be of {', '.join(able)}")
     return args, [name for name in SECTIONS if name in chosen], device
 
 
@@ -124,6 +143,9 @@ def child_command(args: argparse.Namespace, name: str, seconds: float) -> tuple[
     """Command and environment of the process of one section."""
     command = [sys.executable, __file__, "--in-process", "--sections", name, "--budget", f"{seconds:.0f}"]
     command += ["--device", args.device, "--out", str(args.out)]
+    if name == "parity":
+        command += ["--batch", str(args.batch), *(["--operators", args.operators] if args.operators else [])]
+        command += ["--write-proven"] if args.write_proven else []
     command += ["--tiny"] if args.tiny else []
     command += ["--commit", args.commit] if args.commit else []
     environment = dict(os.environ)
@@ -136,12 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     args, chosen, device = parse(arguments)
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
     folder: Path = args.out / device_name(device)
+    options = Options(args.batch, args.operators.split(",") if args.operators else None, args.write_proven)
     begin, good = time.monotonic(), {}
     for name in chosen:
         left = args.budget - (time.monotonic() - begin)
         seconds = min(left, LIMITS.get(name, left))
         path = folder / f"{name}.json"
-        report = Report(path, name, device, args.tiny, seconds, provenance(device, command, args.commit))
+        report = Report(path, name, device, args.tiny, seconds, provenance(device, command, args.commit), options)
         if args.in_process:
             good[name] = run_section(name, report)
         elif left < LEAST:
@@ -152,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             good[name] = supervise(child, path, seconds, environment)
             print(_line(path), flush=True)
     if args.write_proven and not args.in_process:
-        good["proven"] = write_proven(folder / "parity.json")
+        print(f"proven: {', '.join(right_pairs(json.loads((folder / 'parity.json').read_text()))) or 'nothing'}")
     if not args.in_process:
         print(render(folder))
     return 0 if all(good.values()) else 1
@@ -162,18 +185,6 @@ def _line(path: Path) -> str:
     record = json.loads(path.read_text())
     reason = f": {record['reason']}" if "reason" in record else ""
     return f"{record['kind']}: {record['status']} after {record['seconds']:.0f} s{reason}"
-
-
-def write_proven(path: Path) -> bool:
-    """Marks what the record `path` shows to be right; an operator that it shows to be wrong loses its mark."""
-    from prove import update
-
-    try:
-        print(f"proven: {', '.join(update(json.loads(path.read_text())))}")
-    except BenchmarkError as error:
-        print(f"gpu_suite: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 if __name__ == "__main__":

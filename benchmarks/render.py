@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, number, percent, table
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
+
+from benchmarks.common import RESULTS, number, percent, table
 
 Record = dict[str, Any]
 ORDER = ("parity", "pytest", "throughput", "steps", "attention", "operators", "breakdown", "data")
@@ -60,20 +62,22 @@ def _steps(record: Record) -> str:
 
 
 def _parity(record: Record) -> str:
-    """Worst error over allowed error of each operator and dtype."""
-    worst: dict[str, dict[str, str]] = {}
-    cells: dict[tuple[str, str], list[Record]] = {}
-    for row in record.get("operators", []):
-        cells.setdefault((row["operator"], row["dtype"]), []).append(row)
-    for (operator, dtype), rows in cells.items():
-        wrong = [row["case"] for row in rows if row["right"] is False]
-        results = [result for row in rows for result in row.get("results", [])]
-        share = max((r["error"] / r["allowed"] for r in results), default=None)
-        text = "not tried" if share is None else f"{share:.2f}"
-        worst.setdefault(operator, {})[dtype] = f"**wrong: {', '.join(wrong)}**" if wrong else text
+    """For each operator and dtype the verdict, and the largest error as a share of what is allowed."""
     dtypes = ["bf16", "fp16", "fp32"]
-    rows = [[operator, *(found.get(dtype, "-") for dtype in dtypes)] for operator, found in worst.items()]
-    parts = ["Largest error of any output or gradient, as a share of what is allowed:"]
+    cells: dict[str, dict[str, str]] = {}
+    reasons = []
+    for proof in record.get("proofs", []):
+        if proof["status"] not in ("right", "not tried"):
+            name = proof.get("model") or f"{proof['operator']} in {proof['dtype']}"
+            reasons.append(f"- {name}: {proof['status']}: {proof['reason']}")
+        if "operator" in proof:
+            share = _share(record, proof["operator"], proof["dtype"])
+            words = [] if proof["status"] == "right" else [f"**{proof['status']}**"]
+            words += [] if share is None else [f"{share:.2f}"]
+            cells.setdefault(proof["operator"], {})[proof["dtype"]] = ", ".join(words)
+    rows = [[operator, *(found.get(dtype, "-") for dtype in dtypes)] for operator, found in cells.items()]
+    batch = record.get("settings", {}).get("batch")
+    parts = [f"Largest error of any output or gradient, as a share of what is allowed, at up to {batch} clips per step:"]
     parts.append(table(["operator", *dtypes], rows))
     models = []
     for row in record.get("models", []):
@@ -83,7 +87,14 @@ def _parity(record: Record) -> str:
             models.append([row["model"], row["dtype"], *(f"{row[k]['error']:.1e}" for k in ("loss", "gradient"))])
     if models:
         parts.append(table(["model", "dtype", "error of the loss", "of the gradient"], models))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "\n".join(reasons)]).strip()
+
+
+def _share(record: Record, operator: str, dtype: str) -> float | None:
+    """The largest error of an operator in a dtype over the error allowed; None when nothing was compared."""
+    rows = [row for row in record.get("operators", []) if (row["operator"], row["dtype"]) == (operator, dtype)]
+    results = [result for row in rows for result in row.get("results", [])]
+    return max((result["error"] / result["allowed"] for result in results), default=None)
 
 
 def _race(record: Record, key: str) -> str:

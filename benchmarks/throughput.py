@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
+
+from benchmarks.common import (
     DTYPES,
     BenchmarkError,
     add_arguments,
@@ -32,14 +37,11 @@ from common import (
     provenance,
     write_json,
 )
-from flops import step_flops
-from render import step_table
-from timing import ceilings, elapsed, spin, summary, synchronize
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
+from benchmarks.flops import step_flops
+from benchmarks.render import step_table
+from benchmarks.timing import ceilings, elapsed, spin, summary, synchronize
 from cavmae_fast.models import CAVMAE
-from cavmae_fast.ops import registry
+from cavmae_fast.ops import dispatch
 from cavmae_fast.reference import cavmae as reference
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -132,7 +134,7 @@ class Step:
         """Forward, backward, AdamW -> the loss, without a graph."""
         self.optimizer.zero_grad(set_to_none=True)
         dtype = DTYPES[self.dtype]
-        with registry.override(self.ops):
+        with dispatch.override(self.ops):
             mixed = dtype != torch.float32
             with torch.autocast(self.device.type, dtype, enabled=mixed, cache_enabled=self.cache_casts):
                 loss = self.call(*self.task.inputs)[0]
@@ -404,7 +406,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings, to
     parser.add_argument("--steps", type=int, help="steps a round (default: 10 on CUDA, 1 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="default")
-    parser.add_argument("--ops", choices=registry.MODES, default="auto", help="implementation of the fast operators")
+    parser.add_argument("--ops", choices=dispatch.MODES, default="auto", help="implementation of the fast operators")
     args = parser.parse_args(arguments)
     device = find_device(parser, args.device)
     variants = tuple(args.variants.split(","))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES
+
+from benchmarks.common import DTYPES
 
 CACHE_TIMES = 4
 "Inputs rotate through this many times the last-level cache, so that no call finds its inputs there."

@@ -276,3 +276,11 @@ def assert_parity(
     for result in compare(function, reference, inputs, baseline=baseline, floor=floor):
         if not result.right:
             raise AssertionError(f"{result.what}: relative error {result.error:.2e}, allowed {result.allowed:.2e}")
+
+
+def repeats(function: Callable, inputs: Sequence) -> bool:
+    """Whether two runs of `function`, forward and backward, give the same bits; memory is poisoned as in `compare`."""
+    with poisoned_allocations():
+        outputs, gradients, cotangents = run(function, convert(inputs, guarded))
+        again, gradients_again, _ = run(function, convert(inputs, guarded), cotangents)
+    return all(torch.equal(a, b) for a, b in zip([*outputs, *gradients], [*again, *gradients_again], strict=True))

@@ -5,152 +5,25 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import cases
 import torch
-from common import DTYPES, ROOT, BenchmarkError, first_line, strip_paths
-from report import Report
-from throughput import (
-    VARIANTS,
-    Settings,
-    Step,
-    exact_float32,
-    make_task,
-    measure,
-    release,
-)
-from timing import captured, ceilings, elapsed, interleave, rotations
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cavmae_fast.ops import registry
+from benchmarks.common import ROOT, BenchmarkError, strip_paths
+from benchmarks.suite.race import Contender, Race, add_floor, draw_batches
+from benchmarks.suite.report import Report
+from benchmarks.throughput import VARIANTS, Settings, Step, exact_float32, make_task, measure, release
+from benchmarks.timing import ceilings, elapsed
+from cavmae_fast.ops import catalogue, dispatch
 from cavmae_fast.ops.attention import attention, available_backends, query_attention
+from cavmae_fast.ops.catalogue import Case
 
-AGREE = 3e-2
-"Relative difference from PyTorch eager in bf16 above which a contender is not timed; in float32 a thousandth of it."
 PUBLISHED_SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-# -------------------------------------------------------------------------------------------- one race of contenders
-
-
-class Contender(NamedTuple):
-    """A function, and the mode of the operators in which it and its backward run."""
-
-    function: Callable
-    mode: str = "auto"
-
-
-class Race:
-    """Several functions of the same result on the same rotating inputs, forward and forward with backward."""
-
-    def __init__(self, drawn: list[cases.Case], device: torch.device, dtype: str, rounds: int) -> None:
-        self.cases, self.device, self.rounds = drawn, device, rounds
-        self.agree = AGREE if dtype != "fp32" else AGREE / 1000
-        self.cotangents: list[list[Tensor]] = []
-        self.want: list[Tensor] | None = None
-
-    def call(self, contender: Contender, index: int, backward: bool) -> list[Tensor]:
-        """Outputs and, with `backward`, the gradients of all leaves."""
-        with registry.override(contender.mode):
-            return self._call(contender.function, self.cases[index], index, backward)
-
-    def _call(self, function: Callable, case: cases.Case, index: int, backward: bool) -> list[Tensor]:
-        outputs = cases.outputs_of(function(*case.inputs))
-        if not backward:
-            return outputs
-        differentiable = [o for o in outputs if o.requires_grad]
-        if len(self.cotangents) == index:
-            generator = torch.Generator(self.device).manual_seed(index)
-            self.cotangents.append([
-                torch.randn(o.shape, device=self.device, generator=generator).to(o.dtype) for o in differentiable
-            ])  # fmt: skip
-        return outputs + list(torch.autograd.grad(differentiable, case.leaves, self.cotangents[index]))
-
-    def check(self, contender: Contender) -> float | None:
-        """Largest relative difference from the first one checked; raises BenchmarkError when it is too large."""
-        results = [t.detach().float() for t in self.call(contender, 0, bool(self.cases[0].leaves))]
-        if self.want is None:
-            self.want = results
-            return None
-        worst = max(float((a - b).norm() / b.norm().clamp(min=1e-20)) for a, b in zip(results, self.want, strict=True))
-        if not worst <= self.agree:
-            raise BenchmarkError(f"it differs from PyTorch eager by {worst:.1e}, and {self.agree:.0e} is allowed")
-        return worst
-
-    def run(self, contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
-        """Contender -> difference, times of forward and of both, or why there are none."""
-        rows: dict[str, dict[str, Any]] = {}
-        for name, contender in contenders.items():
-            try:
-                rows[name] = {"difference": self.check(contender)}
-            except Exception as error:  # a library that does not take these inputs is a finding
-                rows[name] = {"reason": first_line(error)}
-        self.want = None
-        release(self.device)
-        able = {name: contender for name, contender in contenders.items() if "reason" not in rows[name]}
-        for key, backward in (("forward", False), ("both", True)):
-            if backward and not self.cases[0].leaves:
-                continue
-            runs, clocks = {}, {}
-            for name, contender in able.items():
-                try:
-                    runs[name], clocks[name] = self.clocked(contender, backward)
-                except Exception as error:
-                    rows[name]["reason"] = first_line(error)
-            for name, times in interleave(runs, self.device, self.rounds).items():
-                per_call = {k: v / len(self.cases) if k.endswith("_ms") else v for k, v in times.items()}
-                rows[name][key] = per_call | {"clock": clocks[name]}
-            runs.clear()
-            release(self.device)
-        return rows
-
-    def clocked(self, contender: Contender, backward: bool) -> tuple[Callable[[], object], str]:
-        """What to time, all inputs once over, and by which clock."""
-
-        def run() -> None:
-            for index in range(len(self.cases)):
-                self.call(contender, index, backward)
-
-        return captured(run, self.device) if self.cases[0].capture else (run, "events" if self.on_gpu else "host")
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-
-def draw_set(name: str, batch: int, dtype: str, device: torch.device, sizes: cases.Sizes) -> list[cases.Case]:
-    """As many calls, of different numbers, as it takes to rotate past the cache."""
-    first = cases.draw(name, batch, DTYPES[dtype], device, sizes)
-    count = rotations(first.forward_bytes, device)
-    return [first, *(cases.draw(name, batch, DTYPES[dtype], device, sizes, seed) for seed in range(1, count))]
-
-
-def add_floor(rows: dict[str, dict[str, Any]], case: cases.Case, limits: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The shortest time there is, forward and both, and each contender's share of it (1: it cannot be faster)."""
-    passes = {
-        "forward": (case.forward_bytes, case.forward_flops),
-        "both": (case.forward_bytes + case.backward_bytes, 3 * case.forward_flops),
-    }
-    found = {}
-    for key, (moved, flops) in passes.items():
-        moving, multiplying = 1e-6 * moved / limits["copy_gb_per_s"], 1e-9 * flops / limits["gemm_tflops"][dtype]
-        found[key] = {
-            "bytes": moved, "flops": flops, "floor_ms": max(moving, multiplying),
-            "bound": "bytes" if moving >= multiplying else "products",
-        }  # fmt: skip
-        for row in rows.values():
-            if key in row:
-                row[key]["share"] = found[key]["floor_ms"] / row[key]["median_ms"]
-                row[key]["gb_per_s"] = 1e-6 * moved / row[key]["median_ms"]
-                row[key]["tflops"] = 1e-9 * flops / row[key]["median_ms"]
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------- operators
@@ -159,20 +32,19 @@ def add_floor(rows: dict[str, dict[str, Any]], case: cases.Case, limits: dict[st
 def operators(report: Report) -> None:
     """Every operator at the models' shapes: our kernels, our PyTorch path, plain PyTorch eager and compiled."""
     device, tiny = report.device, report.tiny
-    batch, sizes = (2, cases.TINY) if tiny else (128 if report.on_gpu else 2, cases.BASE)
+    batch, sizes = (2, catalogue.TINY) if tiny else (128 if report.on_gpu else 2, catalogue.BASE)
     dtype = "fp32" if tiny else "bf16"
     limits = report.data["ceilings"] = ceilings(device, [dtype], tiny)
     report.data["settings"] = {"batch": batch, "dtype": dtype, "compiled": not tiny}
-    for name in cases.builders(batch, sizes):
-        drawn = draw_set(name, batch, dtype, device, sizes)
-        case = drawn[0]
+    for case in catalogue.pretraining(batch, sizes):
+        batches = draw_batches(case, dtype, device)
         contenders = {"eager": Contender(case.eager), "torch": Contender(case.ours, "torch")}
-        if registry.operators.get(case.operator) and (report.on_gpu or registry.interpreting()):
+        if "triton" in dispatch.operators[case.operator] and (report.on_gpu or dispatch.interpreting()):
             contenders["triton"] = Contender(case.ours, "triton")
         if not tiny:  # compiling takes minutes
             contenders["compile"] = Contender(torch.compile(case.eager, dynamic=False))
-        rows = Race(drawn, device, dtype, 1 if tiny else 5).run(contenders)
-        floors = add_floor(rows, case, limits, dtype)
+        rows = Race(case, batches, device, dtype, 1 if tiny else 5).run(contenders)
+        floors = add_floor(rows, case, batches[0], limits, dtype)
         report.add("operators", {"operator": case.operator, "case": case.name, "floors": floors, "times": rows})
         torch._dynamo.reset()
 
@@ -180,7 +52,7 @@ def operators(report: Report) -> None:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def _attend(case: cases.Case, backend: str, sdpa: SDPBackend | None = None) -> Contender:
+def _attend(case: Case, backend: str, sdpa: SDPBackend | None = None) -> Contender:
     queries, layout, heads = case.attention_of
 
     def run(*inputs):
@@ -195,14 +67,13 @@ def _attend(case: cases.Case, backend: str, sdpa: SDPBackend | None = None) -> C
 def attention_backends(report: Report) -> None:
     """Attention at the four shapes: our kernels beside PyTorch's, flash-attn's and xformers'."""
     device, tiny = report.device, report.tiny
-    sizes, dtype = (cases.TINY, "fp32") if tiny else (cases.BASE, "bf16")
+    sizes, dtype = (catalogue.TINY, "fp32") if tiny else (catalogue.BASE, "bf16")
     limits = report.data["ceilings"] = ceilings(device, [dtype], tiny)
     states = report.data["available"] = available_backends(device)
     report.data["settings"] = {"dtype": dtype}
     for batch in (2,) if tiny else (64, 256) if report.on_gpu else (2,):
-        for name in [n for n in cases.builders(batch, sizes) if n.startswith("attention")]:
-            drawn = draw_set(name, batch, dtype, device, sizes)
-            case = drawn[0]
+        for case in [c for c in catalogue.pretraining(batch, sizes) if c.attention_of is not None]:
+            batches = draw_batches(case, dtype, device)
             contenders = {"eager": Contender(case.eager)}
             packages = [n for n in ("triton", "flash_attn", "xformers") if states[n] == "available"]
             contenders |= {n: _attend(case, n) for n in packages}
@@ -210,10 +81,10 @@ def attention_backends(report: Report) -> None:
                 contenders |= {n: _attend(case, "sdpa", backend) for n, backend in PUBLISHED_SDPA.items()}
             else:
                 contenders |= {"torch": _attend(case, "torch"), "sdpa": _attend(case, "sdpa")}
-            rows = Race(drawn, device, dtype, 1 if tiny else 5).run(contenders)
-            floors = add_floor(rows, case, limits, dtype)
+            rows = Race(case, batches, device, dtype, 1 if tiny else 5).run(contenders)
+            floors = add_floor(rows, case, batches[0], limits, dtype)
             report.add("attention", {"case": case.name, "batch": batch, "floors": floors, "times": rows})
-            del drawn, case, contenders
+            del batches, contenders
             release(device)
 
 

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_json
+
+from benchmarks.common import write_json
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the section `parity` is asked to do."""
+
+    batch: int = 2
+    "Clips per step at which operators are proven."
+    operators: list[str] | None = None
+    "Those to prove (None: all, and the models)."
+    prove: bool = False
+    "Whether what is right becomes the default on this architecture."
 
 
 class Report:
     """What a section finds. `data` is the JSON; `add` appends a row and writes the file.
 
-    `device`, `tiny` (small shapes: a dry run), `limit` (seconds the section has).
+    `device`, `tiny` (small shapes: a dry run), `limit` (seconds the section has), `options`.
     """
 
     def __init__(
-        self, path: Path, section: str, device: torch.device, tiny: bool, limit: float, provenance: dict[str, Any]
+        self,
+        path: Path,
+        section: str,
+        device: torch.device,
+        tiny: bool,
+        limit: float,
+        provenance: dict[str, Any],
+        options: Options | None = None,
     ) -> None:
         self.path, self.device, self.tiny, self.limit = path, device, tiny, limit
+        self.options = options or Options()
         self.begin = time.monotonic()
         self.data: dict[str, Any] = {
-            "kind": section, "status": "running", "seconds": 0.0, "tiny": tiny, "provenance": provenance,
-        }  # fmt: skip
+            "kind": section,
+            "status": "running",
+            "seconds": 0.0,
+            "tiny": tiny,
+            "provenance": provenance,
+        }
         self.save()
 
     def save(self) -> None:
