@@ -65,7 +65,7 @@ def test_nan_stays_where_it_is(mode):
     with dispatch.override(mode):
         got = scatter_tokens(x, places, mask_token, pos)
     want = reference.scatter_tokens(x, places, mask_token, pos)
-    torch.testing.assert_close(got, want, equal_nan=True)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)  # one addition, of the same two numbers
     assert got.isnan().any(dim=1).sum() == 1
 
 
