@@ -172,12 +172,14 @@ def test_statistics(folder, monkeypatch):
         folder.add(f"c{i}", sound=waveform)
     statistics = check(folder.config(seconds=2.0, min_seconds=0))["statistics"]
     mean, std = published_statistics(waveforms, 200, 4)
-    assert statistics["published"]["mean"] == pytest.approx(mean, abs=5e-6)
-    assert statistics["published"]["std"] == pytest.approx(std, abs=5e-6)
+    # Allowed: five units in the last place of a float32 feature near its floor of -16. The mean of thousands is nearer.
+    near = 5 * 8 * torch.finfo(torch.float32).eps
+    assert statistics["published"]["mean"] == pytest.approx(mean, abs=near)
+    assert statistics["published"]["std"] == pytest.approx(std, abs=near)
     own = torch.cat([log_mel_fbank(torch.from_numpy(w / 32768.0)[None])[0][:200] for w in waveforms])
     assert statistics["frames"] == len(own) and statistics["clips"] == 9
-    assert statistics["mean"] == pytest.approx(own.mean().item(), abs=5e-6)
-    assert statistics["std"] == pytest.approx(own.std().item(), abs=5e-6)
+    assert statistics["mean"] == pytest.approx(own.mean().item(), abs=near)
+    assert statistics["std"] == pytest.approx(own.std().item(), abs=near)
 
 
 def test_weights_are_the_published_ones(folder):

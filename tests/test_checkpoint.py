@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ENCODER, TINY, inputs, one_thread, randomize  # noqa: F401
+from tiny import ENCODER, TINY, inputs, one_thread, randomize, relative  # noqa: F401
 from torch import nn
 
 from cavmae_fast.clip import ClipSpec
@@ -266,9 +267,8 @@ def test_pretraining_checkpoint_into_the_classifiers(tmp_path, trained, prefix):
         assert same(values(model.mlp_head), head)
     tuned = CAVMAEFT(5, **ENCODER)
     load_checkpoint(tuned, path, **PRETRAINED_TO_FINE_TUNED)
-    x = inputs(dtype=torch.float32)
-    for got, want in zip(tuned.forward_feat(*x), trained.forward_feat(*x)):
-        torch.testing.assert_close(got, want)
+    for got, want in zip(tuned.double().forward_feat(*inputs()), copy.deepcopy(trained).double().forward_feat(*inputs())):
+        assert relative(got, want) < 1e-12
 
 
 def test_fine_tuning_does_not_excuse_a_missing_encoder(trained):
@@ -338,6 +338,12 @@ def expected_from_image_mae(state: dict, cls_token: bool) -> dict[str, torch.Ten
     return want
 
 
+def assert_loaded(key: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal, but for a sum over three colors, which has two roundings in an order of its own."""
+    bound = 2 * torch.finfo(torch.float32).eps * 3 * want.abs().max() if key == "patch_embed_a.proj.weight" else 0
+    assert (got - want).abs().max() <= bound, key
+
+
 @pytest.mark.parametrize("cls_token", [True, False])
 @pytest.mark.parametrize("decoder", [True, False])
 @pytest.mark.parametrize("form", ["mapping", "file", "data-parallel"])
@@ -353,8 +359,7 @@ def test_image_mae_into_pretraining(tmp_path, form, decoder, cls_token):
     want = expected_from_image_mae(state, cls_token)
     got = values(model)
     for key in got:
-        wanted = want.get(key, before[key])
-        torch.testing.assert_close(got[key], wanted, rtol=1e-6 if key == "patch_embed_a.proj.weight" else 0, atol=1e-6)
+        assert_loaded(key, got[key], want.get(key, before[key]))
     assert report.unexpected == []
     assert report.missing == sorted(got.keys() - want.keys())
     # the norms that no stream passes, modality embeddings, audio's positions; without a decoder the decoder
@@ -371,7 +376,8 @@ def test_image_mae_into_the_classifiers():
         report = load_imagenet_mae(model, state)
         got = values(model)
         loaded = got.keys() & want.keys()
-        assert all(torch.allclose(got[key], want[key], rtol=1e-6, atol=1e-6) for key in loaded)
+        for key in loaded:
+            assert_loaded(key, got[key], want[key])
         assert report.missing == sorted(got.keys() - loaded)
         unused = {key for key in state if key.startswith("decoder") or key == "mask_token"}
         assert set(report.unexpected) == unused | ({"pos_embed"} if kind is CAVMAEFTAudio else set())
@@ -435,13 +441,12 @@ def test_round_trip(tmp_path, name):
     again = CAVMAE.from_pretrained(folder)
     assert same(values(again), values(model))
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
-    x = inputs(config, dtype=torch.float32)
     results = []
     for one in (model, again, CAVMAE.from_pretrained(str(folder), attention="sdpa")):
         torch.manual_seed(0)
-        results.append(one(*x))
+        results.append(copy.deepcopy(one).double()(*inputs(config)))
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1]))
-    torch.testing.assert_close(results[2][0], results[0][0])
+    assert relative(results[2][0], results[0][0]) < 1e-12
     config_files = [each / "config.json" for each in (folder, again.save_pretrained(tmp_path / "again"))]
     assert config_files[0].read_text() == config_files[1].read_text()
 

@@ -24,6 +24,7 @@ from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
 from cavmae_fast.models import CAVMAE, CAVMAEFT, PRESETS, CAVMAEFTAudio, create_model
 from cavmae_fast.models.packed import State, block
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.reference.blocks import block as plain_block
 from cavmae_fast.reference.cavmae_parameters import MODES
@@ -407,11 +408,16 @@ def test_tokens_of_audio_are_frequency_major():
 # ------------------------------------------------------------------------------------------------------- uint8 images
 
 
+def normalize_exactly(pixels: torch.Tensor, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_STD) -> torch.Tensor:
+    """In float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
+    return (pixels.double() / 255 - mean) / std
+
+
 def rgb(imgs: torch.Tensor, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_STD) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images `[B, 3, H, W]`, channels last in memory as decoders give them, and the same normalized in float64."""
     pixels = (imgs * 60 + 120).clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
-    return pixels, (pixels.double() / 255 - mean) / std
+    return pixels, normalize_exactly(pixels, mean, std)
 
 
 OTHER_COLORS = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.3, 0.2, 0.25)}
@@ -461,14 +467,20 @@ def test_bytes_in_features_and_classifier(colors):
 def test_bytes_under_autocast_and_in_low_precision(dtype):
     """uint8 gives what `image_features` gives: the same float32 numbers, to rounding."""
     model = randomize(CAVMAE(**TINY))
+    exact = copy.deepcopy(model).double()
     audio, imgs = inputs(dtype=torch.float32)
     pixels, _ = rgb(imgs)
-    losses = []
-    for images in (pixels, image_features(pixels)):
+
+    def loss(audio, images):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses.append(model(audio, images)[0])
-    torch.testing.assert_close(*losses, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+            return model(audio, images)[0].detach()
+
+    def exact_loss(audio, pixels):
+        torch.manual_seed(0)
+        return exact(audio, normalize_exactly(pixels))[0].detach()
+
+    assert_parity(loss, exact_loss, [audio, pixels], baseline=lambda audio, pixels: loss(audio, image_features(pixels)))
     half = model.to(torch.bfloat16)
     assert half.forward_feat(audio, pixels)[1].dtype == torch.bfloat16
 
