@@ -23,6 +23,9 @@ OPTIONAL = {
     "safetensors": "checkpoints",
 }
 
+TRITON_OF_TORCH = {"2.11": "3.6.0", "2.12": "3.7.0", "2.13": "3.7.1"}
+"The tested releases of torch, and the Triton that PyPI's CUDA build of each requires (docs/support.md)."
+
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections of (name, what is so) lines."""
@@ -51,6 +54,8 @@ def _device() -> torch.device:
 def _machine() -> list[tuple[str, str]]:
     rows = [("python", platform.python_version()), ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     rows.append(("triton", _version("triton") or "missing"))
+    if warning := version_warning(torch.__version__, _version("triton")):
+        rows.append(("WARNING", warning))
     if not torch.cuda.is_available():
         rows.append(("device", f"CPU ({torch.backends.cpu.get_cpu_capability()}); PyTorch finds no CUDA device"))
     for index in range(torch.cuda.device_count()):
@@ -59,6 +64,17 @@ def _machine() -> list[tuple[str, str]]:
         rows.append((f"cuda:{index}", f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"))
     rows.append(("--dtype auto", ": ".join(choose_dtype(_device()))))
     return rows
+
+
+def version_warning(torch_version: str, triton_version: str | None) -> str | None:
+    """One line where this torch is not tested, or Triton is there and is not the one that belongs to it; else None."""
+    release = ".".join(torch_version.split(".")[:2])
+    if release not in TRITON_OF_TORCH:
+        return f"torch {release} is not among the tested releases: {', '.join(TRITON_OF_TORCH)}"
+    wanted = TRITON_OF_TORCH[release]
+    if triton_version in (None, wanted):
+        return None
+    return f"triton {triton_version} does not belong to torch {release}: pip install triton=={wanted}"
 
 
 def _version(package: str) -> str | None:
