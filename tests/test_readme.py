@@ -1,25 +1,70 @@
-"""What the README shows runs as it stands there."""
+"""What README, CONTRIBUTING and docs/ show runs as it stands there, and what they name exists."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"<!-- example -->\n```python\n(.*?)```", re.DOTALL)
+"A page's marked blocks are one program: a later block may use what an earlier one made."
 
 
-def test_example(tmp_path):
-    (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLE.search(page.read_text())], ids=name)
+def test_examples_run_and_print_what_they_say(page, tmp_path):
+    """Each `print` in a marked block stands on a line of its own, with what it prints in a comment behind it."""
+    code = "\n".join(EXAMPLE.findall(page.read_text()))
+    said = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert not run.stdout
+    assert run.stdout.splitlines() == said
 
 
-def test_links_and_commands():
-    text = README.read_text()
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (README.parent / target).exists(), target
-    for script in re.findall(r"python (benchmarks/\S+\.py)", text):
-        assert (README.parent / script).exists(), script
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not heading or heading in headings(file), target
+
+
+def headings(page: Path) -> list[str]:
+    """The names under which a page's headings can be linked to."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_are_named_exist(page):
+    """Names with <...> stand for files of the reader's own."""
+    files = [path for folder in ("cavmae_fast", "tests", "benchmarks", "examples", "docs", "csrc", ".ci") for path in
+             (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))  # fmt: skip
+    known = {path.relative_to(ROOT).as_posix() for path in files}
+    ends = {"/" + path for path in known}
+    for path in re.findall(r"(?<![\w<>/.{}*-])([\w./-]+\.(?:py|cu|toml|md)|csrc/|\w[\w/]*/configs/)", page.read_text()):
+        path = path.rstrip("/")
+        assert any(end.endswith("/" + path) for end in ends) or (page.parent / path).exists(), path
+    for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text()):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_every_environment_variable_is_documented():
+    """Each that the package or its build reads has a row in docs/environment.md."""
+    sources = [*(ROOT / "cavmae_fast").rglob("*.py"), ROOT / "setup.py"]
+    read = {variable for path in sources for variable in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text())}
+    assert "CAVMAE_OPS" in read
+    assert read <= set(re.findall(r"^\| `(\w+)`", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE))
