@@ -57,15 +57,13 @@ def features(
     model: cavmae_fast.CAVMAE, clips: list[Path], classes: dict[str, str], device: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Mean tokens of both streams, `[N, D]` each, and the classes `[N]` of the same clips."""
-    loader = cavmae_fast.Loader(
-        clips, 32, device=device, workers=0, image_size=model.config["img_size"], audio_length=model.config["audio_length"]
-    )
+    loader = cavmae_fast.Loader(clips, batch_size=32, clip=model.clip_spec, device=device, workers=0)
     parts, names = {"audio": [], "video": []}, []
     for batch in loader:
         with torch.inference_mode():
             tokens = model.forward_feat(batch.audio, batch.image)
-        for stream, one in zip(parts, tokens):
-            parts[stream].append(one.mean(dim=1).float().cpu().numpy())
+        parts["audio"].append(tokens.audio.mean(dim=1).float().cpu().numpy())
+        parts["video"].append(tokens.video.mean(dim=1).float().cpu().numpy())
         names += [classes[clip] for clip in batch.ids]
     return {stream: np.concatenate(part) for stream, part in parts.items()}, np.array(names)
 

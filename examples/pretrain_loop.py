@@ -49,15 +49,13 @@ def main() -> None:
     data = args.data or generate_clips(args.out / "clips", num_train=128, num_test=0)[0]
 
     torch.manual_seed(0)
-    arguments = FULL if args.full else SMALL
-    model = cavmae_fast.CAVMAE(**arguments).to(device)
+    model = cavmae_fast.CAVMAE(**(FULL if args.full else SMALL)).to(device)
     loader = cavmae_fast.Loader(
         data,
         args.batch_size,
         training=True,  # shuffles, draws a frame of each clip, adds the published noise to the spectrogram
         device=device,
-        image_size=arguments["img_size"],
-        audio_length=arguments["audio_length"],
+        clip=model.clip_spec,  # picture size, length of the spectrogram, statistics: what this model takes of a clip
         # A data set this small stays decoded in memory; a large one is decoded ahead by one worker process per core.
         workers=None if args.data else 0,
         keep=not args.data,
@@ -72,7 +70,7 @@ def main() -> None:
         total = torch.zeros(4, device=device)
         for batch in loader:  # one epoch; batch.audio is [B, T, 128], batch.image [B, 3, H, W] as uint8
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss, _loss_mae, loss_mae_a, loss_mae_v, loss_c, _mask_a, _mask_v, _c_acc = model(
+                output = model(  # unpacks as published, too: loss, loss_mae, loss_mae_a, ... = model(...)
                     batch.audio,
                     batch.image,
                     mask_ratio_a=0.75,
@@ -81,10 +79,10 @@ def main() -> None:
                     contrast_loss_weight=0.01,
                 )
             optimizer.zero_grad()
-            loss.backward()
+            output.loss.backward()
             optimizer.step()
             # Summed on the device: to read a loss at every step would make the host wait for the GPU at every step.
-            total += torch.stack([loss, loss_mae_a, loss_mae_v, loss_c]).detach()
+            total += torch.stack([output.loss, output.loss_mae_a, output.loss_mae_v, output.loss_c]).detach()
         scheduler.step()
         mean, audio, video, contrast = (total / len(loader)).tolist()
         print(f"epoch {epoch + 1:3d}  loss {mean:.4f}  audio {audio:.4f}  video {video:.4f}  contrast {contrast:.4f}")

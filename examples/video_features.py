@@ -37,16 +37,15 @@ def main() -> None:
         videos,
         args.batch_size,
         device=args.device,
-        image_size=model.config["img_size"],
-        audio_length=model.config["audio_length"],
+        clip=model.clip_spec,
     )
     ids, audio, video = [], [], []
     for batch in loader:
         with torch.inference_mode():
-            audio_tokens, video_tokens = model.forward_feat(batch.audio, batch.image)  # [B, La, D], [B, Lv, D]
+            tokens = model.forward_feat(batch.audio, batch.image)  # audio [B, La, D], video [B, Lv, D]
         ids += batch.ids
-        audio.append(audio_tokens.mean(dim=1).float().cpu().numpy())
-        video.append(video_tokens.mean(dim=1).float().cpu().numpy())
+        audio.append(tokens.audio.mean(dim=1).float().cpu().numpy())
+        video.append(tokens.video.mean(dim=1).float().cpu().numpy())
 
     # A clip that cannot be decoded is left out and named, so match by id, not by position in your own list.
     for reject in loader.rejects.values():
