@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train the published ViT-B instead of a small model")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32, help="clips per step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="published for the ViT-B: 5e-5 at batch 48")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-3; with --full 5e-5, as published for batch 48")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain_loop"), help="folder for clips and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
@@ -63,7 +63,8 @@ def main() -> None:
 
     # The published optimizer and schedule: Adam with L2 regularization, the rate halved every fifth epoch from the tenth.
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.learning_rate, betas=(0.95, 0.999), weight_decay=5e-7)
+    learning_rate = args.learning_rate or (5e-5 if args.full else 1e-3)
+    optimizer = torch.optim.Adam(trained, learning_rate, betas=(0.95, 0.999), weight_decay=5e-7)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=range(10, args.epochs, 5), gamma=0.5)
 
     for epoch in range(args.epochs):
