@@ -64,12 +64,6 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 
-def has_avx512_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in its vector units (AVX512-BF16). Private: `torch.cpu._is_avx512_bf16_supported`;
-    without it the answer is no."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-
-
 @functools.cache
 def has_fused_bf16_linear() -> bool:
     """Whether `fused_bf16_linear` can be called: PyTorch may be built without oneDNN, and oneDNN asks a CPU for AVX-512 or

@@ -75,20 +75,6 @@ def test_constant_for_compile():
 
 
 @PRESENT_AND_ABSENT
-@pytest.mark.parametrize(
-    ("question", "name"), [("has_amx", "_is_amx_tile_supported"), ("has_avx512_bf16", "_is_avx512_bf16_supported")]
-)
-def test_what_the_cpu_has(monkeypatch, question, name, absent):
-    if absent:
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-        assert getattr(compat, question)() is False
-        return
-    for answer in (True, False):
-        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
-        assert getattr(compat, question)() is answer
-
-
-@PRESENT_AND_ABSENT
 def test_fused_bf16_linear(monkeypatch, absent):
     compat.has_fused_bf16_linear.cache_clear()
     if absent:

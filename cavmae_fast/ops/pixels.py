@@ -32,7 +32,7 @@ def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> list[float]:
     for name, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != 3:
             raise ValueError(f"{name} has {len(values)} numbers; it must have one each for red, green and blue")
-    if not min(std) > 0:
+    if not all(s > 0 for s in std):
         raise ValueError(f"image_std is {tuple(std)}; its numbers must be above 0")
     return [*(1 / (255 * s) for s in std), *(-m / s for m, s in zip(mean, std))]
 
