@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cavmae_fast import CAVMAE, PRESETS
-from cavmae_fast.data import loader
+from cavmae_fast.data import batches
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.training import pretrain as job
 from cavmae_fast.training.fit import TrainingError
@@ -110,8 +110,8 @@ def test_bad_options(clips, tmp_path, arguments, code, words):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
-    features = loader.audio_features
-    monkeypatch.setattr(loader, "audio_features", lambda *args: features(*args) * float("nan"))
+    features = batches.audio_features
+    monkeypatch.setattr(batches, "audio_features", lambda *args: features(*args) * float("nan"))
     config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=2, batch_size=2, device="cpu", out=tmp_path)
     with pytest.raises(TrainingError, match=r"step 1: loss.* because the audio of .*train"):
         job.pretrain(config)

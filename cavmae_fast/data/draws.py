@@ -68,7 +68,7 @@ Augmentation.EVALUATE = Augmentation(random_frame=False)
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Decisions for a number of clips, a row each; `draws[2:4]` and `draws[indices]` are the draws of those rows.
+    """Decisions for some clips, one row per clip; `draws[2:4]` and `draws[indices]` are the draws of those rows.
 
     Attributes:
         moment: `[rows]` float64 in [0, 1), where in the clip its picture or its crop is taken (`crop_at`).
@@ -187,5 +187,5 @@ def _words(seed: int, epoch: int, position: int, rows: int) -> np.ndarray:
         if not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value}; allowed: 0 to 2^63 - 1")
     key = index(seed) + (index(epoch) << 64)  # Python's integers: NumPy's would overflow in silence
-    counter = index(position) * (_COLUMNS // 4)  # four words a count
+    counter = index(position) * (_COLUMNS // 4)  # the generator gives four words per count
     return np.random.Philox(key=key, counter=counter).random_raw(rows * _COLUMNS).reshape(rows, _COLUMNS)

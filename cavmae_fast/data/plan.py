@@ -17,13 +17,13 @@ from cavmae_fast.data.draws import Augmentation, Draws, draw
 class Order:
     """The order of a data set's clips, a function of (seed, epoch) alone.
 
-    The sequence of an epoch is cut into steps of `world_size * batch_size` positions, each step into one piece a rank. So
-    the ranks' pieces of a step are neighbors, neither overlap nor leave a gap, and a run can go on from any position
-    with another number of ranks.
+    The sequence of an epoch is cut into steps of `world_size * batch_size` positions, each step into one piece per rank.
+    So the ranks' pieces of a step lie side by side, without overlap or gap, and a run can go on from any position with
+    another number of ranks.
 
     Attributes:
         clips: of the data set.
-        batch_size: clips a step, on each rank.
+        batch_size: clips per step, on each rank.
         seed: of the shuffle.
         shuffle: a new permutation each epoch; else the data set's order.
         weights: `[clips]`, 0 or more: draw `clips` clips with replacement, each as often as its weight says, instead of
