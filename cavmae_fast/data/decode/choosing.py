@@ -13,7 +13,7 @@ BACKENDS = ("auto", "torch", "dali")
 
 
 def choose_backend(
-    backend: str, clips: Clips, device: torch.device, clip: ClipSpec = ClipSpec()  # noqa: B008
+    backend: str, clips: Clips, device: torch.device, clip: ClipSpec | None = None
 ) -> tuple[str, str]:
     """The back end that decodes these clips for this device, and in a few words why.
 
@@ -21,7 +21,7 @@ def choose_backend(
         backend: 'auto', 'torch' or 'dali'.
         clips: the data set.
         device: where the batches lie.
-        clip: what the model takes of a clip.
+        clip: what the model takes of a clip; None: one picture of the whole.
 
     Raises:
         ValueError: `backend` is none of these, or cannot decode these clips here.
@@ -39,7 +39,7 @@ def choose_backend(
                 "backend is 'dali', which decodes videos with NVDEC, on a CUDA device, and no mixture of videos and "
                 "extracted frames; allowed: backend='torch', or shards (`cavmae-fast prepare`)"
             )
-        if videos and clip.frame_rate is not None:
+        if videos and clip is not None and clip.frame_rate is not None:
             raise ValueError(
                 f"backend is 'dali' with clip.frame_rate={clip.frame_rate:g}, and it cuts no crops in time out of videos; "
                 "allowed: backend='torch', or shards (`cavmae-fast prepare`)"
