@@ -19,7 +19,7 @@ from torch.nn.parallel import scatter_gather
 import cavmae_fast
 from cavmae_fast import models
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.data import augment, loader
+from cavmae_fast.data import draws, loader
 from cavmae_fast.data.features import IMAGE_MEAN, IMAGE_STD, image_features
 from cavmae_fast.models import CAVMAE, CAVMAEFT, PRESETS, CAVMAEFTAudio, create_model
 from cavmae_fast.models.packed import State, block
@@ -766,7 +766,7 @@ def test_default_attention_is_the_automatic_one():
 
 def test_public_names():
     for name in cavmae_fast.__all__:
-        home = {"Augmentation": augment, "Loader": loader}.get(name, models)
+        home = {"Augmentation": draws, "Loader": loader}.get(name, models)
         assert getattr(cavmae_fast, name) is getattr(home, name)
     assert set(cavmae_fast.__all__) <= set(dir(cavmae_fast))
     with pytest.raises(AttributeError, match="no attribute 'CAVMEA'"):
