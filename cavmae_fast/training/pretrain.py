@@ -270,7 +270,7 @@ def _judge(
     )
     batches = rejects.watch(loader)
     first = next(batches)
-    imgs = image_features(first.image[:4])
+    imgs = image_features(first.image[:4], model.clip_spec.image_mean, model.clip_spec.image_std)
     with precision.autocast():
         draw_reconstructions(model, first.audio[:4], imgs, config.mask_ratio, config.out / "reconstruction.png")
         return task.evaluate(model, itertools.chain([first], batches)) if held_out else {}
