@@ -2,8 +2,9 @@
 //
 //     dpre = dact * (Phi(pre) + pre * phi(pre)),    partial[b] = sum of dpre over the rows of block b
 //
-// Memory-bound: three 16-byte accesses for 8 elements of bf16. So the arithmetic has to fit under them, about 40
-// instructions an element on Hopper; erff and expf would take most of that, gelu_derivative takes half.
+// Memory sets the speed: three accesses of 16 bytes for every 8 elements of bf16. The arithmetic costs nothing as long as it
+// can be hidden behind them: estimated, about 40 instructions per element on Hopper. erff and expf would take most of
+// these, gelu_derivative takes half.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,7 +18,7 @@ namespace {
 constexpr int LANES = 32;           // threads along a row: a warp reads 512 contiguous bytes
 constexpr int ROW_LANES = 8;        // rows a block reads at once
 constexpr int ROWS_PER_BLOCK = 64;  // partial sums are 1/32 of the bytes of a bf16 input
-constexpr int UNROLL = 4;           // loads in flight: 2 * UNROLL * 16 bytes a thread
+constexpr int UNROLL = 4;           // loads in flight: 2 * UNROLL * 16 bytes per thread
 
 __device__ float load(float x) { return x; }
 __device__ float load(__half x) { return __half2float(x); }

@@ -3,22 +3,25 @@
     m = mean of the frame x;  y[t] = (x[t] - m) - 0.97 (x[t-1] - m);  X = DFT of (y window)
     feature[b, f, j] = (log max(sum over k of |X[k]|^2 filter[k, j], 1.19e-7) - mean) / std
 
-and `-mean / std` for frames that do not lie within the clip's own samples. `cavmae_fast.reference.fbank` defines it. That
-the published loader takes the clip's mean away first changes nothing but rounding: every frame loses its own.
+and `-mean / std` for frames that do not lie within the clip's own samples. `cavmae_fast.reference.fbank` defines it. The
+published loader first subtracts the mean of the whole clip; since every frame then loses its own mean, that changes nothing
+but rounding.
 
-Triton: a program makes a tile of frames from the samples (int16 or float32, read straight from the batch) to the features.
-The DFT is a product with a table. The window is symmetric, so with the origin of time at the frame's center, which the
-power does not notice, cosines meet `y[c+i] + y[c-i]` and sines `y[c+i] - y[c-i]`: half the products. float32 accuracy comes
-from fp16 products: data (scaled by a power of two, frame by frame) and table are each split into a high and a low fp16
-part, together 2^-24 of a value at most from it; three of the four products count. Every 16 terms are summed apart and added
-in float32, for tensor cores truncate their sums. `tests/ops/test_log_mel_fbank.py` holds a quiet sound beside a loud one
-to the error of a float32 FFT.
+Triton: a program makes a tile of frames, from the samples (int16 or float32, read straight from the batch) to the features.
+The DFT is a product with a table. The window is symmetric: with the origin of time at the frame's center, which changes the
+phase and not the power, cosines multiply `y[c+i] + y[c-i]` and sines `y[c+i] - y[c-i]`, which is half the products. Products
+of fp16 numbers give float32 accuracy in this way: data (scaled by a power of two, frame by frame) and table are each split
+into a high and a low fp16 part, whose sum is within 2^-24 of the value; the product of the two low parts is too small to
+count, so three products remain. Tensor cores truncate their sums, so only 16 terms are summed there at once, and these
+sums are added in float32. `tests/ops/test_log_mel_fbank.py` holds a quiet sound beside a loud one to the error of a
+float32 FFT.
 
-Estimated, not measured, for an H200 and a 10.24 s clip of 1024 frames: the DFT is 2 x 208 x 256 products a frame and part,
-0.65 GFLOP in fp16, 1.7 us at 40 % of 989 TFLOP/s. As three TF32 products, whose parts Triton truncates (2^-21), it would be
-3.3 us; in float32 on CUDA cores, 0.22 GFLOP at 30 of 67 TFLOP/s, 7 us. The mel product, 0.2 GFLOP in three TF32 parts, adds
-1 us; there all terms are positive, so an error of 2^-20 in a term is one of 1e-6 in the logarithm. Preparing the samples
-anew for each 64 DFT bins costs about 1.5 us. Bytes: 0.33 MB in, 0.52 MB out, 0.2 us. So some 4 us a clip, 1 ms for 256.
+Estimated, not measured, for an H200 and a 10.24 s clip of 1024 frames: the DFT is 2 x 208 x 256 products per frame and
+part, 0.65 GFLOP in fp16, 1.7 us at 40 % of 989 TFLOP/s. As three TF32 products, whose parts Triton truncates (2^-21), it
+would be 3.3 us; in float32 on CUDA cores, 0.22 GFLOP at 30 of 67 TFLOP/s, 7 us. The mel product, 0.2 GFLOP in three TF32
+parts, adds 1 us; there all terms are positive, so an error of 2^-20 in a term is one of 1e-6 in the logarithm. Preparing
+the samples again for every 64 DFT bins costs about 1.5 us. Bytes: 0.33 MB in, 0.52 MB out, 0.2 us. Together about 4 us per
+clip, 1 ms for 256 clips.
 
 PyTorch: an FFT has a thirtieth of the table's arithmetic and is what a CPU does best.
 """
@@ -46,7 +49,7 @@ MAX_MEL_BINS = 128
 TABLE_BITS = 10
 "The DFT tables are scaled by 2^10, so that their low parts are normal fp16 numbers."
 
-# Frames that the PyTorch version works on at a time: on a CPU the scratch memory (about 6 kB a frame) nearly stays in
+# Frames that the PyTorch version works on at a time: on a CPU the scratch memory (about 6 kB per frame) nearly stays in
 # the L2 cache, elsewhere it is bounded, whatever the batch and the clip length.
 _BLOCK_FRAMES = {"cpu": 512}
 _BLOCK_FRAMES_ACCELERATOR = 65536
@@ -59,7 +62,7 @@ _BLOCK_FRAMES_ACCELERATOR = 65536
 def _emphasised(clip, start, place, valid, mean):
     """Samples at `place` of their frames, without the mean and pre-emphasised; 0 where not valid. [BLOCK_F, BLOCK_K]"""
     here = tl.load(clip + (start[:, None] + place[None, :]), mask=valid, other=0).to(tl.float32)
-    # The window is 0 at a frame's first sample, whose predecessor is therefore of no consequence.
+    # The window is 0 at a frame's first sample, so it does not matter what is taken for the sample before it.
     before = tl.load(clip + (start[:, None] + tl.maximum(place - 1, 0)[None, :]), mask=valid, other=0).to(tl.float32)
     return tl.where(valid, (here - mean[:, None]) - 0.97 * (before - mean[:, None]), 0.0)
 

@@ -67,7 +67,8 @@ def masked_patch_mse_forward_kernel(
     if NORM:
         mu = tl.sum(target, axis=1) / WIDTH
         centered = tl.where(valid, target - mu[:, None], 0.0)
-        # Where pixels vary little, rstd is large and the rounding of that sum would show: correct it by what is left.
+        # Where pixels vary little, rstd is large and would magnify the rounding of the mean. So the mean of what is left
+        # after subtracting it, which is its error, is subtracted too.
         rest = tl.sum(centered, axis=1) / WIDTH
         mu += rest
         centered = tl.where(valid, centered - rest[:, None], 0.0)
@@ -151,8 +152,8 @@ def _forward_torch(pred, images, ids, patch_size, norm_pix_loss, colors):
     target = _pixels(images, ids, patch_size, statistics, colors)
     if not norm_pix_loss:
         return (target - pred).square_().mean(), *(target.new_empty(0) for _ in range(2))
-    # torch.var_mean is several times slower on the CPU. Where pixels vary little, rstd is large and the rounding of the
-    # mean would show: correct it by what is left.
+    # torch.var_mean is several times slower on the CPU. Where pixels vary little, rstd is large and would magnify the
+    # rounding of the mean, so the mean of what is left after subtracting it, which is its error, is subtracted too.
     mean = target.mean(-1)
     rest = target.sub_(mean.unsqueeze(-1)).mean(-1)
     target.sub_(rest.unsqueeze(-1))

@@ -27,7 +27,8 @@ from cavmae_fast.ops.layout import StreamLayout
 def linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`."""
     if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and compat.has_fused_bf16_linear():
-        # oneDNN adds the bias inside its product; addmm first copies it into every row of the result, a fifth of the time.
+        # oneDNN adds the bias inside its product; addmm first copies the bias into every row of the result, which takes a
+        # fifth of its time.
         return compat.fused_bf16_linear(x, weights[0], biases[0].to(x.dtype))
     out = x.new_empty(x.shape[0], weights[0].shape[0])
     for x_s, out_s, w, b in zip(x.split(rows), out.split(rows), weights, biases):
