@@ -37,9 +37,18 @@ def compile_library(nvcc: str, sources: list[Path], output: Path) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(".tmp")
     command = [
-        nvcc, "-O3", "-std=c++17", "-ftz=true", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=4",
-        *codes, f"-gencode=arch={newest},code={newest}", f"-o={unfinished}", *map(str, sources),
-    ]  # fmt: skip
+        nvcc,
+        "-O3",
+        "-std=c++17",
+        "-ftz=true",
+        "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "--threads=4",
+        *codes,
+        f"-gencode=arch={newest},code={newest}",
+        f"-o={unfinished}",
+        *map(str, sources),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     unfinished.replace(output)
     return ", ".join([*targets.values(), f"PTX of {newest}"])

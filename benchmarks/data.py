@@ -132,9 +132,9 @@ def stages(report: Report, listed: Path, folder: Path, options: argparse.Namespa
     shards = ShardSet(folder / "shards")
     records = [shards[i] for i in range(len(clips))]
     samples = max(len(c.waveform) for c in clips)
-    waveform = torch.stack([
-        torch.nn.functional.pad(torch.from_numpy(c.waveform), (0, samples - len(c.waveform))) for c in clips
-    ]).to(report.device)  # fmt: skip
+    waveform = torch.stack(
+        [torch.nn.functional.pad(torch.from_numpy(c.waveform), (0, samples - len(c.waveform))) for c in clips]
+    ).to(report.device)
     count = torch.tensor([len(c.waveform) for c in clips]).to(report.device)
     image = torch.stack([torch.from_numpy(c.frames[5]) for c in clips]).permute(0, 3, 1, 2).to(report.device)
     work: dict[str, tuple[Callable[[], object], torch.device]] = {
@@ -233,9 +233,7 @@ def loaders(report: Report, listed: Path, folder: Path, options: argparse.Namesp
     opened: list[Loader] = []
 
     def ours(data: Path, backend: str, data_loader: bool = False) -> Callable[[], float]:
-        loader = Loader(
-            data, options.batch, training=True, backend=backend, workers=options.workers, device=report.device
-        )  # fmt: skip
+        loader = Loader(data, options.batch, training=True, backend=backend, workers=options.workers, device=report.device)
         if data_loader:
             with_data_loader(loader, options.workers)
         opened.append(loader)
@@ -278,9 +276,14 @@ def wait(report: Report, listed: Path, folder: Path, options: argparse.Namespace
         if backend == "dali" and dali.available() is not None:
             continue
         loader = Loader(
-            folder / "shards", min(batch, options.clips), training=True, backend=backend, workers=options.workers,
-            device=report.device, **sizes,
-        )  # fmt: skip
+            folder / "shards",
+            min(batch, options.clips),
+            training=True,
+            backend=backend,
+            workers=options.workers,
+            device=report.device,
+            **sizes,
+        )
         begin = waited = 0.0
         for step, one in enumerate(itertools.islice(_endless(loader), steps + 4)):
             if step == 4:  # caches and clocks are warm
@@ -294,10 +297,17 @@ def wait(report: Report, listed: Path, folder: Path, options: argparse.Namespace
         synchronize(report.device)
         seconds = time.perf_counter() - begin
         loader.close()
-        report.add("wait", {
-            "loader": backend, "model": name, "batch": loader.order.batch_size, "steps": steps,
-            "clips_per_s": steps * loader.order.batch_size / seconds, "waited": (loader.waited - waited) / seconds,
-        })  # fmt: skip
+        report.add(
+            "wait",
+            {
+                "loader": backend,
+                "model": name,
+                "batch": loader.order.batch_size,
+                "steps": steps,
+                "clips_per_s": steps * loader.order.batch_size / seconds,
+                "waited": (loader.waited - waited) / seconds,
+            },
+        )
 
 
 def _endless(loader: Loader) -> Iterator[Any]:
@@ -327,9 +337,9 @@ def main(arguments: list[str] | None = None) -> int:
     part = "" if set(chosen) == set(SECTIONS) else f"-{'-'.join(chosen)}"
     path = options.out / device_name(device) / f"data{part}.json"
     report = Report(path, "data", device, options.tiny, 0.0, provenance(device, command, options.commit))
-    report.data["settings"] = {
-        name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")
-    } | {"media": [Path(place).name for place in options.media] or "generated"}
+    report.data["settings"] = {name: getattr(options, name) for name in ("clips", "batch", "workers", "rounds")} | {
+        "media": [Path(place).name for place in options.media] or "generated"
+    }
     report.data["load"] = {"before": os.getloadavg()[0]}  # of the whole machine
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -39,17 +39,30 @@ def step_table(result: Record) -> str:
             rows.append([row["name"], row["status"], *["-"] * 7])
             continue
         time, peak, rate = row["time"], row["peak_bytes"], row["samples_per_s"]
-        rows.append([
-            row["name"], row["dtype"], number(rate, 1 if rate < 100 else 0),
-            f"{time['median_ms']:,.1f} ({time['min_ms']:,.1f}-{time['max_ms']:,.1f})",
-            number(None if peak is None else peak / 1e9, 1), number(row["tflops"], 2 if row["tflops"] < 10 else 0),
-            percent(row["gemm_share"]), f"{max(row['check']['loss_errors']):.0e}",
-            "-" if published is None else f"{rate / published:.2f}x",
-        ])  # fmt: skip
+        rows.append(
+            [
+                row["name"],
+                row["dtype"],
+                number(rate, 1 if rate < 100 else 0),
+                f"{time['median_ms']:,.1f} ({time['min_ms']:,.1f}-{time['max_ms']:,.1f})",
+                number(None if peak is None else peak / 1e9, 1),
+                number(row["tflops"], 2 if row["tflops"] < 10 else 0),
+                percent(row["gemm_share"]),
+                f"{max(row['check']['loss_errors']):.0e}",
+                "-" if published is None else f"{rate / published:.2f}x",
+            ]
+        )
     headings = [
-        "variant", "dtype", "samples/s", "ms a step (spread)", "peak GB", "TFLOP/s", "of GEMM rate", "loss error",
+        "variant",
+        "dtype",
+        "samples/s",
+        "ms a step (spread)",
+        "peak GB",
+        "TFLOP/s",
+        "of GEMM rate",
+        "loss error",
         "to published",
-    ]  # fmt: skip
+    ]
     return table(headings, rows)
 
 
@@ -161,9 +174,16 @@ def data_tables(data: Record) -> str:
         parts.append(f"{text}\n\n" + table(["", "clips/s"], rows))
     if "host" in data:
         rows = [
-            [r["loader"], number(r["clips_per_s"]), f"{r['min']:,.0f}-{r['max']:,.0f}", f"{r['to_published']:.2f}x",
-             f"{r['cpu_ms_per_clip']:.2f}", f"{r['cpu_ms_min']:.2f}-{r['cpu_ms_max']:.2f}"] for r in data["host"]
-        ]  # fmt: skip
+            [
+                r["loader"],
+                number(r["clips_per_s"]),
+                f"{r['min']:,.0f}-{r['max']:,.0f}",
+                f"{r['to_published']:.2f}x",
+                f"{r['cpu_ms_per_clip']:.2f}",
+                f"{r['cpu_ms_min']:.2f}-{r['cpu_ms_max']:.2f}",
+            ]
+            for r in data["host"]
+        ]
         headings = ["the host's work, no features", "clips/s", "spread", "to published", "CPU ms per clip", "spread"]
         parts.append(table(headings, rows))
     if "loaders" in data:

@@ -47,16 +47,29 @@ from cavmae_fast.reference import cavmae as reference
 MODELS: dict[str, dict[str, Any]] = {
     "base": {"norm_pix_loss": True},
     "tiny": {
-        "img_size": 64, "audio_length": 64, "embed_dim": 64, "depth": 2, "modality_specific_depth": 1, "num_heads": 2,
-        "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2, "norm_pix_loss": True,
+        "img_size": 64,
+        "audio_length": 64,
+        "embed_dim": 64,
+        "depth": 2,
+        "modality_specific_depth": 1,
+        "num_heads": 2,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 2,
+        "norm_pix_loss": True,
     },
-}  # fmt: skip
+}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 SEED, LEARNING_RATE, WARM_UP, MOST_SKIPS = 1, 1e-4, 2, 20
 PROBES = (
-    "patch_embed_v.proj.weight", "blocks_a.0.attn.qkv.weight", "blocks_u.0.norm1_v.weight", "mask_token",
-    "decoder_blocks.0.mlp.fc1.weight", "decoder_blocks.-1.attn.qkv.weight", "decoder_pred_a.weight",
-)  # fmt: skip
+    "patch_embed_v.proj.weight",
+    "blocks_a.0.attn.qkv.weight",
+    "blocks_u.0.norm1_v.weight",
+    "mask_token",
+    "decoder_blocks.0.mlp.fc1.weight",
+    "decoder_blocks.-1.attn.qkv.weight",
+    "decoder_pred_a.weight",
+)
 "Parameters whose gradients are compared; -1 is the last block."
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp16": 1e-3, "fp32": 1e-5}
 "Relative error of the loss against float32. The published model on a CPU is off by 2e-4 in bf16."
@@ -369,9 +382,11 @@ def measure(settings: Settings, device: torch.device, limits: dict[str, Any]) ->
     torch._dynamo.reset()
     release(device)
     return {
-        "settings": asdict(settings), "flops_per_sample": {"useful": useful, "published": step_flops(model, True)},
-        "reference_losses": task.losses, "variants": list(rows.values()),
-    }  # fmt: skip
+        "settings": asdict(settings),
+        "flops_per_sample": {"useful": useful, "published": step_flops(model, True)},
+        "reference_losses": task.losses,
+        "variants": list(rows.values()),
+    }
 
 
 @contextlib.contextmanager

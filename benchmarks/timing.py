@@ -46,9 +46,12 @@ def elapsed(run: Callable[[], object], calls: int, device: torch.device) -> floa
 def summary(samples: list[float], calls: int) -> dict[str, float]:
     """Median and spread of milliseconds a call, one sample a round."""
     return {
-        "median_ms": statistics.median(samples), "min_ms": min(samples), "max_ms": max(samples),
-        "rounds": len(samples), "calls": calls,
-    }  # fmt: skip
+        "median_ms": statistics.median(samples),
+        "min_ms": min(samples),
+        "max_ms": max(samples),
+        "rounds": len(samples),
+        "calls": calls,
+    }
 
 
 def interleave(

@@ -30,9 +30,11 @@ def main() -> None:
 
     commands = {"pretrain": PretrainConfig, "prepare": PrepareConfig, "check": CheckConfig, "doctor": Doctor}
     command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="cavmae-fast", config=(tyro.conf.PositionalRequiredArgs,),
+        commands,
+        prog="cavmae-fast",
+        config=(tyro.conf.PositionalRequiredArgs,),
         description="Audio-visual masked autoencoders: from video files to trained models.",
-    )  # fmt: skip
+    )
     if isinstance(command, Doctor):
         from cavmae_fast.doctor import render
 
@@ -128,9 +130,12 @@ def _closing(config, summary: dict) -> str:
         lines.append("retrieval was not evaluated: name held-out clips with --eval-data")
     lines.append(f"checkpoint      {out / 'model'}   (cavmae_fast.CAVMAE.from_pretrained)")
     for name, what in (
-        ("metrics.jsonl", "metrics"), ("loss.png", "losses"), ("reconstruction.png", "reconstruction"),
-        ("summary.json", "summary"), ("rejects.jsonl", "rejected clips"),
-    ):  # fmt: skip
+        ("metrics.jsonl", "metrics"),
+        ("loss.png", "losses"),
+        ("reconstruction.png", "reconstruction"),
+        ("summary.json", "summary"),
+        ("rejects.jsonl", "rejected clips"),
+    ):
         lines.append(f"{what:<16}{out / name}")
     if config.data:
         lines.append(f"next: train on, from this checkpoint, with --init {out / 'model'}")

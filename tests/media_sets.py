@@ -31,9 +31,14 @@ def write_published(folder: Path, videos: list[Path], size: int = 64, num_frames
             (folder / f"frame_{k}" / f"{path.stem}.jpg").write_bytes(encode_image(frame, 95))
         (folder / "sound" / f"{path.stem}.flac").write_bytes(encode_sound(clip.waveform))
         labels = [CLASSES[number % 4], *([CLASSES[3]] if number % 3 == 0 and number % 4 != 3 else [])]
-        rows.append({
-            "video_id": path.stem, "wav": f"sound/{path.stem}.flac", "video_path": ".", "labels": ",".join(labels),
-        })  # fmt: skip
+        rows.append(
+            {
+                "video_id": path.stem,
+                "wav": f"sound/{path.stem}.flac",
+                "video_path": ".",
+                "labels": ",".join(labels),
+            }
+        )
     (folder / "list.json").write_text(json.dumps({"data": rows}))
     return folder / "list.json"
 

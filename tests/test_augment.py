@@ -123,10 +123,16 @@ def test_kinds_of_draws():
     kinds = {field.name: (getattr(draws, field.name).dtype, getattr(draws, field.name).shape) for field in fields(Draws)}
     whole, real = np.dtype(np.int64), np.dtype(np.float64)
     assert kinds == {
-        "moment": (real, (5,)), "mixed": (np.dtype(bool), (5,)), "lam": (real, (5,)), "partner": (whole, (5,)),
-        "partner_moment": (real, (5,)), "freq": (whole, (5, 2)), "time": (whole, (5, 2)), "level": (real, (5,)),
+        "moment": (real, (5,)),
+        "mixed": (np.dtype(bool), (5,)),
+        "lam": (real, (5,)),
+        "partner": (whole, (5,)),
+        "partner_moment": (real, (5,)),
+        "freq": (whole, (5, 2)),
+        "time": (whole, (5, 2)),
+        "level": (real, (5,)),
         "shift": (whole, (5,)),
-    }  # fmt: skip
+    }
 
 
 def test_what_is_switched_off_is_not_done_and_leaves_the_rest():
@@ -360,9 +366,12 @@ def test_the_mixture_keeps_its_mean_at_zero_and_the_features_see_it():
 def test_bad_sound(change, error, cause):
     count = torch.tensor([9, 9])
     arguments = {
-        "waveform": torch.zeros(2, 9), "num_samples": count, "other": torch.zeros(2, 9), "other_num_samples": count,
+        "waveform": torch.zeros(2, 9),
+        "num_samples": count,
+        "other": torch.zeros(2, 9),
+        "other_num_samples": count,
         "lam": np.ones(2),
-    }  # fmt: skip
+    }
     with pytest.raises(error, match=cause):
         mix_waveforms(**(arguments | change))
 

@@ -389,9 +389,7 @@ def test_proven_operators(configurations):
     }
 
 
-@pytest.mark.parametrize(
-    "change", [{"architecture": None}, {"tiny": True}, {"kind": "steps"}, {"proofs": []}], ids=str
-)
+@pytest.mark.parametrize("change", [{"architecture": None}, {"tiny": True}, {"kind": "steps"}, {"proofs": []}], ids=str)
 def test_a_dry_run_proves_nothing(configurations, change):
     proofs = [{"operator": "attention", "dtype": "bf16", "status": "right"}]
     record = {"kind": "parity", "architecture": "sm_90", "proofs": proofs, "tiny": False}

@@ -407,9 +407,14 @@ def test_names_cannot_steer_the_terminal(folder):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"workers": 0}, "--workers is 0"), ({"seconds": 0.0}, "--seconds is 0.0"), ({"silence_db": 3.0}, "--silence-db is"),
-     ({"out": Path("/proc/none")}, "--out: /proc/none"), ({"weights": Path("/proc/none/w.csv")}, "--weights: /proc/none")],
-)  # fmt: skip
+    [
+        ({"workers": 0}, "--workers is 0"),
+        ({"seconds": 0.0}, "--seconds is 0.0"),
+        ({"silence_db": 3.0}, "--silence-db is"),
+        ({"out": Path("/proc/none")}, "--out: /proc/none"),
+        ({"weights": Path("/proc/none/w.csv")}, "--weights: /proc/none"),
+    ],
+)
 def test_wrong_options(folder, options, message):
     folder.add("a")
     with pytest.raises(ValueError, match=message):

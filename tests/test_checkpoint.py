@@ -125,9 +125,15 @@ def test_every_missing_and_unexpected_name_is_listed(tmp_path, trained):
     torch.save(state, path := tmp_path / "x.pth")
     model = CAVMAE(**TINY)
     assert_refused(
-        model, path, str(path), "CAVMAE", "missing: blocks_a.1.mlp.fc1.bias, norm_a.weight",
-        "unexpected: head.weight, other", "allow_missing", "allow_unexpected",
-    )  # fmt: skip
+        model,
+        path,
+        str(path),
+        "CAVMAE",
+        "missing: blocks_a.1.mlp.fc1.bias, norm_a.weight",
+        "unexpected: head.weight, other",
+        "allow_missing",
+        "allow_unexpected",
+    )
     assert_refused(model, path, "missing: norm_a.weight (", allow_missing=["blocks_a.*"], allow_unexpected=["*"])
     assert_refused(model, path, "unexpected: other (", allow_missing=("*",), allow_unexpected=("head.*",))
     allow = {"allow_missing": ["blocks_?.1.*", "norm_*"], "allow_unexpected": ["head.*", "other"]}
@@ -155,9 +161,13 @@ def test_one_pattern_given_as_a_string_is_not_taken_letter_by_letter(trained):
 def test_shapes_are_always_an_error(trained):
     model = CAVMAE(**TINY | {"audio_length": 96})
     assert_refused(
-        model, trained.state_dict(), "pos_embed_a has shape [1, 32, 48], the model's has [1, 48, 48]",
-        "decoder_pos_embed_a", allow_missing=["*"], allow_unexpected=["*"],
-    )  # fmt: skip
+        model,
+        trained.state_dict(),
+        "pos_embed_a has shape [1, 32, 48], the model's has [1, 48, 48]",
+        "decoder_pos_embed_a",
+        allow_missing=["*"],
+        allow_unexpected=["*"],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -198,10 +208,21 @@ def test_truncated_and_damaged_files(tmp_path, trained, suffix):
 
 @pytest.mark.parametrize(
     "content",
-    [{}, [], [torch.zeros(1)], 3, None, "text", {"a": 1}, {"model": {}}, {"model": 3}, {"epoch": 1, "loss": 0.5},
-     torch.zeros(3)],
+    [
+        {},
+        [],
+        [torch.zeros(1)],
+        3,
+        None,
+        "text",
+        {"a": 1},
+        {"model": {}},
+        {"model": 3},
+        {"epoch": 1, "loss": 0.5},
+        torch.zeros(3),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_files_that_hold_something_else(tmp_path, content):
     torch.save(content, path := tmp_path / "else.pth")
     assert_refused(CAVMAE(**TINY), path, str(path))

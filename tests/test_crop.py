@@ -202,8 +202,15 @@ def test_another_sample_rate(sets, kind):
 def test_fields_of_the_clip_can_be_given_by_themselves(sets):
     (one,) = Loader(sets["shards"], 9, ClipSpec((64, 64), audio_length=90, audio_mean=-4.0, audio_std=3.0), workers=0)
     (other,) = Loader(sets["shards"], 9, image_size=64, audio_length=90, mean=-4.0, std=3.0, workers=0)
-    (both,) = Loader(sets["shards"], 9, ClipSpec((32, 32), audio_length=7, audio_std=3.0), image_size=(64, 64),
-                     audio_length=90, mean=-4.0, workers=0)  # fmt: skip
+    (both,) = Loader(
+        sets["shards"],
+        9,
+        ClipSpec((32, 32), audio_length=7, audio_std=3.0),
+        image_size=(64, 64),
+        audio_length=90,
+        mean=-4.0,
+        workers=0,
+    )
     assert same(one, other) and same(one, both)
 
 

@@ -456,9 +456,7 @@ def test_an_error_comes_after_the_steps_before_it(clips, prefetch):
         records, SIZES, lambda want, attempt: 20 if want.clip == 20 else want.clip - 1, prefetch=prefetch
     )
     assert len(found) == SIZES.index(4, 5) + 1
-    _, error = run_steps(
-        InDali(records, Reader(CLIP, 1), lambda want, attempt: 20, rows=4, threads=1, device=CPU), SIZES
-    )
+    _, error = run_steps(InDali(records, Reader(CLIP, 1), lambda want, attempt: 20, rows=4, threads=1, device=CPU), SIZES)
     assert isinstance(error, UnusableDataError)
 
 
@@ -505,9 +503,12 @@ def test_a_crop_is_the_same_as_in_process(clips, kind):
     found = assert_as_in_process(records, SIZES, lambda want, attempt: None, clip, 20)
     assert found[3].image.shape == (4, 3, SIZE, SIZE, 3) and len(found[3].waveform.unique()) > 1000
     for number in (4, 13):
-        records[number] = Record(number, records[number].encoded._replace(
-            **({"sound": records[number].encoded.sound[:-5]} if kind[0] == "F" else {"images": (b"\xff\xd8\xff",) * 20})
-        ))  # fmt: skip
+        records[number] = Record(
+            number,
+            records[number].encoded._replace(
+                **({"sound": records[number].encoded.sound[:-5]} if kind[0] == "F" else {"images": (b"\xff\xd8\xff",) * 20})
+            ),
+        )
     assert_as_in_process(records, SIZES, lambda want, attempt: want.clip - 1, clip, 20)
 
 

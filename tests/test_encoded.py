@@ -86,15 +86,22 @@ FLAC = sound_bytes(tone(16000), kind="FLAC")
 JPEG = image_bytes(picture(SIZE, SIZE))
 
 IMAGES = {
-    "rgb": image_bytes(picture(SIZE, SIZE)), "gray": image_bytes(picture(80, 90, "L")),
+    "rgb": image_bytes(picture(SIZE, SIZE)),
+    "gray": image_bytes(picture(80, 90, "L")),
     "cmyk": image_bytes(picture(80, 90, "CMYK")),
-    "progressive": image_bytes(picture(90, 80), progressive=True), "444": image_bytes(picture(90, 80), subsampling=0),
-    "wide": image_bytes(picture(70, 333)), "tall": image_bytes(picture(333, 71)), "small": image_bytes(picture(9, 17)),
-    "one pixel": image_bytes(picture(1, 1)), "png": image_bytes(picture(100, 64), "PNG"),
-    "rgba": image_bytes(picture(64, 100, "RGBA"), "PNG"), "palette": image_bytes(picture(64, 64, "P"), "PNG"),
-    "gray png": image_bytes(picture(65, 64, "L"), "PNG"), "1 bit": image_bytes(picture(64, 65, "1"), "PNG"),
+    "progressive": image_bytes(picture(90, 80), progressive=True),
+    "444": image_bytes(picture(90, 80), subsampling=0),
+    "wide": image_bytes(picture(70, 333)),
+    "tall": image_bytes(picture(333, 71)),
+    "small": image_bytes(picture(9, 17)),
+    "one pixel": image_bytes(picture(1, 1)),
+    "png": image_bytes(picture(100, 64), "PNG"),
+    "rgba": image_bytes(picture(64, 100, "RGBA"), "PNG"),
+    "palette": image_bytes(picture(64, 64, "P"), "PNG"),
+    "gray png": image_bytes(picture(65, 64, "L"), "PNG"),
+    "1 bit": image_bytes(picture(64, 65, "1"), "PNG"),
     "with a tail": JPEG + b"garbage",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -111,16 +118,25 @@ def test_an_image_of_the_right_size_is_not_touched():
 
 @pytest.mark.parametrize(
     "data, message",
-    [(b"", "not a JPEG or PNG image"), (b"text", "not a JPEG or PNG image"), (WAV, "not a JPEG or PNG image"),
-     (image_bytes(picture(8, 8, "P"), "GIF"), "not a JPEG or PNG image"), (image_bytes(picture(8, 8), "BMP"), "not a JPEG"),
-     (JPEG[:-40], "not a readable JPEG or PNG image"), (JPEG[:300], "not a readable|not a JPEG"),
-     (IMAGES["png"][:-40], "not a readable JPEG or PNG image"), (png_claiming(500, 500), "not a readable JPEG or PNG image"),
-     (png_claiming(65500, 65500), "bomb"), (png_claiming(2**31 - 1, 2**31 - 1), "bomb"),
-     (jpeg_claiming(65500, 65500), "bomb"),
-     (png_claiming(9000, 9000), "9000 x 9000 pixels; allowed: 33554432 in all"), (jpeg_claiming(0, 0), "not a"),
-     (image_bytes(Image.new("RGB", (65500, 1))), "too long for its width"),
-     (image_bytes(Image.new("L", (1, 3000000)), "PNG"), "too long for its width")],
-)  # fmt: skip
+    [
+        (b"", "not a JPEG or PNG image"),
+        (b"text", "not a JPEG or PNG image"),
+        (WAV, "not a JPEG or PNG image"),
+        (image_bytes(picture(8, 8, "P"), "GIF"), "not a JPEG or PNG image"),
+        (image_bytes(picture(8, 8), "BMP"), "not a JPEG"),
+        (JPEG[:-40], "not a readable JPEG or PNG image"),
+        (JPEG[:300], "not a readable|not a JPEG"),
+        (IMAGES["png"][:-40], "not a readable JPEG or PNG image"),
+        (png_claiming(500, 500), "not a readable JPEG or PNG image"),
+        (png_claiming(65500, 65500), "bomb"),
+        (png_claiming(2**31 - 1, 2**31 - 1), "bomb"),
+        (jpeg_claiming(65500, 65500), "bomb"),
+        (png_claiming(9000, 9000), "9000 x 9000 pixels; allowed: 33554432 in all"),
+        (jpeg_claiming(0, 0), "not a"),
+        (image_bytes(Image.new("RGB", (65500, 1))), "too long for its width"),
+        (image_bytes(Image.new("L", (1, 3000000)), "PNG"), "too long for its width"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images_are_named(data, message):
     with pytest.raises(MediaError, match=f"^a.jpg: .*({message})") as caught:
@@ -128,11 +144,23 @@ def test_bad_images_are_named(data, message):
     assert " at 0x" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind, subtype, error", [
-    ("WAV", "PCM_U8", 2.0**-7), ("WAV", "PCM_16", 2.0**-15), ("WAV", "PCM_24", 2.0**-15), ("WAV", "PCM_32", 2.0**-15),
-    ("WAV", "FLOAT", 2.0**-15), ("WAV", "DOUBLE", 2.0**-15), ("WAV", "ULAW", 0.02), ("FLAC", "PCM_S8", 2.0**-7),
-    ("FLAC", "PCM_16", 2.0**-15), ("FLAC", "PCM_24", 2.0**-15), ("AIFF", "PCM_16", 2.0**-15), ("W64", "PCM_16", 2.0**-15),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, subtype, error",
+    [
+        ("WAV", "PCM_U8", 2.0**-7),
+        ("WAV", "PCM_16", 2.0**-15),
+        ("WAV", "PCM_24", 2.0**-15),
+        ("WAV", "PCM_32", 2.0**-15),
+        ("WAV", "FLOAT", 2.0**-15),
+        ("WAV", "DOUBLE", 2.0**-15),
+        ("WAV", "ULAW", 0.02),
+        ("FLAC", "PCM_S8", 2.0**-7),
+        ("FLAC", "PCM_16", 2.0**-15),
+        ("FLAC", "PCM_24", 2.0**-15),
+        ("AIFF", "PCM_16", 2.0**-15),
+        ("W64", "PCM_16", 2.0**-15),
+    ],
+)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sample_formats(kind, subtype, error, channels):
     expected = tone(16000, channels=channels)
@@ -174,8 +202,11 @@ def test_flac_without_a_length_is_read():
 
 
 BAD_SOUNDS = {
-    "empty": (b"", "not a readable"), "text": (b"text" * 100, "not a readable"), "jpeg": (JPEG, "not a readable"),
-    "only magic": (b"fLaC", "not a readable FLAC"), "flac header": (FLAC[:42], "not a readable FLAC"),
+    "empty": (b"", "not a readable"),
+    "text": (b"text" * 100, "not a readable"),
+    "jpeg": (JPEG, "not a readable"),
+    "only magic": (b"fLaC", "not a readable FLAC"),
+    "flac header": (FLAC[:42], "not a readable FLAC"),
     "short flac": (FLAC[: len(FLAC) // 2], "of the FLAC stream's 16000 samples could be decoded"),
     "flac promises 2^36": (streaminfo(FLAC, samples=(1 << 36) - 1), "a sound of 68719476735 x 1 samples; allowed: 1 GiB"),
     "flac promises 2^28": (streaminfo(FLAC, samples=1 << 28), "16000 of the FLAC stream's 268435456 samples"),
@@ -186,11 +217,12 @@ BAD_SOUNDS = {
     "wav of 2^31 Hz": (patched(WAV, 24, "<I", 1 << 31), "not a readable|a sample rate"),
     "no channels": (patched(WAV, 22, "<H", 0), "not a readable"),
     "65535 channels": (patched(WAV, 22, "<H", 65535), "not a readable"),
-    "64 bits": (patched(WAV, 34, "<H", 64), "not a readable"), "only a header": (WAV[:44], "0.0 ms of sound"),
+    "64 bits": (patched(WAV, 34, "<H", 64), "not a readable"),
+    "only a header": (WAV[:44], "0.0 ms of sound"),
     "20 ms": (WAV[: 44 + 640], "20.0 ms of sound; at least 25 ms are needed"),
     "NaN": (sound_bytes(np.full(16000, np.nan, np.float32), subtype="FLOAT"), "not finite"),
     "infinite": (sound_bytes(np.full(16000, np.inf, np.float32), subtype="FLOAT"), "not finite"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_SOUNDS)

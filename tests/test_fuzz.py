@@ -24,12 +24,17 @@ from cavmae_fast.data.sets.sources import find_sources
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "shared" / "media").glob("*.mp4"))
 CODECS = [
-    ("mp4", "libx264", "yuv420p", "aac", 16000), ("mov", "mpeg4", "yuv420p", "pcm_s16le", 44100),
-    ("webm", "libvpx", "yuv420p", "libopus", 48000), ("avi", "mjpeg", "yuvj420p", "mp2", 44100),
-    ("avi", "rawvideo", "yuv420p", "pcm_u8", 8000), ("ts", "mpeg2video", "yuv420p", "mp2", 48000),
-    ("mpg", "mpeg1video", "yuv420p", "mp2", 44100), ("flv", "flv1", "yuv420p", "libmp3lame", 44100),
-    ("mkv", "ffv1", "yuv420p", "flac", 48000), ("mov", "qtrle", "rgb24", "pcm_s16le", 22050),
-]  # fmt: skip
+    ("mp4", "libx264", "yuv420p", "aac", 16000),
+    ("mov", "mpeg4", "yuv420p", "pcm_s16le", 44100),
+    ("webm", "libvpx", "yuv420p", "libopus", 48000),
+    ("avi", "mjpeg", "yuvj420p", "mp2", 44100),
+    ("avi", "rawvideo", "yuv420p", "pcm_u8", 8000),
+    ("ts", "mpeg2video", "yuv420p", "mp2", 48000),
+    ("mpg", "mpeg1video", "yuv420p", "mp2", 44100),
+    ("flv", "flv1", "yuv420p", "libmp3lame", 44100),
+    ("mkv", "ffv1", "yuv420p", "flac", 48000),
+    ("mov", "qtrle", "rgb24", "pcm_s16le", 22050),
+]
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -93,15 +98,22 @@ def specials(bases: list[Path]) -> dict[str, bytes]:
     """Files that are made to hurt."""
     mp4, avi = bases[0].read_bytes(), bases[4].read_bytes()
     files = {
-        "zero.mp4": b"", "one.mkv": b"\0", "text.mp4": b"hello\n" * 99, "random.avi": random.Random(0).randbytes(50000),
-        "zeros.ts": bytes(4 << 20), "sync.ts": (b"\x47" + bytes(187)) * 20000, "ones.mpg": b"\xff" * (4 << 20),
-        "atom.mp4": struct.pack(">I4sQ", 1, b"moov", 1 << 62) + b"x" * 999, "wrong.avi": mp4, "wrong.mp4": avi,
+        "zero.mp4": b"",
+        "one.mkv": b"\0",
+        "text.mp4": b"hello\n" * 99,
+        "random.avi": random.Random(0).randbytes(50000),
+        "zeros.ts": bytes(4 << 20),
+        "sync.ts": (b"\x47" + bytes(187)) * 20000,
+        "ones.mpg": b"\xff" * (4 << 20),
+        "atom.mp4": struct.pack(">I4sQ", 1, b"moov", 1 << 62) + b"x" * 999,
+        "wrong.avi": mp4,
+        "wrong.mp4": avi,
         "self.mp4": b"ffconcat version 1.0\n" + b"file 'self.mp4'\n" * 9,
         "play.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n",
         "endless.ts": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nendless.ts\n",
         "y4m.mpg": b"YUV4MPEG2 W65535 H65535 F25:1 C420jpeg\nFRAME\n" + bytes(999),
         "whole.mp4": mp4,
-    }  # fmt: skip
+    }
     for width, height in ((65535, 65535), (16384, 16384), (1, 65535), (65535, 1), (0, 0)):
         tkhd, avc1 = mp4.index(b"tkhd"), mp4.index(b"avc1", mp4.index(b"stsd"))
         big = patched(mp4, tkhd + 80, ">II", width << 16 & 0xFFFFFFFF, height << 16 & 0xFFFFFFFF)
@@ -199,9 +211,24 @@ def test_files_made_to_hurt(bases, tmp_path):
     used = {meta["id"] for meta in data.clips()}
     assert used >= {"whole", "wrong", "one_frame", "no text \udcff", "line\nfeed %d 'quoted':x|y"}
     assert {r["id"] for r in rejects} >= {
-        "zero", "one", "text", "random", "zeros", "ones", "atom", "self", "play", "pipe", "zero_device", "loop", "nowhere",
-        "sparse", "no_picture", "no_sound", "y4m",
-    }  # fmt: skip
+        "zero",
+        "one",
+        "text",
+        "random",
+        "zeros",
+        "ones",
+        "atom",
+        "self",
+        "play",
+        "pipe",
+        "zero_device",
+        "loop",
+        "nowhere",
+        "sparse",
+        "no_picture",
+        "no_sound",
+        "y4m",
+    }
 
 
 def published(folder: Path, count: int, seed: int) -> Path:
@@ -211,12 +238,20 @@ def published(folder: Path, count: int, seed: int) -> Path:
     noise = np.random.default_rng(seed).integers(-9999, 9999, (8000, 2)).astype(np.int16)
     sounds = [WAV, FLAC, sound_bytes(noise, 44100, "FLAC", "PCM_24"), sound_bytes(tone(8000), 8000, "WAV", "FLOAT")]
     pairs = [
-        (JPEG, WAV), (JPEG, FLAC), (b"", WAV), (JPEG, b""), (png_claiming(65500, 65500), WAV),
-        (jpeg_claiming(65500, 65500), WAV), (jpeg_claiming(5000, 5000), WAV),
-        (JPEG, streaminfo(FLAC, samples=(1 << 36) - 1)), (JPEG, streaminfo(FLAC, rate=0)),
-        (JPEG, patched(WAV, 24, "<I", 1)), (JPEG, patched(WAV, 24, "<I", 1 << 31)),
-        (JPEG, patched(WAV, 40, "<I", 2**32 - 1)), (JPEG + bytes(9 << 20), WAV),
-    ]  # fmt: skip
+        (JPEG, WAV),
+        (JPEG, FLAC),
+        (b"", WAV),
+        (JPEG, b""),
+        (png_claiming(65500, 65500), WAV),
+        (jpeg_claiming(65500, 65500), WAV),
+        (jpeg_claiming(5000, 5000), WAV),
+        (JPEG, streaminfo(FLAC, samples=(1 << 36) - 1)),
+        (JPEG, streaminfo(FLAC, rate=0)),
+        (JPEG, patched(WAV, 24, "<I", 1)),
+        (JPEG, patched(WAV, 24, "<I", 1 << 31)),
+        (JPEG, patched(WAV, 40, "<I", 2**32 - 1)),
+        (JPEG + bytes(9 << 20), WAV),
+    ]
     for number in range(count):
         damaged = (mutated(JPEG, rng), rng.choice(sounds)) if number % 2 else (JPEG, mutated(rng.choice(sounds), rng))
         pairs.append(damaged)

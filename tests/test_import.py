@@ -11,9 +11,20 @@ import sys
 import pytest
 
 OPTIONAL = (
-    "av", "tyro", "matplotlib", "nvidia.dali", "PIL", "soundfile", "torchaudio", "torchvision", "timm",
-    "flash_attn", "xformers", "kaldi_native_fbank", "pytest",
-)  # fmt: skip
+    "av",
+    "tyro",
+    "matplotlib",
+    "nvidia.dali",
+    "PIL",
+    "soundfile",
+    "torchaudio",
+    "torchvision",
+    "timm",
+    "flash_attn",
+    "xformers",
+    "kaldi_native_fbank",
+    "pytest",
+)
 NO_DEVICE = """
 import torch
 def refuse(*args, **kwargs):

@@ -67,13 +67,16 @@ def same(a, b) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    clips=st.integers(1, 60), batch=st.integers(1, 9), world=st.integers(1, 7), start=st.integers(0, 70),
-    drop_last=st.booleans(), shuffle=st.booleans(),
-)  # fmt: skip
+    clips=st.integers(1, 60),
+    batch=st.integers(1, 9),
+    world=st.integers(1, 7),
+    start=st.integers(0, 70),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
 def test_ranks_share_an_epoch_without_overlap_or_gap(clips, batch, world, start, drop_last, shuffle):
     orders = [
-        Order(clips, batch, 3, shuffle=shuffle, rank=rank, world_size=world, drop_last=drop_last)
-        for rank in range(world)
+        Order(clips, batch, 3, shuffle=shuffle, rank=rank, world_size=world, drop_last=drop_last) for rank in range(world)
     ]
     sequence = orders[0].sequence(4)
     assert sorted(sequence) == list(range(clips))
@@ -242,9 +245,7 @@ def test_state_goes_on_with_exactly_what_is_left(sets, workers):
 
 def test_state_goes_on_with_other_ranks(sets):
     def loader(rank, world):
-        return Loader(
-            sets["shards"], 2, training=True, augmentation=PLAIN, workers=0, rank=rank, world_size=world, **SMALL
-        )  # fmt: skip
+        return Loader(sets["shards"], 2, training=True, augmentation=PLAIN, workers=0, rank=rank, world_size=world, **SMALL)
 
     ranks = [loader(0, 2), loader(1, 2)]
     iterators = [iter(one) for one in ranks]
@@ -280,8 +281,12 @@ def test_ranks_are_those_of_torch_distributed(sets, monkeypatch):
 def test_a_state_of_other_data_is_refused(sets):
     loader = Loader(sets["shards"], 4, training=True, seed=1, workers=0, **SMALL)
     for name, value in (
-        ("clips", 24), ("seed", 2), ("shuffle", False), ("weighted", True), ("data", 5),
-    ):  # fmt: skip
+        ("clips", 24),
+        ("seed", 2),
+        ("shuffle", False),
+        ("weighted", True),
+        ("data", 5),
+    ):
         with pytest.raises(ValueError, match=f"the state's {name} is {value}; this loader's is"):
             loader.load_state_dict({**loader.state_dict(), name: value})
     for change in ({"position": -4}, {"position": 26}, {"epoch": -1}, {"epoch": None}):

@@ -25,9 +25,23 @@ def tones(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
 
 
 def write_clip(
-    path, *, frames=30, fps=10, width=64, height=64, video="mjpeg", pix="yuvj420p", times=None, picture=None,
-    sound=None, rate=16000, audio="pcm_s16le", audio_format=None, rotation=0, gop=12,
-):  # fmt: skip
+    path,
+    *,
+    frames=30,
+    fps=10,
+    width=64,
+    height=64,
+    video="mjpeg",
+    pix="yuvj420p",
+    times=None,
+    picture=None,
+    sound=None,
+    rate=16000,
+    audio="pcm_s16le",
+    audio_format=None,
+    rotation=0,
+    gop=12,
+):
     """Encode a clip; frame `i` is the gray level `8 * i % 256` unless `picture(i)` gives `[height, width, 3]`."""
     import av
 
@@ -95,16 +109,30 @@ def test_first_channel_at_16_khz(tmp_path, rate, channels):
 
 @pytest.mark.parametrize(
     "suffix, codec, sample_format",
-    [("mp4", "aac", None), ("mkv", "flac", "s16"), ("mkv", "pcm_u8", None), ("mkv", "pcm_s24le", None),
-     ("mkv", "pcm_f32le", None), ("mkv", "pcm_f64le", None), ("avi", "mp2", None), ("webm", "libopus", None)],
-)  # fmt: skip
+    [
+        ("mp4", "aac", None),
+        ("mkv", "flac", "s16"),
+        ("mkv", "pcm_u8", None),
+        ("mkv", "pcm_s24le", None),
+        ("mkv", "pcm_f32le", None),
+        ("mkv", "pcm_f64le", None),
+        ("avi", "mp2", None),
+        ("webm", "libopus", None),
+    ],
+)
 def test_sample_formats(tmp_path, suffix, codec, sample_format):
     rate = 48000
     video = {"webm": ("libvpx", "yuv420p"), "mp4": ("libx264", "yuv420p")}.get(suffix, ("mjpeg", "yuvj420p"))
     path = write_clip(
-        tmp_path / f"a.{suffix}", video=video[0], pix=video[1], frames=10, sound=tones(1.0, rate, 2), rate=rate,
-        audio=codec, audio_format=sample_format,
-    )  # fmt: skip
+        tmp_path / f"a.{suffix}",
+        video=video[0],
+        pix=video[1],
+        frames=10,
+        sound=tones(1.0, rate, 2),
+        rate=rate,
+        audio=codec,
+        audio_format=sample_format,
+    )
     waveform = read_clip(path).waveform
     assert peak_hz(waveform) == pytest.approx(FIRST_HZ, abs=1.5)
     assert abs(len(waveform) - 16000) < 1600
@@ -129,9 +157,17 @@ def test_frame_selection(tmp_path, suffix, frames):
 @pytest.mark.parametrize("fps, last", [(Fraction(5, 2), 25), (Fraction(29), 290), (Fraction(30000, 1001), 299)])
 def test_frames_come_from_the_first_ten_seconds(tmp_path, fps, last):
     path = write_clip(
-        tmp_path / "a.mkv", frames=last + 40, fps=fps, width=16, height=16, video="ffv1", pix="bgr0",
-        picture=lambda i: np.full((16, 16, 3), i % 256, np.uint8), sound=tones(0.5, 8000), rate=8000,
-    )  # fmt: skip
+        tmp_path / "a.mkv",
+        frames=last + 40,
+        fps=fps,
+        width=16,
+        height=16,
+        video="ffv1",
+        pix="bgr0",
+        picture=lambda i: np.full((16, 16, 3), i % 256, np.uint8),
+        sound=tones(0.5, 8000),
+        rate=8000,
+    )
     got = [round(float(frame.mean())) for frame in read_clip(path, size=16).frames]
     assert got == [int(i * last / 10) % 256 for i in range(10)]
 
@@ -140,9 +176,14 @@ def test_frames_come_from_the_first_ten_seconds(tmp_path, fps, last):
 def test_variable_frame_rate(tmp_path, suffix):
     times = [0, 0.1, 0.15, 0.9, 1.0, 1.05, 1.1, 2.0, 2.02, 2.9, 3.0, 3.5]
     path = write_clip(
-        tmp_path / f"a.{suffix}", frames=12, times=times, video="mpeg4", pix="yuv420p", sound=tones(3.5, 16000),
+        tmp_path / f"a.{suffix}",
+        frames=12,
+        times=times,
+        video="mpeg4",
+        pix="yuv420p",
+        sound=tones(3.5, 16000),
         audio="aac",
-    )  # fmt: skip
+    )
     assert levels(read_clip(path)) == [int(i * 12 / 10) for i in range(10)]
 
 
@@ -153,9 +194,15 @@ def test_shapes(tmp_path, width, height):
     ramp = np.broadcast_to(np.arange(long) * 255 // max(1, long - 1), (min(width, height), long))
     ramp = (ramp if width >= height else ramp.T)[..., None].repeat(3, -1).astype(np.uint8)
     path = write_clip(
-        tmp_path / "a.mkv", frames=2, width=width, height=height, video="ffv1", pix="bgr0", picture=lambda i: ramp,
+        tmp_path / "a.mkv",
+        frames=2,
+        width=width,
+        height=height,
+        video="ffv1",
+        pix="bgr0",
+        picture=lambda i: ramp,
         sound=tones(0.2, 16000),
-    )  # fmt: skip
+    )
     frames = read_clip(path, size=224).frames
     assert frames.shape == (10, 224, 224, 3) and frames.dtype == np.uint8
 
@@ -174,9 +221,17 @@ def test_rotation_is_honored(tmp_path):
     corner[:16, :32] = 255  # top left of the stored picture
     for angle, (row, column) in {90: (1, 0), -90: (0, 1), 180: (1, 1)}.items():
         path = write_clip(
-            tmp_path / f"r{angle}.mp4", width=64, height=32, video="libx264", pix="yuv420p", frames=3,
-            picture=lambda i: corner, sound=tones(0.3, 16000), audio="aac", rotation=angle,
-        )  # fmt: skip
+            tmp_path / f"r{angle}.mp4",
+            width=64,
+            height=32,
+            video="libx264",
+            pix="yuv420p",
+            frames=3,
+            picture=lambda i: corner,
+            sound=tones(0.3, 16000),
+            audio="aac",
+            rotation=angle,
+        )
         frame = read_clip(path, size=32).frames[0].astype(float)
         quarters = frame.reshape(2, 16, 2, 16, 3).mean(axis=(1, 3, 4))
         assert np.unravel_index(quarters.argmax(), (2, 2)) == (row, column), angle
@@ -310,10 +365,14 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
     causes = {
-        "silent.mkv": "has no audio stream", "blind.mkv": "has no video stream", "empty.mp4": "0 bytes",
-        "garbage.mp4": "not a readable media file", "folder.mp4": "is a folder", "missing.mp4": "no such file",
+        "silent.mkv": "has no audio stream",
+        "blind.mkv": "has no video stream",
+        "empty.mp4": "0 bytes",
+        "garbage.mp4": "not a readable media file",
+        "folder.mp4": "is a folder",
+        "missing.mp4": "no such file",
         "pipe.mp4": "not a regular file",
-    }  # fmt: skip
+    }
     for name, cause in causes.items():
         with pytest.raises(MediaError, match=cause) as caught:
             read_clip(tmp_path / name)
@@ -339,8 +398,9 @@ def test_find_media(tmp_path):
     names = [path.relative_to(tmp_path).as_posix() for path in find_media([tmp_path])]
     assert names == ["a.mkv", "b.MP4", "deep/c.webm", "deep/er/d.avi"]
     assert find_media([str(tmp_path / "notes.txt"), tmp_path / "a.mkv", tmp_path])[:2] == [
-        tmp_path / "notes.txt", tmp_path / "a.mkv",
-    ]  # fmt: skip
+        tmp_path / "notes.txt",
+        tmp_path / "a.mkv",
+    ]
     assert len(find_media([tmp_path / "a.mkv", tmp_path])) == 4
     with pytest.raises(MediaError, match=r"gone\.mp4: no such file"):
         find_media([tmp_path / "gone.mp4"])

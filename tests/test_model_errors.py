@@ -59,10 +59,11 @@ BAD = {
     "rms-norm": ({"norm_layer": nn.RMSNorm}, "norm_layer | RMSNorm | torch.nn.LayerNorm"),
     "no-norm": ({"norm_layer": None}, "norm_layer is None | torch.nn.LayerNorm"),
     "norm-without-weight": (
-        {"norm_layer": functools.partial(nn.LayerNorm, elementwise_affine=False)}, "norm_layer | weight and bias",
+        {"norm_layer": functools.partial(nn.LayerNorm, elementwise_affine=False)},
+        "norm_layer | weight and bias",
     ),
     "norm-without-bias": ({"norm_layer": functools.partial(nn.LayerNorm, bias=False)}, "norm_layer | weight and bias"),
-}  # fmt: skip
+}
 
 
 @both

@@ -353,8 +353,9 @@ def test_the_loss_is_that_of_the_inpainted_picture():
     audio, imgs = inputs()
     pred_a, pred_v, mask_a, mask_v, loss_a, loss_v = fast.forward_inpaint(audio, imgs)
     for pred, mask, image, (c, h, w), loss in (
-        (pred_v, mask_v, imgs, (3, 2, 2), loss_v), (pred_a, mask_a, audio.transpose(1, 2)[:, None], (1, 8, 4), loss_a),
-    ):  # fmt: skip
+        (pred_v, mask_v, imgs, (3, 2, 2), loss_v),
+        (pred_a, mask_a, audio.transpose(1, 2)[:, None], (1, 8, 4), loss_a),
+    ):
         removed = mask.view(3, 1, h, w).repeat_interleave(16, 2).repeat_interleave(16, 3).expand_as(image).bool()
         error = (fast.unpatchify(pred, c, h, w) - image).square()
         torch.testing.assert_close(error[removed].mean(), loss.double(), rtol=1e-9, atol=0)
@@ -643,33 +644,59 @@ def test_without_contrast_gradients_one_can_freeze_parts():
 
 PUBLISHED = {
     CAVMAE: [
-        ("img_size", 224), ("audio_length", 1024), ("patch_size", 16), ("in_chans", 3), ("embed_dim", 768),
-        ("modality_specific_depth", 11), ("num_heads", 12), ("decoder_embed_dim", 512), ("decoder_depth", 8),
-        ("decoder_num_heads", 16), ("mlp_ratio", 4.0), ("norm_layer", nn.LayerNorm), ("norm_pix_loss", False),
+        ("img_size", 224),
+        ("audio_length", 1024),
+        ("patch_size", 16),
+        ("in_chans", 3),
+        ("embed_dim", 768),
+        ("modality_specific_depth", 11),
+        ("num_heads", 12),
+        ("decoder_embed_dim", 512),
+        ("decoder_depth", 8),
+        ("decoder_num_heads", 16),
+        ("mlp_ratio", 4.0),
+        ("norm_layer", nn.LayerNorm),
+        ("norm_pix_loss", False),
         ("tr_pos", False),
     ],
     CAVMAEFT: [
-        ("label_dim", inspect.Parameter.empty), ("img_size", 224), ("audio_length", 1024), ("patch_size", 16),
-        ("in_chans", 3), ("embed_dim", 768), ("modality_specific_depth", 11), ("num_heads", 12), ("mlp_ratio", 4.0),
-        ("norm_layer", nn.LayerNorm), ("norm_pix_loss", False), ("tr_pos", True),
+        ("label_dim", inspect.Parameter.empty),
+        ("img_size", 224),
+        ("audio_length", 1024),
+        ("patch_size", 16),
+        ("in_chans", 3),
+        ("embed_dim", 768),
+        ("modality_specific_depth", 11),
+        ("num_heads", 12),
+        ("mlp_ratio", 4.0),
+        ("norm_layer", nn.LayerNorm),
+        ("norm_pix_loss", False),
+        ("tr_pos", True),
     ],
-}  # fmt: skip
+}
 PUBLISHED[CAVMAEFTAudio] = PUBLISHED[CAVMAEFT]
 METHODS = {
     (CAVMAE, "forward"): [
-        ("audio", inspect.Parameter.empty), ("imgs", inspect.Parameter.empty), ("mask_ratio_a", 0.75),
-        ("mask_ratio_v", 0.75), ("mae_loss_weight", 1.0), ("contrast_loss_weight", 0.01),
+        ("audio", inspect.Parameter.empty),
+        ("imgs", inspect.Parameter.empty),
+        ("mask_ratio_a", 0.75),
+        ("mask_ratio_v", 0.75),
+        ("mae_loss_weight", 1.0),
+        ("contrast_loss_weight", 0.01),
         ("mask_mode", "unstructured"),
     ],
     (CAVMAE, "forward_inpaint"): [
-        ("audio", inspect.Parameter.empty), ("imgs", inspect.Parameter.empty), ("mask_ratio_a", 0.75),
-        ("mask_ratio_v", 0.75), ("mask_mode", "unstructured"),
+        ("audio", inspect.Parameter.empty),
+        ("imgs", inspect.Parameter.empty),
+        ("mask_ratio_a", 0.75),
+        ("mask_ratio_v", 0.75),
+        ("mask_mode", "unstructured"),
     ],
     (CAVMAE, "forward_feat"): [("a", inspect.Parameter.empty), ("v", inspect.Parameter.empty)],
     (CAVMAEFT, "forward"): [(name, inspect.Parameter.empty) for name in ("a", "v", "mode")],
     (CAVMAEFT, "forward_feat"): [("a", inspect.Parameter.empty), ("v", None), ("mode", "av")],
     (CAVMAEFTAudio, "forward"): [("a", inspect.Parameter.empty)],
-}  # fmt: skip
+}
 
 
 def positional(function) -> list[tuple]:

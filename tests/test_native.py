@@ -21,8 +21,11 @@ def setup(mode: str, output: Path, **environment: str) -> subprocess.CompletedPr
     """`setup.py build_native` in an environment of its own."""
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_native", f"--output={output}"],
-        cwd=ROOT, env={**NO_CUDA_HOME, "CAVMAE_BUILD_CUDA": mode, **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**NO_CUDA_HOME, "CAVMAE_BUILD_CUDA": mode, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

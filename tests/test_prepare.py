@@ -251,19 +251,36 @@ def test_what_is_lost_is_made_again(mixed, undisturbed, tmp_path, lost):
     assert digests(out) == digests(undisturbed)
 
 
-@pytest.mark.parametrize("option, value", [
-    ("frames", 0), ("frames", 1001), ("size", 0), ("size", 4097), ("seconds", 0.02), ("seconds", float("nan")),
-    ("seconds", 3601.0), ("quality", 0), ("quality", 96), ("shard_clips", 0), ("shard_clips", 10**6 + 1), ("workers", 0),
-    ("workers", -1), ("timeout", 0.0), ("timeout", float("inf")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("frames", 0),
+        ("frames", 1001),
+        ("size", 0),
+        ("size", 4097),
+        ("seconds", 0.02),
+        ("seconds", float("nan")),
+        ("seconds", 3601.0),
+        ("quality", 0),
+        ("quality", 96),
+        ("shard_clips", 0),
+        ("shard_clips", 10**6 + 1),
+        ("workers", 0),
+        ("workers", -1),
+        ("timeout", 0.0),
+        ("timeout", float("inf")),
+    ],
+)
 def test_options_out_of_range(tmp_path, option, value):
     with pytest.raises(ValueError, match=rf"--{option.replace('_', '-')} is {value}; it must be in"):
         prepare(PrepareConfig(src=("/no/such",), out=tmp_path / "out", **{option: value}))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"size": 33}, {"quality": 80}, {"frames": 9}, {"seconds": 2.0}, {"shard_clips": 5},
-                                    {"src": ()}, {"labels": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 33}, {"quality": 80}, {"frames": 9}, {"seconds": 2.0}, {"shard_clips": 5}, {"src": ()}, {"labels": True}],
+)
 def test_another_list_or_other_settings(mixed, videos, undisturbed, tmp_path, change):
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -351,10 +368,15 @@ def test_a_clip_of_huge_files_is_left_out(tmp_path):
     assert re.fullmatch(r"/no/such: 3 frames take \d+ bytes; allowed: 67108864 for a clip", result)
 
 
-@pytest.mark.parametrize("error, reason", [
-    (RuntimeError("odd"), "v.mp4: RuntimeError: odd"), (MemoryError(), "v.mp4: needs more than the 2048 MiB of memory"),
-    (MediaError("v.mp4: damaged"), "v.mp4: damaged"), (struct.error("short"), "v.mp4: error: short"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (RuntimeError("odd"), "v.mp4: RuntimeError: odd"),
+        (MemoryError(), "v.mp4: needs more than the 2048 MiB of memory"),
+        (MediaError("v.mp4: damaged"), "v.mp4: damaged"),
+        (struct.error("short"), "v.mp4: error: short"),
+    ],
+)
 def test_whatever_a_library_raises_names_the_clip(monkeypatch, error, reason):
     def broken(*_: object, **__: object):
         raise error

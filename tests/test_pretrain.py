@@ -44,9 +44,20 @@ def test_run_with_bad_clips(clips, tmp_path):
     (folder / "empty.mkv").touch()
     out = tmp_path / "out"
     run = cli(
-        "pretrain", "--data", folder, "--eval-data", *held_out, "--out", out, "--steps", 4, "--batch-size", 4,
-        "--device", "cpu",
-    )  # fmt: skip
+        "pretrain",
+        "--data",
+        folder,
+        "--eval-data",
+        *held_out,
+        "--out",
+        out,
+        "--steps",
+        4,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+    )
     assert run.returncode == 0, run.stderr
     assert "2 clips could not be used" in run.stdout and "A->V" in run.stdout and "--init" in run.stdout
     assert "clips/s" in run.stderr and "data wait" in run.stderr  # the progress bar

@@ -249,14 +249,22 @@ def test_a_file_stays_open_while_it_is_read(made, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"version": 2}, "version 2; this program reads version 1"), ({"version": None}, "version None"),
-     ({"clips": 4}, "does not fit manifest.json"), ({"frames": 4}, "does not fit manifest.json"),
-     ({"clips": "5"}, "not a manifest"), ({"frames": 0}, "not a manifest"), ({"frames": 10**9}, "not a manifest"),
-     ({"frames": -1}, "not a manifest"), ({"shards": [{"number": 0}]}, "not a readable manifest"),
-     ({"shards": 5}, "not a readable manifest"),
-     ({"shards": [{"number": "../x", "clips": 1, "bytes": 1}]}, "not a manifest"),
-     ({"shards": None}, "not a readable manifest"), ({"shards": [1]}, "not a readable manifest")],
-)  # fmt: skip
+    [
+        ({"version": 2}, "version 2; this program reads version 1"),
+        ({"version": None}, "version None"),
+        ({"clips": 4}, "does not fit manifest.json"),
+        ({"frames": 4}, "does not fit manifest.json"),
+        ({"clips": "5"}, "not a manifest"),
+        ({"frames": 0}, "not a manifest"),
+        ({"frames": 10**9}, "not a manifest"),
+        ({"frames": -1}, "not a manifest"),
+        ({"shards": [{"number": 0}]}, "not a readable manifest"),
+        ({"shards": 5}, "not a readable manifest"),
+        ({"shards": [{"number": "../x", "clips": 1, "bytes": 1}]}, "not a manifest"),
+        ({"shards": None}, "not a readable manifest"),
+        ({"shards": [1]}, "not a readable manifest"),
+    ],
+)
 def test_foreign_manifests(made, changes, message):
     folder, _ = made
     with pytest.raises(ShardError, match=message):

@@ -34,8 +34,10 @@ def csv_of(tmp_path: Path, text: str | bytes) -> list[Source]:
 def test_folder(folder):
     found = find_sources([folder])
     assert [(s.id, s.video) for s in found] == [
-        ("a", f"{folder}/a.mp4"), ("b/a", f"{folder}/b/a.webm"), ("b/c", f"{folder}/b/c.MKV")
-    ]  # fmt: skip
+        ("a", f"{folder}/a.mp4"),
+        ("b/a", f"{folder}/b/a.webm"),
+        ("b/c", f"{folder}/b/c.MKV"),
+    ]
     assert str(found[0]) == str(folder / "a.mp4")
 
 
@@ -50,10 +52,15 @@ def test_files_and_globs(folder):
         find_sources([f"{folder}/*.avi"])
 
 
-@pytest.mark.parametrize("places, message", [
-    (["/no/such"], "/no/such: no such file or folder"), ([], "an empty list: names no clip"),
-    (["/no/such.json"], "no such file"), (["/no/such.csv"], "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "places, message",
+    [
+        (["/no/such"], "/no/such: no such file or folder"),
+        ([], "an empty list: names no clip"),
+        (["/no/such.json"], "no such file"),
+        (["/no/such.csv"], "no such file"),
+    ],
+)
 def test_nothing_there(places, message):
     with pytest.raises(MediaError, match=message):
         find_sources(places)
@@ -74,9 +81,11 @@ def test_links_in_a_circle(folder):
 def test_csv(tmp_path, heading):
     found = csv_of(tmp_path, heading + 'a.mp4,"/m/a, /m/b"\n\nsub/b.webm\n/abs/c.mkv,/m/c,ignored\n"d,e.mp4",\n')
     assert [(s.id, s.labels, s.video) for s in found] == [
-        ("a", ("/m/a", "/m/b"), f"{tmp_path}/a.mp4"), ("sub/b", (), f"{tmp_path}/sub/b.webm"),
-        ("/abs/c", ("/m/c",), "/abs/c.mkv"), ("d,e", (), f"{tmp_path}/d,e.mp4"),
-    ]  # fmt: skip
+        ("a", ("/m/a", "/m/b"), f"{tmp_path}/a.mp4"),
+        ("sub/b", (), f"{tmp_path}/sub/b.webm"),
+        ("/abs/c", ("/m/c",), "/abs/c.mkv"),
+        ("d,e", (), f"{tmp_path}/d,e.mp4"),
+    ]
 
 
 @pytest.mark.parametrize("first", ["sub/noend", "clip.m2ts", "present"])
@@ -87,9 +96,14 @@ def test_a_first_row_that_is_a_clip_is_kept(tmp_path, first):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(b"", "names no clip"), (b"path\n", "names no clip"), (b"\xff\xfe\n", "not a readable CSV list"),
-     (b'"' + b"x" * 200000 + b'"\n', "not a readable CSV list"), (b",,\n  \n", "names no clip")],
-)  # fmt: skip
+    [
+        (b"", "names no clip"),
+        (b"path\n", "names no clip"),
+        (b"\xff\xfe\n", "not a readable CSV list"),
+        (b'"' + b"x" * 200000 + b'"\n', "not a readable CSV list"),
+        (b",,\n  \n", "names no clip"),
+    ],
+)
 def test_bad_csv(tmp_path, text, message):
     with pytest.raises(MediaError, match=rf"list.csv: {message}"):
         csv_of(tmp_path, text)
@@ -105,36 +119,50 @@ def test_published_layout(tmp_path):
 
 def test_videos_in_a_published_list(tmp_path):
     rows = [
-        {"video_id": "1", "wav": "w.wav", "video_path": "a.MP4", "labels": ""}, {"video_id": "2", "video_path": "/x/a.mkv"},
+        {"video_id": "1", "wav": "w.wav", "video_path": "a.MP4", "labels": ""},
+        {"video_id": "2", "video_path": "/x/a.mkv"},
         {"video_id": "3", "video": "b.mp4", "labels": " /m/a ,, "},
         {"video_id": "4", "wav": "", "video_path": "", "video": "c"},
         {"video_id": "5", "wav": "w.wav", "video_path": "gone", "video": "d.mp4"},
         {"video_id": "6", "wav": "w.wav", "video_path": "frames", "video": "d.mp4"},
-    ]  # fmt: skip
+    ]
     (tmp_path / "frames").mkdir()
     found = listed(tmp_path, rows)
     assert [(s.id, s.video and os.path.relpath(s.video, tmp_path)) for s in found[:1] + found[2:]] == [
-        ("1", "a.MP4"), ("3", "b.mp4"), ("4", "c"), ("5", "d.mp4"), ("6", None)
-    ]  # fmt: skip
+        ("1", "a.MP4"),
+        ("3", "b.mp4"),
+        ("4", "c"),
+        ("5", "d.mp4"),
+        ("6", None),
+    ]
     assert found[1].video == "/x/a.mkv" and found[2].labels == ("/m/a",) and found[5].frames == f"{tmp_path}/frames"
 
 
 @pytest.mark.parametrize(
     "row, message",
-    [(5, "clip 1 is int; allowed: an object"), ([], "clip 1 is list"), ({}, "clip 1 has no video_id"),
-     ({"video_id": ""}, "has no video_id"), ({"video_id": 5}, "clip 1: video_id is 5; allowed: text"),
-     ({"video_id": "v"}, r"clip 1 \(v\) names neither wav and video_path nor a video"),
-     ({"video_id": "v", "wav": "a.wav"}, "names neither"), ({"video_id": "v", "video_path": "frames"}, "names neither"),
-     ({"video_id": "v", "video": ["a"]}, r"video is \['a'\]"), ({"video_id": "v", "labels": ["/m/a"]}, "labels is"),
-     ({"video_id": "v", "wav": None, "video_path": "f"}, "wav is None")],
-)  # fmt: skip
+    [
+        (5, "clip 1 is int; allowed: an object"),
+        ([], "clip 1 is list"),
+        ({}, "clip 1 has no video_id"),
+        ({"video_id": ""}, "has no video_id"),
+        ({"video_id": 5}, "clip 1: video_id is 5; allowed: text"),
+        ({"video_id": "v"}, r"clip 1 \(v\) names neither wav and video_path nor a video"),
+        ({"video_id": "v", "wav": "a.wav"}, "names neither"),
+        ({"video_id": "v", "video_path": "frames"}, "names neither"),
+        ({"video_id": "v", "video": ["a"]}, r"video is \['a'\]"),
+        ({"video_id": "v", "labels": ["/m/a"]}, "labels is"),
+        ({"video_id": "v", "wav": None, "video_path": "f"}, "wav is None"),
+    ],
+)
 def test_bad_rows_are_named(tmp_path, row, message):
     with pytest.raises(MediaError, match=rf"list.json: .*{message}"):
         listed(tmp_path, [{"video_id": "a", "video": "a.mp4"}, row])
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "5", '{"data": 5}', '{"data": {}}', "{}", "\0", '{"data": [', "[" * 100000,
-                                  '{"data": ' + "9" * 5000 + "}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "5", '{"data": 5}', '{"data": {}}', "{}", "\0", '{"data": [', "[" * 100000, '{"data": ' + "9" * 5000 + "}"],
+)
 def test_bad_lists(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(MediaError, match=r'x.json: (not a readable list|"data" is)'):

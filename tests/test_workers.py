@@ -98,9 +98,12 @@ def test_results_larger_than_a_socket():
 
 @pytest.mark.parametrize(
     "death, status",
-    [(f"signal {int(signal.SIGKILL)}", "killed by signal 9, SIGKILL"), ("exit 3", "exit status 3"),
-     (f"signal {int(signal.SIGSEGV)}", "killed by signal 11, SIGSEGV")],
-)  # fmt: skip
+    [
+        (f"signal {int(signal.SIGKILL)}", "killed by signal 9, SIGKILL"),
+        ("exit 3", "exit status 3"),
+        (f"signal {int(signal.SIGSEGV)}", "killed by signal 11, SIGSEGV"),
+    ],
+)
 def test_an_item_that_kills_is_named_and_the_others_go_on(death, status):
     said: list[str] = []
     items = [*range(7), death, *range(7, 20)]

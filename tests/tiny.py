@@ -8,8 +8,13 @@ from torch import Tensor, nn
 
 OUTPUTS = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c", "mask_a", "mask_v", "c_acc")
 ENCODER = {
-    "img_size": 32, "audio_length": 64, "embed_dim": 48, "num_heads": 3, "depth": 3, "modality_specific_depth": 2,
-}  # fmt: skip
+    "img_size": 32,
+    "audio_length": 64,
+    "embed_dim": 48,
+    "num_heads": 3,
+    "depth": 3,
+    "modality_specific_depth": 2,
+}
 TINY = ENCODER | {"decoder_embed_dim": 32, "decoder_num_heads": 4, "decoder_depth": 2}
 
 

@@ -51,9 +51,9 @@ class Race:
         differentiable = [o for o in outputs if o.requires_grad]
         if len(self.cotangents) == index:
             generator = torch.Generator(self.device).manual_seed(index)
-            self.cotangents.append([
-                torch.randn(o.shape, device=self.device, generator=generator).to(o.dtype) for o in differentiable
-            ])  # fmt: skip
+            self.cotangents.append(
+                [torch.randn(o.shape, device=self.device, generator=generator).to(o.dtype) for o in differentiable]
+            )
         return outputs + list(torch.autograd.grad(differentiable, leaves(inputs), self.cotangents[index]))
 
     def check(self, contender: Contender) -> float | None:
@@ -125,9 +125,11 @@ def add_floor(
     for key, (moved, flops) in passes.items():
         moving, multiplying = 1e-6 * moved / limits["copy_gb_per_s"], 1e-9 * flops / limits["gemm_tflops"][dtype]
         found[key] = {
-            "bytes": moved, "flops": flops, "floor_ms": max(moving, multiplying),
+            "bytes": moved,
+            "flops": flops,
+            "floor_ms": max(moving, multiplying),
             "bound": "bytes" if moving >= multiplying else "products",
-        }  # fmt: skip
+        }
         for row in rows.values():
             if key in row:
                 row[key]["share"] = found[key]["floor_ms"] / row[key]["median_ms"]

@@ -80,9 +80,7 @@ def contrastive_tile_kernel(
     tile_a, tile_v = tl.program_id(0), tl.program_id(1)
     row = tile_a * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tile_v * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = _scores(
-        audio, video, inverse_a, inverse_v, row, column, count, inverse_temperature, D, BLOCK_N, BLOCK_K, PRECISION
-    )
+    s = _scores(audio, video, inverse_a, inverse_v, row, column, count, inverse_temperature, D, BLOCK_N, BLOCK_K, PRECISION)
     if tile_a == tile_v:
         diagonal = tl.sum(tl.where(row[:, None] == column[None, :], s, 0.0), axis=0)
         tl.store(own + column, diagonal, mask=column < count)
@@ -217,8 +215,7 @@ def normalize_backward_kernel(
 def _forward_triton(audio, video, temperature, bidirectional, architecture):
     (count, width), directions = audio.shape, 2 if bidirectional else 1
     norm, tile, combine = (
-        launch(kernel, architecture, audio.dtype)
-        for kernel in ("inverse_norm", "contrastive_tile", "contrastive_combine")
+        launch(kernel, architecture, audio.dtype) for kernel in ("inverse_norm", "contrastive_tile", "contrastive_combine")
     )
     tiles = triton.cdiv(count, tile["BLOCK_N"])
 

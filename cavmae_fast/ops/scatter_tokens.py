@@ -160,8 +160,7 @@ _forward = register(
 )
 _backward = register(
     "scatter_tokens_backward",
-    "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums)"
-    " -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
+    "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums) -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
     torch=_backward_torch,
     triton=_backward_triton,
     fake=_backward_fake,

@@ -58,9 +58,16 @@ class RejectList:
 
 
 def make_loader(
-    clips: Clips, batch_size: int, spec: ClipSpec, *, training: bool, backend: str, device: torch.device,
-    workers: int | None, seed: int,
-) -> Loader:  # fmt: skip
+    clips: Clips,
+    batch_size: int,
+    spec: ClipSpec,
+    *,
+    training: bool,
+    backend: str,
+    device: torch.device,
+    workers: int | None,
+    seed: int,
+) -> Loader:
     """A loader of `clips` for a model that takes `spec`. A few clips are decoded once, by this process, and kept; more of
     them by one worker process per core, or as many as `workers` says."""
     from tqdm import tqdm

@@ -42,9 +42,7 @@ class Recipe:
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Adam over those of `parameters` that are trained."""
         trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.Adam(
-            trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.Adam(trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True)
 
 
 def _published(learning_rate: float, batch_size: int) -> Recipe:

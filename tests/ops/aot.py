@@ -30,9 +30,16 @@ CAPABILITIES = (80, 90, 100)
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 POINTERS = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8", torch.int16: "i16", torch.bool: "i1",
-}  # fmt: skip
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.bool: "i1",
+}
 
 
 def capture(function: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:

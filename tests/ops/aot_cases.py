@@ -29,10 +29,16 @@ from cavmae_fast.ops.pixels import scale_and_shift
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
     for name in (
-        "contrastive_loss", "embed_kept_patches", "gather_tokens", "linear_gelu", "log_mel_fbank", "masked_patch_mse",
-        "scatter_tokens", "stream_layer_norm",
+        "contrastive_loss",
+        "embed_kept_patches",
+        "gather_tokens",
+        "linear_gelu",
+        "log_mel_fbank",
+        "masked_patch_mse",
+        "scatter_tokens",
+        "stream_layer_norm",
     )
-)  # fmt: skip
+)
 
 CASES: dict[str, Callable[[str], object]] = {}
 "Name -> a function of the architecture whose launch configurations are taken."

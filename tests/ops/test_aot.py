@@ -12,9 +12,12 @@ import pytest
 
 #: kernels whose products must run on the matrix units
 MATRIX_KERNELS: set[str] = {
-    "attention_forward_kernel", "attention_backward_kernel", "contrastive_tile_kernel", "contrastive_backward_kernel",
+    "attention_forward_kernel",
+    "attention_backward_kernel",
+    "contrastive_tile_kernel",
+    "contrastive_backward_kernel",
     "log_mel_fbank_kernel",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

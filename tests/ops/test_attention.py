@@ -211,9 +211,7 @@ def test_back_end_choice(monkeypatch):
         assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
     assert resolve_backend("auto", cuda, torch.bfloat16) == "sdpa"
     proven = {("attention", torch.bfloat16), ("attention", torch.float64)}
-    monkeypatch.setattr(
-        configuration, "implementation", lambda here, *which: "triton" if which in proven else "torch"
-    )
+    monkeypatch.setattr(configuration, "implementation", lambda here, *which: "triton" if which in proven else "torch")
     assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
     assert resolve_backend("auto", cuda, torch.float16) == "sdpa"
     assert resolve_backend("auto", cuda, torch.float64) == "sdpa"

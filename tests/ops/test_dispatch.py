@@ -31,9 +31,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "architecture", lambda index: "sm_90")
     monkeypatch.setattr(native, "library", object)
     monkeypatch.setattr(native, "call", refuse)
-    monkeypatch.setattr(
-        configuration, "implementation", lambda here, *which: "triton" if which in PROVEN else "torch"
-    )
+    monkeypatch.setattr(configuration, "implementation", lambda here, *which: "triton" if which in PROVEN else "torch")
 
 
 def chosen(operator: str, device=CUDA, dtype=torch.bfloat16, shape=()) -> str:

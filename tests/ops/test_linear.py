@@ -80,9 +80,7 @@ def check(name, mode, shape, dtype, bias_dtype):
         return (torch.nn.functional.gelu(pre) if name == "linear_gelu" else pre).to(dtype)
 
     with dispatch.override(mode):
-        assert_parity(
-            lambda *args: function(*args, layout), lambda *args: oracle(*args, rows), arguments, baseline=explicit
-        )
+        assert_parity(lambda *args: function(*args, layout), lambda *args: oracle(*args, rows), arguments, baseline=explicit)
 
 
 class Rounded(torch.autograd.Function):

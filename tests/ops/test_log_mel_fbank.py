@@ -34,8 +34,13 @@ def sound(name: str, samples: int = 4000, batch: int = 1) -> torch.Tensor:
 
 
 SOUNDS = (
-    "noise", "quiet beside a loud tone", "quiet beside a loud bass", "far from zero", "integers", "at the floor",
-)  # fmt: skip
+    "noise",
+    "quiet beside a loud tone",
+    "quiet beside a loud bass",
+    "far from zero",
+    "integers",
+    "at the floor",
+)
 
 
 @both
@@ -49,7 +54,11 @@ def test_parity(mode, name):
 @pytest.mark.parametrize(
     ("rate", "samples", "bins", "batch"),
     [
-        (16000, 400, 128, 3), (16000, 559, 128, 1), (22050, 3000, 64, 2), (8000, 1201, 40, 1), (100, 7, 1, 2),
+        (16000, 400, 128, 3),
+        (16000, 559, 128, 1),
+        (22050, 3000, 64, 2),
+        (8000, 1201, 40, 1),
+        (100, 7, 1, 2),
         (44100, 3000, 97, 1),
     ],
 )

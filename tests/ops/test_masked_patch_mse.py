@@ -70,9 +70,7 @@ def test_bytes_are_normalized(mode, case, layout, dtype, norm_pix_loss):
 
     with dispatch.override(mode):
         assert_parity(
-            lambda pred, images, ids: masked_patch_mse(
-                pred, images.contiguous(memory_format=memory), ids, p, norm_pix_loss
-            ),
+            lambda pred, images, ids: masked_patch_mse(pred, images.contiguous(memory_format=memory), ids, p, norm_pix_loss),
             lambda *args: reference.masked_patch_mse(*args, p, norm_pix_loss),
             [pred, (images * 60 + 120).clamp(0, 255).byte(), ids],
             baseline=lambda pred, images, ids: reference.masked_patch_mse(

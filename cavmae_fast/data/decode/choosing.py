@@ -12,9 +12,7 @@ from cavmae_fast.data.sets.shards import ShardSet
 BACKENDS = ("auto", "torch", "dali")
 
 
-def choose_backend(
-    backend: str, clips: Clips, device: torch.device, clip: ClipSpec | None = None
-) -> tuple[str, str]:
+def choose_backend(backend: str, clips: Clips, device: torch.device, clip: ClipSpec | None = None) -> tuple[str, str]:
     """The back end that decodes these clips for this device, and in a few words why.
 
     Args:

@@ -80,9 +80,7 @@ class InDali:
         videos = isinstance(records[0], Source) and records[0].video is not None
         self._encoded: Callable[..., Bytes | Arrays] = self._video if videos else self._clip
         decode = dali.decode_videos if videos else dali.decode_batches
-        self._decode = partial(
-            decode, clip=reader.clip, device=device, threads=threads, max_batch=rows, prefetch=prefetch
-        )
+        self._decode = partial(decode, clip=reader.clip, device=device, threads=threads, max_batch=rows, prefetch=prefetch)
         # DALI takes no empty batch. It gets this where a step has nothing for it, and what it makes of it is not used.
         black = encode_image(np.zeros((8, 8, 3), np.uint8), quality=50)
         silence = encode_sound(np.zeros(reader.clip.sample_rate, np.int16), reader.clip.sample_rate)
@@ -194,9 +192,7 @@ class InDali:
             begun.found[place] = one
         return len(begun.decoded.rejects) > rejects
 
-    def _finish(
-        self, begun: _UnderWay, batch: tuple[Tensor, Tensor, Tensor] | None, release: Callable[[], None]
-    ) -> Decoded:
+    def _finish(self, begun: _UnderWay, batch: tuple[Tensor, Tensor, Tensor] | None, release: Callable[[], None]) -> Decoded:
         """Puts together what DALI decoded and what was decoded here."""
         decoded, clip = begun.decoded, self.reader.clip
         theirs = [place for place, one in enumerate(begun.found) if isinstance(one, Bytes)]

@@ -168,9 +168,7 @@ class ReadIntoSlot:
         return read_into(self.reader, record, moment, images[row], waveforms[row])
 
 
-def read_into(
-    reader: Reader, record: Record, moment: float, images: np.ndarray, waveform: np.ndarray
-) -> ClipInfo | str:
+def read_into(reader: Reader, record: Record, moment: float, images: np.ndarray, waveform: np.ndarray) -> ClipInfo | str:
     """Reads a clip into `images [frames, S, S, 3]` and `waveform [samples]` (zeros past its end), or says why that cannot
     be."""
     try:

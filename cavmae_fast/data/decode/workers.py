@@ -96,8 +96,10 @@ class _Worker:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(shared), str(memory), str(math.ceil(timeout))],
-                stdin=subprocess.DEVNULL, env=environment, pass_fds=(theirs.fileno(), shared, *fds),
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=(theirs.fileno(), shared, *fds),
+            )
         os.close(shared)
         self.connection = Connection(ours.detach())
         with contextlib.suppress(OSError):  # the worker died already, which `wait` finds out when it reads the socket
@@ -281,9 +283,7 @@ class Workers:
         self._queue.remove(job)
         return [job]
 
-    def in_order(
-        self, items: Iterator[Any], window: int, nbytes: Callable[[Any], int] = lambda result: 0
-    ) -> Iterator[Any]:
+    def in_order(self, items: Iterator[Any], window: int, nbytes: Callable[[Any], int] = lambda result: 0) -> Iterator[Any]:
         """The results of `items`, one job per item, in the order of the items.
 
         At most `window` items are under way or wait for an earlier one, and none is begun while results of `HELD_BYTES` or

@@ -155,9 +155,7 @@ def _is_complete(out_dir: Path, parameters: dict[str, Any], rows: list[dict[str,
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"out_dir {out_dir} holds a foreign {MANIFEST}; allowed: another folder") from error
         if found != parameters:
-            raise ValueError(
-                f"out_dir {out_dir} holds a set made with {found}, not {parameters}; allowed: another folder"
-            )
+            raise ValueError(f"out_dir {out_dir} holds a set made with {found}, not {parameters}; allowed: another folder")
         return all((out_dir / row["file"]).exists() for row in rows)
     expected = {row["file"] for row in rows}
     for path in sorted(out_dir.glob("t*/*.mp4")):

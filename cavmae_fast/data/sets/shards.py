@@ -58,9 +58,7 @@ def index_dtype(num_frames: int) -> np.dtype:
     """A row of the index: shard number, key, where the clip begins in the tar file, and of its members (JSON, FLAC, frames)
     the sizes in bytes and the CRC-32."""
     members = 2 + num_frames
-    return np.dtype(
-        [("shard", "<u4"), ("key", "<u8"), ("offset", "<u8"), ("size", "<u4", members), ("crc", "<u4", members)]
-    )
+    return np.dtype([("shard", "<u4"), ("key", "<u8"), ("offset", "<u8"), ("size", "<u4", members), ("crc", "<u4", members)])
 
 
 def padded(size: Any) -> Any:
