@@ -14,22 +14,23 @@ from cavmae_fast.data.decode.decoder import Reject, UnusableDataError
 from cavmae_fast.data.decode.workers import default_count
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.opening import Clips
-from cavmae_fast.training.metrics import JsonLines
+from cavmae_fast.training.metrics import JsonLines, read_rows
 
 CACHED_CLIPS = 2000
 "Up to this many training clips stay decoded in memory when this process decodes them itself."
 
 
 class RejectList:
-    """`rejects.jsonl`: each clip that cannot be used, once, with the reason. Use as a context manager."""
+    """`rejects.jsonl`: each clip that cannot be used, once, with the reason. What the file holds already counts. Use as a
+    context manager."""
 
     def __init__(self, path: Path) -> None:
+        self._named = {row["path"] for row in read_rows(path)}
         self._lines = JsonLines(path)
-        self._named: set[str] = set()
 
     @property
     def count(self) -> int:
-        return self._lines.count
+        return len(self._named)
 
     def add(self, rejects: Iterable[Reject]) -> None:
         """Writes those that are not yet named."""

@@ -10,6 +10,7 @@ from typing import Any
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.errors import CavmaeError
+from cavmae_fast.training.checkpoint import Saver
 from cavmae_fast.training.readback import Readback
 from cavmae_fast.training.state import RunState
 from cavmae_fast.training.task import Task
@@ -27,7 +28,8 @@ def fit(
     *,
     batches: Callable[[Loader], Iterable[Batch]] = iter,
     log_every: int = 1,
-    stepped: Callable[[Batch], None] = lambda batch: None,
+    stepped: Callable[[], None] = lambda: None,
+    saver: Saver | None = None,
 ) -> None:
     """Trains until `total` steps are taken in all.
 
@@ -42,6 +44,7 @@ def fit(
         batches: gives an epoch's batches from the run's loader, for those who look at them on the way.
         log_every: steps whose numbers are read from the device together; until then rows wait. (On a CPU nothing waits.)
         stepped: called after every step, before its numbers are known.
+        saver: writes checkpoints; the rows of the steps before a checkpoint are recorded before it is written.
 
     Raises:
         TrainingError: a loss or gradient is not finite; rows before it were recorded.
@@ -77,7 +80,10 @@ def fit(
                 }
                 readback.put(note, losses | {"finite": finite})
                 deliver()
-                stepped(batch)
+                stepped()
+                if saver is not None and saver.due(state):
+                    deliver(wait=True)
+                    saver.save(state)
                 if state.step == total:
                     break
     except TrainingError:

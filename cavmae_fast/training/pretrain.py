@@ -20,12 +20,15 @@ from cavmae_fast.data.sets.opening import Clips, open_clips
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
+from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
 from cavmae_fast.training.clips import RejectList, make_loader
 from cavmae_fast.training.figures import loss_curve
 from cavmae_fast.training.fit import fit
-from cavmae_fast.training.metrics import JsonLines
+from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
 from cavmae_fast.training.precision import DTYPES, Precision, choose_dtype, find_device
+from cavmae_fast.training.preemption import Preemption
 from cavmae_fast.training.recipes import PRETRAINING, Recipe
+from cavmae_fast.training.run_folder import RunFolder
 from cavmae_fast.training.state import RunState
 
 LOSSES = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c")
@@ -76,6 +79,14 @@ class PretrainConfig:
     """Steps whose losses are read from the device together; default: 20 on a GPU, which else would wait at every step, and
     1 on a CPU."""
     seed: int = 0
+    save_every: int | None = None
+    """Write a checkpoint every so many steps, too; the same command goes on from the newest one."""
+    save_minutes: float = 10.0
+    """Write a checkpoint when so many minutes have passed since the last one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    overwrite: bool = False
+    """Begin anew in a folder that holds a run, which is removed."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +121,24 @@ class PretrainTask:
         return {"held_out_clips": len(audio), **retrieval_metrics(audio, video)}
 
 
-def resolve(config: PretrainConfig) -> PretrainConfig:
-    """`config` with every default filled in from the system's recipe and the machine. ValueError names a bad value."""
+def resolve(config: PretrainConfig, begun: dict[str, Any] | None = None) -> PretrainConfig:
+    """`config` with every default filled in: from the run that was `begun` in its folder, where one was, else from the
+    system's recipe and the machine. ValueError names a bad value."""
+    if begun is not None and config.dtype == "auto":
+        config = replace(config, dtype=begun.get("dtype", "auto"))  # a second measurement could come out otherwise
     name = ALIASES.get(config.model, config.model)
     if name not in PRESETS:
         raise ValueError(f"--model is {config.model!r}; it must be one of {', '.join([*ALIASES, *PRESETS])}")
-    for option in ("steps", "epochs", "batch_size", "learning_rate", "log_every"):
+    for option in (
+        "steps",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "log_every",
+        "save_every",
+        "save_minutes",
+        "keep_checkpoints",
+    ):
         value = getattr(config, option)
         if value is not None and not value > 0:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0")
@@ -159,32 +182,32 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    config = resolve(config)
+    folder = RunFolder(config.out, config.overwrite)
+    folder.refuse_finished()
+    config = resolve(config, folder.started_with())
     out = config.out
-    out.mkdir(parents=True, exist_ok=True)
     train_clips, held_out = _open_data(config)
+    config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
+    going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
     torch.manual_seed(config.seed)
     model = PRESETS[config.model].create()
     if config.init is not None:
         load_checkpoint(model, config.init)
     model.to(config.device).train()
-    config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
     tqdm.write(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "
         f"{config.dtype}; {len(train_clips)} clips, batch {config.batch_size}, held out {len(held_out)}"
     )
     task = PretrainTask(config.mask_ratio, config.mask_mode, config.mae_loss_weight, config.contrast_loss_weight)
-    for name in ("metrics.jsonl", "rejects.jsonl"):
-        (out / name).unlink(missing_ok=True)  # of an earlier run into this folder
-    with JsonLines(out / "metrics.jsonl") as metrics, RejectList(out / "rejects.jsonl") as rejects:
-        rows = _train(config, task, model, train_clips, metrics, rejects)
+    with RejectList(out / "rejects.jsonl") as rejects:
+        rows = _train(config, task, model, train_clips, folder, going_on, rejects)
         model.save_pretrained(out / "model")
         loss_curve(rows, out / "loss.png")
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
         summary |= _judge(config, task, model, train_clips, held_out, rejects)
         if held_out:
-            metrics.write({"step": len(rows), **summary})
+            with JsonLines(out / "metrics.jsonl") as metrics:
+                metrics.write({"step": len(rows), **summary})
         summary["rejected_clips"] = rejects.count
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -207,9 +230,15 @@ def _precision(config: PretrainConfig) -> Precision:
 
 
 def _train(
-    config: PretrainConfig, task: PretrainTask, model: CAVMAE, clips: Clips, metrics: JsonLines, rejects: RejectList
+    config: PretrainConfig,
+    task: PretrainTask,
+    model: CAVMAE,
+    clips: Clips,
+    folder: RunFolder,
+    going_on: bool,
+    rejects: RejectList,
 ) -> list[dict[str, Any]]:
-    """Trains the model under a progress bar -> the rows that were recorded, one per step."""
+    """Trains the model under a progress bar, from the newest checkpoint on where there is one -> a row per step."""
     from tqdm import tqdm
 
     precision = _precision(config)
@@ -227,8 +256,18 @@ def _train(
     tqdm.write(f"loader {loader.backend}: {choose_backend(config.loader, clips, precision.device)[1]}")
     state = RunState.start(model, recipe_of(config), loader, precision)
     total = config.steps or config.epochs * len(loader)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+    if going_on and (saved := read_newest(folder.checkpoints)) is not None:
+        state.load_state_dict(saved)
+        tqdm.write(f"going on after step {state.step}, the newest checkpoint in {folder.checkpoints}")
+    rows = [row for row in read_rows(folder.metrics) if row["step"] <= state.step and "learning_rate" in row]
+    write_rows(folder.metrics, rows)  # what came after the checkpoint is computed again
+    writer = CheckpointWriter(folder.checkpoints, config.keep_checkpoints, tqdm.write)
+    with (
+        tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True) as bar,
+        JsonLines(folder.metrics) as metrics,
+        Preemption() as preemption,
+    ):
+        saver = Saver(writer, total, config.save_every, config.save_minutes, preemption)
 
         def record(row: dict[str, Any]) -> None:
             rows.append(row)
@@ -240,15 +279,20 @@ def _train(
                 refresh=False,
             )
 
-        fit(
-            task,
-            state,
-            total,
-            record,
-            batches=rejects.watch,
-            log_every=config.log_every,
-            stepped=lambda batch: bar.update(),
-        )
+        try:
+            fit(
+                task,
+                state,
+                total,
+                record,
+                batches=rejects.watch,
+                log_every=config.log_every,
+                stepped=bar.update,
+                saver=saver,
+            )
+        finally:
+            writer.wait()
+    writer.close()
     loader.close()
     return rows
 
