@@ -50,7 +50,7 @@ def main() -> None:
 def _pretrain(config) -> None:
     from cavmae_fast.training.pretrain import pretrain
 
-    summary = _run(lambda: pretrain(config), f"what was measured is in {config.out}")
+    summary = _run(lambda: pretrain(config), "start the same command again to go on from the newest checkpoint")
     print(_closing(config, summary))
 
 
