@@ -26,7 +26,7 @@ def main() -> None:
 
     from cavmae_fast.data.commands.check import CheckConfig
     from cavmae_fast.data.commands.prepare import PrepareConfig
-    from cavmae_fast.training.pretrain import PretrainConfig
+    from cavmae_fast.training.pretrain_config import PretrainConfig
 
     commands = {"pretrain": PretrainConfig, "prepare": PrepareConfig, "check": CheckConfig, "doctor": Doctor}
     command = tyro.extras.subcommand_cli_from_dict(
