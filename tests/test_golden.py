@@ -80,7 +80,9 @@ def held(x: Tensor, want: Tensor) -> Tensor:
 def test_pretraining(name):
     want, metadata = golden.load(name)
     exact, exact_gradients = run(reference, metadata, torch.float64)
-    near, near_gradients = run(reference, metadata, torch.float32)
+    near, gradients = run(reference, metadata, torch.float32)
+    baseline = errors(gradients, exact_gradients)
+    del gradients  # 0.8 GB at the published size
     got, gradients = run(models, metadata, torch.float32)
     for key in EQUAL:
         for outputs in (exact, near, got):
@@ -96,7 +98,7 @@ def test_pretraining(name):
         norm, part = gradient.norm(), want[f"grad.{key}"].flatten()  # of the largest matrices the file holds a part
         assert relative(want[f"gradnorm.{key}"], norm) < NEAR_NORM, key
         assert (gradient.flatten()[: part.numel()] - part).norm() < NEAR_GRADIENT * norm, key
-    assert_as_exact(errors(gradients, exact_gradients), errors(near_gradients, exact_gradients))
+    assert_as_exact(errors(gradients, exact_gradients), baseline)
 
 
 def classify(model: torch.nn.Module, metadata: dict, mode: str, dtype: torch.dtype) -> tuple[Values, Values]:
