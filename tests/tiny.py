@@ -65,6 +65,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of `want`; NaN where either holds one."""
+    """Norm of the difference over the norm of `want`; NaN where either holds one.
+
+    Fixed bounds of 1e-9 to 1e-12 on it, in float64, follow from the arithmetic and from no machine: sums of up to some
+    thousand terms of 1.1e-16 each, through some ten layers that each enlarge an error a few times, stay below 1e-11.
+    """
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
