@@ -360,17 +360,20 @@ def test_nan_weights_reach_the_loss(implementation):
         assert broken(AUDIO, IMGS)[0].isnan(), name
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [
-        "torch",
-        pytest.param("sdpa", marks=pytest.mark.xfail(strict=True, reason="PyTorch's CPU kernel gives 0 for NaN scores")),
-    ],
-)
+def sdpa_hides_nan(part: str) -> bool:
+    """Whether PyTorch's own kernel gives 0 for NaN scores: that depends on the CPU's instructions."""
+    operands = {name: torch.ones(3, 3, 8, 16) for name in "qkv"}
+    operands[part][:, 0, :, 0] = NAN
+    return not bool(torch.nn.functional.scaled_dot_product_attention(*operands.values()).isnan().any())
+
+
+@pytest.mark.parametrize("attention", ["torch", "sdpa"])
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_nan_scores_are_not_hidden(attention, part):
-    """NaN in the projection of the queries or the keys alone, as after a bad step of the optimizer."""
+    """NaN in the projection of the queries or the keys alone, as after a bad step of the optimizer. Our operator shows it
+    on every CPU; the back end that is PyTorch's alone shows it where PyTorch does."""
     broken = models.CAVMAE(**TINY, attention=attention)
     with torch.no_grad():
         broken.blocks_a[0].attn.qkv.weight[0 if part == "q" else 48] = NAN
-    assert broken(AUDIO, IMGS)[0].isnan()
+    hidden = attention == "sdpa" and sdpa_hides_nan(part)
+    assert bool(broken(AUDIO, IMGS)[0].isnan()) == (not hidden)
