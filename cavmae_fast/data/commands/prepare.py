@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cavmae_fast.clip import WINDOW_SECONDS
 from cavmae_fast.data.commands.encoding import EncodeClip
 from cavmae_fast.data.commands.folder import OutputFolder, Part, PrepareError, reject_lines
 from cavmae_fast.data.commands.options import check_ranges
@@ -130,7 +131,7 @@ def _check(config: PrepareConfig) -> Part:
         "size": (1, 4096),
         "quality": (1, 95),
         "shard_clips": (1, 10**6),
-        "seconds": (0.025, 3600),
+        "seconds": (WINDOW_SECONDS, 3600),
         "timeout": (0.1, 86400),
         "workers": (1, 4096),
     }

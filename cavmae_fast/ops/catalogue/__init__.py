@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cavmae_fast.clip import SAMPLE_RATE
 from cavmae_fast.ops.catalogue import calls
 from cavmae_fast.ops.catalogue.case import Case, outputs_of
 from cavmae_fast.ops.layout import StreamLayout
@@ -61,7 +62,7 @@ class Sizes:
     @property
     def samples(self) -> int:
         """Samples of sound."""
-        return int(16000 * self.seconds)
+        return int(SAMPLE_RATE * self.seconds)
 
 
 BASE = Sizes()
