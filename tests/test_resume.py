@@ -133,6 +133,10 @@ def test_another_run_in_the_same_folder(clips, tmp_path):
     assert finish(start(clips, tmp_path, "--steps", 2))[0] == 0
     code, text = finish(start(clips, tmp_path, "--steps", 2))
     assert code == 2 and "holds a finished run; name another folder, or add --overwrite" in text
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for bad, code in ((("--init", "not/there"), 1), (("--mask-ratio", 0), 2)):
+        assert finish(start(clips, tmp_path, "--steps", 2, "--overwrite", *bad))[0] == code
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (tmp_path / "summary.json").unlink()
     code, text = finish(start(clips, tmp_path, "--steps", 3, "--mask-ratio", 0.6))
     assert code == 2 and "mask_ratio 0.5 then, 0.6 now, steps 2 then, 3 now" in text

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.training.preemption import Preempted, Preemption
 from cavmae_fast.training.state import RunState
@@ -98,17 +99,11 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}.pt"
-        part = self.folder / f".{path.name}.part"
         try:
-            with part.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            put_whole(path, lambda file: torch.save(state, file))
             _sync_folder(self.folder)
             self.failure = None
         except Exception as error:
-            part.unlink(missing_ok=True)
             self.failure = f"{path} could not be written: {error}; the checkpoints before it are whole"
             self.report(f"{self.failure}; training goes on")
             return

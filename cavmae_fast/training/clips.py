@@ -73,8 +73,7 @@ def make_loader(
     them by one worker process per core, or as many as `workers` says."""
     from tqdm import tqdm
 
-    chosen, _ = choose_backend(backend, clips, device, spec)
-    few = chosen == "torch" and len(clips) <= CACHED_CLIPS
+    few = choose_backend(backend, clips, device, spec)[0] == "torch" and len(clips) <= CACHED_CLIPS
     if workers is None:
         workers = 0 if few else default_count()
     return Loader(
@@ -82,7 +81,7 @@ def make_loader(
         min(batch_size, len(clips)),
         spec,
         training=training,
-        backend=chosen,
+        backend=backend,
         device=device,
         workers=workers,
         seed=seed,

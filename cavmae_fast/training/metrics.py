@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cavmae_fast.data.sets.shards import write_whole
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, none where it is absent. A last line that was cut off while it was written is left
@@ -23,9 +25,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replaces a JSON-lines file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class JsonLines:
@@ -33,7 +33,6 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.count = 0
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -41,7 +40,6 @@ class JsonLines:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        self.count += 1
 
     def __enter__(self) -> JsonLines:
         return self

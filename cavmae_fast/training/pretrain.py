@@ -6,17 +6,18 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cavmae_fast.data.batches import Batch
-from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.features import image_features
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.sets.opening import Clips, open_clips
+from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
@@ -44,8 +45,10 @@ class PretrainTask:
     contrast_loss_weight: float
 
     def prepare(self, model: CAVMAE) -> None:
-        """The losses in force decide what is trained."""
+        """The losses in force decide what is trained. Raises ValueError when nothing would be left to reconstruct."""
         model.train_losses(reconstruction=self.mae_loss_weight != 0, contrast=self.contrast_loss_weight != 0)
+        if self.mae_loss_weight != 0:
+            model.check_removed(self.mask_ratio, self.mask_ratio)
 
     def losses(self, model: CAVMAE, batch: Batch) -> dict[str, Tensor]:
         """The model's losses, both already weighted, and the share of videos whose own audio ranks first in the batch."""
@@ -75,12 +78,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     from tqdm import tqdm
 
     folder = RunFolder(config.out, config.overwrite)
-    folder.refuse_finished()
-    config = resolve(config, folder.started_with())
-    out = config.out
+    config = resolve(config, folder.unfinished())
     train_clips, held_out = _open_data(config)
     config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
-    going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
     torch.manual_seed(config.seed)
     model = PRESETS[config.model].create()
     if config.init is not None:
@@ -91,17 +91,20 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         f"{config.dtype}; {len(train_clips)} clips, batch {config.batch_size}, held out {len(held_out)}"
     )
     task = PretrainTask(config.mask_ratio, config.mask_mode, config.mae_loss_weight, config.contrast_loss_weight)
-    with RejectList(out / "rejects.jsonl") as rejects:
+    task.prepare(model)
+    # Only now, when options, data and weights have been found good, may an earlier run be removed.
+    going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
+    with RejectList(folder.rejects) as rejects:
         rows = _train(config, task, model, train_clips, folder, going_on, rejects)
-        model.save_pretrained(out / "model")
-        loss_curve(rows, out / "loss.png")
+        model.save_pretrained(folder.model)
+        loss_curve(rows, folder.losses)
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
-        summary |= _judge(config, task, model, train_clips, held_out, rejects)
+        summary |= _judge(config, task, model, train_clips, held_out, rejects, folder.reconstruction)
         if held_out:
-            with JsonLines(out / "metrics.jsonl") as metrics:
+            with JsonLines(folder.metrics) as metrics:
                 metrics.write({"step": len(rows), **summary})
         summary["rejected_clips"] = rejects.count
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -146,11 +149,9 @@ def _train(
     """Trains the model under a progress bar, from the newest checkpoint on where there is one -> a row per step."""
     from tqdm import tqdm
 
-    precision = _precision(config)
-    task.prepare(model)
     loader = _loader(config, clips, model, training=True)
-    tqdm.write(f"loader {loader.backend}: {choose_backend(config.loader, clips, precision.device)[1]}")
-    state = RunState.start(model, recipe_of(config), loader, precision)
+    tqdm.write(f"loader {loader.backend}: {loader.reason}")
+    state = RunState.start(model, recipe_of(config), loader, _precision(config))
     total = config.steps or config.epochs * len(loader)
     if going_on and (saved := read_newest(folder.checkpoints)) is not None:
         state.load_state_dict(saved)
@@ -194,13 +195,18 @@ def _train(
 
 
 def _judge(
-    config: PretrainConfig, task: PretrainTask, model: CAVMAE, train_clips: Clips, held_out: Clips, rejects: RejectList
+    config: PretrainConfig,
+    task: PretrainTask,
+    model: CAVMAE,
+    train_clips: Clips,
+    held_out: Clips,
+    rejects: RejectList,
+    figure: Path,
 ) -> dict[str, Any]:
-    """Draws what the model fills in, on held-out clips where there are some -> the task's metrics on these."""
-    precision = _precision(config)
+    """Draws what the model fills in into `figure`, of held-out clips where there are some -> the task's metrics on these."""
     batches = rejects.watch(_loader(config, held_out or train_clips, model, training=False))
     first = next(batches)
     imgs = image_features(first.image[:4], model.clip_spec.image_mean, model.clip_spec.image_std)
-    with precision.autocast():
-        draw_reconstructions(model, first.audio[:4], imgs, config.mask_ratio, config.out / "reconstruction.png")
+    with _precision(config).autocast():
+        draw_reconstructions(model, first.audio[:4], imgs, config.mask_ratio, figure)
         return task.evaluate(model, itertools.chain([first], batches)) if held_out else {}

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-CONFIG, METRICS, REJECTS, SUMMARY = "config.json", "metrics.jsonl", "rejects.jsonl", "summary.json"
-CHECKPOINTS, MODEL, FIGURES = "checkpoints", "model", ("loss.png", "reconstruction.png")
+from cavmae_fast.data.sets.shards import write_whole
+
 FREE = {"workers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "overwrite", "out"}
 "Options that change no result: a run may go on with others."
 
@@ -18,56 +18,52 @@ class RunFolder:
 
     Args:
         path: the folder, made if absent.
-        overwrite: begin anew, whatever the folder holds. Only files of a run are removed.
+        overwrite: the run that the folder may hold does not count; `begin` removes it, and nothing but files of a run.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path = path
+        self.path, self.overwrite = path, overwrite
+        self.config, self.summary = path / "config.json", path / "summary.json"
+        self.metrics, self.rejects = path / "metrics.jsonl", path / "rejects.jsonl"
+        self.losses, self.reconstruction = path / "loss.png", path / "reconstruction.png"
+        self.checkpoints, self.model = path / "checkpoints", path / "model"
         path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self._clear()
 
     def _clear(self) -> None:
-        for name in (SUMMARY, CONFIG, METRICS, REJECTS, *FIGURES):
-            (self.path / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, MODEL):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        # The summary first: a run whose removal is interrupted is no finished one.
+        for file in (self.summary, self.config, self.metrics, self.rejects, self.losses, self.reconstruction):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.model):
+            shutil.rmtree(folder, ignore_errors=True)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
+    def unfinished(self) -> dict[str, Any] | None:
+        """The configuration of the run that was begun here, to go on with; None where none was, or where it does not count.
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS
-
-    def started_with(self) -> dict[str, Any] | None:
-        """The configuration of the run that was begun here; None where none was. ValueError when it cannot be read."""
-        path = self.path / CONFIG
-        if not path.exists():
+        Raises ValueError when that run is finished, or its configuration cannot be read.
+        """
+        if self.overwrite:
+            return None
+        if self.summary.exists():
+            raise ValueError(f"--out {self.path} holds a finished run; name another folder, or add --overwrite")
+        if not self.config.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            return json.loads(self.config.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({error}); name another --out, or add --overwrite") from error
-
-    def refuse_finished(self) -> None:
-        """ValueError when the run here is finished."""
-        if (self.path / SUMMARY).exists():
-            raise ValueError(f"--out {self.path} holds a finished run; name another folder, or add --overwrite")
+            raise ValueError(f"{self.config} cannot be read ({error}); name another --out, or add --overwrite") from error
 
     def begin(self, config: dict[str, Any]) -> bool:
         """Notes the (JSON-able) configuration of the run that begins here, or finds that it was begun here before.
 
         Returns whether it was. Raises ValueError, listing the differences, when another was.
         """
-        before = self.started_with()
+        before = self.unfinished()
         if before is None:
-            for name in (METRICS, REJECTS):
-                (self.path / name).unlink(missing_ok=True)
-            part = self.path / f".{CONFIG}.part"
-            part.write_text(json.dumps(config, indent=2) + "\n")
-            part.replace(self.path / CONFIG)
+            if self.overwrite:
+                self._clear()
+            for file in (self.metrics, self.rejects):  # what was left without a configuration
+                file.unlink(missing_ok=True)
+            write_whole(self.config, json.dumps(config, indent=2) + "\n")
             return False
         names = (before.keys() | config.keys()) - FREE
         changed = sorted(name for name in names if before.get(name) != config.get(name))
