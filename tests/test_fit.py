@@ -48,6 +48,10 @@ class Numbers:
             yield self.batch_at(self.epoch, self.position - 1)
         self.epoch, self.position = self.epoch + 1, 0
 
+    @property
+    def epoch_done(self) -> bool:
+        return self.position == STEPS_PER_EPOCH
+
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "position": self.position}
 
@@ -92,6 +96,12 @@ def test_every_step_is_recorded():
     assert [row["learning_rate"] for row in rows] == [1e-2] * 4 + [5e-3] * 4 + [2.5e-3] * 2
     assert all(row["half"] == row["loss"] / 2 and row["clips_per_s"] > 0 for row in rows)
     assert state.step == 10
+
+
+def test_the_end_of_an_epoch_is_told_when_its_rows_are_recorded():
+    state, rows, told = start(), [], []
+    fit(Regression(), state, 9, rows.append, log_every=3, epoch_done=lambda epoch: told.append((epoch, len(rows))))
+    assert told == [(0, 4), (1, 8)]
 
 
 @pytest.mark.parametrize("before", [1, 4, 5, 8], ids=lambda n: f"{n}-steps")

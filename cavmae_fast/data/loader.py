@@ -183,7 +183,7 @@ class Loader:
             raise RuntimeError(f"the loader was made in process {self._process}; make it in the process that loops over it")
         self._loops += 1
         loop = self._loops
-        if not self.order.steps(self.position):  # the last loop ended with the epoch's last batch
+        if self.epoch_done:  # the last loop ended with the epoch's last batch
             self._next_epoch()
         from_start, good, rejects = self.position == 0, False, []
         while self.order.steps(self.position):
@@ -227,6 +227,11 @@ class Loader:
             raise
         self.position = min(batch.position + self.order.stride, self.order.clips)
         return batch
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether the last batch of the epoch has been given out."""
+        return not self.order.steps(self.position)
 
     def _next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,9 +69,13 @@ def make_loader(
     device: torch.device,
     workers: int | None,
     seed: int,
+    **options: Any,
 ) -> Loader:
-    """A loader of `clips` for a model that takes `spec`. A few clips are decoded once, by this process, and kept; more of
-    them by one worker process per core, or as many as `workers` says."""
+    """A loader of `clips` for a model that takes `spec`; `options` are further arguments of `Loader`.
+
+    A few clips are decoded once, by this process, and kept; more of them by one worker process per core, or as many as
+    `workers` says.
+    """
     from tqdm import tqdm
 
     few = choose_backend(backend, clips, device, spec)[0] == "torch" and len(clips) <= CACHED_CLIPS
@@ -87,4 +92,5 @@ def make_loader(
         seed=seed,
         keep=training and few and not workers,
         report=tqdm.write,
+        **options,
     )

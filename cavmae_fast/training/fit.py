@@ -29,6 +29,7 @@ def fit(
     batches: Callable[[Loader], Iterable[Batch]] = iter,
     log_every: int = 1,
     stepped: Callable[[], None] = lambda: None,
+    epoch_done: Callable[[int], None] = lambda epoch: None,
     saver: Saver | None = None,
 ) -> None:
     """Trains until `total` steps are taken in all.
@@ -44,6 +45,8 @@ def fit(
         batches: gives an epoch's batches from the run's loader, for those who look at them on the way.
         log_every: steps whose numbers are read from the device together; until then rows wait. (On a CPU nothing waits.)
         stepped: called after every step, before its numbers are known.
+        epoch_done: called with the epoch after its last step, when the rows of all its steps are recorded, and before a
+            checkpoint is written.
         saver: writes checkpoints; the rows of the steps before a checkpoint are recorded before it is written.
 
     Raises:
@@ -81,6 +84,9 @@ def fit(
                 readback.put(note, losses | {"finite": finite})
                 deliver()
                 stepped()
+                if state.loader.epoch_done:
+                    deliver(wait=True)
+                    epoch_done(batch.epoch)
                 if saver is not None and saver.due(state):
                     deliver(wait=True)
                     saver.save(state)

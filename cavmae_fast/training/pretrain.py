@@ -14,23 +14,19 @@ from torch import Tensor
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.features import image_features
-from cavmae_fast.data.loader import Loader
-from cavmae_fast.data.media.synthetic import generate_clips
-from cavmae_fast.data.sets.opening import Clips, open_clips
+from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
-from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
-from cavmae_fast.training.clips import RejectList, make_loader
+from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.figures import loss_curve
-from cavmae_fast.training.fit import fit
-from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
-from cavmae_fast.training.precision import DTYPES, Precision
-from cavmae_fast.training.preemption import Preemption
-from cavmae_fast.training.pretrain_config import PretrainConfig, recipe_of, resolve
+from cavmae_fast.training.metrics import JsonLines
+from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
+from cavmae_fast.training.recipes import PRETRAINING
+from cavmae_fast.training.run import open_data, open_loader, precision_of, train
+from cavmae_fast.training.run_config import recipe_in_force
 from cavmae_fast.training.run_folder import RunFolder
-from cavmae_fast.training.state import RunState
 
 LOSSES = ("loss", "loss_mae", "loss_mae_a", "loss_mae_v", "loss_c")
 
@@ -79,7 +75,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     folder = RunFolder(config.out, config.overwrite)
     config = resolve(config, folder.unfinished())
-    train_clips, held_out = _open_data(config)
+    train_clips, held_out = open_data(config, config.out / "clips")
     config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
     torch.manual_seed(config.seed)
     model = PRESETS[config.model].create()
@@ -95,103 +91,31 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
     going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
     with RejectList(folder.rejects) as rejects:
-        rows = _train(config, task, model, train_clips, folder, going_on, rejects)
+        rows = train(
+            config,
+            task,
+            model,
+            recipe_in_force(config, PRETRAINING[config.model]),
+            open_loader(config, train_clips, model.clip_spec, training=True),
+            folder,
+            rejects,
+            going_on=going_on,
+            describe=_describe,
+        )
         model.save_pretrained(folder.model)
         loss_curve(rows, folder.losses)
         summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
         summary |= _judge(config, task, model, train_clips, held_out, rejects, folder.reconstruction)
         if held_out:
             with JsonLines(folder.metrics) as metrics:
-                metrics.write({"step": len(rows), **summary})
+                metrics.write({"step": len(rows), "final": True, **summary})
         summary["rejected_clips"] = rejects.count
     write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _open_data(config: PretrainConfig) -> tuple[Clips, Clips]:
-    """Training and held-out clips; generated ones where none are named."""
-    from tqdm import tqdm
-
-    if config.data:
-        train_clips, held_out = open_clips(config.data), []
-    else:
-        tqdm.write("no --data: generating clips in which sound and picture are related")
-        train_clips, held_out = map(open_clips, generate_clips(config.out / "clips", seed=0))
-    return train_clips, open_clips(config.eval_data) if config.eval_data else held_out
-
-
-def _precision(config: PretrainConfig) -> Precision:
-    return Precision(torch.device(config.device), DTYPES[config.dtype])
-
-
-def _loader(config: PretrainConfig, clips: Clips, model: CAVMAE, training: bool) -> Loader:
-    return make_loader(
-        clips,
-        config.batch_size,
-        model.clip_spec,
-        training=training,
-        backend=config.loader,
-        device=torch.device(config.device),
-        workers=config.workers,
-        seed=config.seed,
-    )
-
-
-def _train(
-    config: PretrainConfig,
-    task: PretrainTask,
-    model: CAVMAE,
-    clips: Clips,
-    folder: RunFolder,
-    going_on: bool,
-    rejects: RejectList,
-) -> list[dict[str, Any]]:
-    """Trains the model under a progress bar, from the newest checkpoint on where there is one -> a row per step."""
-    from tqdm import tqdm
-
-    loader = _loader(config, clips, model, training=True)
-    tqdm.write(f"loader {loader.backend}: {loader.reason}")
-    state = RunState.start(model, recipe_of(config), loader, _precision(config))
-    total = config.steps or config.epochs * len(loader)
-    if going_on and (saved := read_newest(folder.checkpoints)) is not None:
-        state.load_state_dict(saved)
-        tqdm.write(f"going on after step {state.step}, the newest checkpoint in {folder.checkpoints}")
-    rows = [row for row in read_rows(folder.metrics) if row["step"] <= state.step and "learning_rate" in row]
-    write_rows(folder.metrics, rows)  # what came after the checkpoint is computed again
-    writer = CheckpointWriter(folder.checkpoints, config.keep_checkpoints, tqdm.write)
-    with (
-        tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True) as bar,
-        JsonLines(folder.metrics) as metrics,
-        Preemption() as preemption,
-    ):
-        saver = Saver(writer, total, config.save_every, config.save_minutes, preemption)
-
-        def record(row: dict[str, Any]) -> None:
-            rows.append(row)
-            metrics.write(row)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f} audio {row['loss_mae_a']:.3f} video {row['loss_mae_v']:.3f} "
-                f"contrast {row['loss_c']:.3f} | {row['clips_per_s']:.0f} clips/s, "
-                f"data wait {row['data_wait']:.0%}, rejected {rejects.count}",
-                refresh=False,
-            )
-
-        try:
-            fit(
-                task,
-                state,
-                total,
-                record,
-                batches=rejects.watch,
-                log_every=config.log_every,
-                stepped=bar.update,
-                saver=saver,
-            )
-        finally:
-            writer.wait()
-    writer.close()
-    loader.close()
-    return rows
+def _describe(row: dict[str, Any]) -> str:
+    return f"loss {row['loss']:.3f} audio {row['loss_mae_a']:.3f} video {row['loss_mae_v']:.3f} contrast {row['loss_c']:.3f}"
 
 
 def _judge(
@@ -204,9 +128,9 @@ def _judge(
     figure: Path,
 ) -> dict[str, Any]:
     """Draws what the model fills in into `figure`, of held-out clips where there are some -> the task's metrics on these."""
-    batches = rejects.watch(_loader(config, held_out or train_clips, model, training=False))
+    batches = rejects.watch(open_loader(config, held_out or train_clips, model.clip_spec, training=False))
     first = next(batches)
     imgs = image_features(first.image[:4], model.clip_spec.image_mean, model.clip_spec.image_std)
-    with _precision(config).autocast():
+    with precision_of(config).autocast():
         draw_reconstructions(model, first.audio[:4], imgs, config.mask_ratio, figure)
         return task.evaluate(model, itertools.chain([first], batches)) if held_out else {}

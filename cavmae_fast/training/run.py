@@ -1,0 +1,135 @@
+"""One run in its folder, the same for every task: loaders, checkpoints, rows, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cavmae_fast.clip import ClipSpec
+from cavmae_fast.data.loader import Loader
+from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.sets.opening import Clips, open_clips
+from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
+from cavmae_fast.training.clips import RejectList, make_loader
+from cavmae_fast.training.fit import fit
+from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
+from cavmae_fast.training.precision import DTYPES, Precision
+from cavmae_fast.training.preemption import Preemption
+from cavmae_fast.training.recipes import Recipe
+from cavmae_fast.training.run_config import RunConfig
+from cavmae_fast.training.run_folder import RunFolder
+from cavmae_fast.training.state import RunState
+from cavmae_fast.training.task import Task
+
+
+def open_data(config: RunConfig, generated: Path) -> tuple[Clips, Clips]:
+    """Training and held-out clips; where none are named, clips that are generated in the folder `generated`."""
+    from tqdm import tqdm
+
+    if config.data:
+        train_clips, held_out = open_clips(config.data), []
+    else:
+        tqdm.write("no --data: generating clips in which sound and picture are related")
+        train_clips, held_out = map(open_clips, generate_clips(generated, seed=0))
+    return train_clips, open_clips(config.eval_data) if config.eval_data else held_out
+
+
+def precision_of(config: RunConfig) -> Precision:
+    """Where and in which dtype a run with these (resolved) options computes."""
+    return Precision(torch.device(config.device), DTYPES[config.dtype])
+
+
+def open_loader(config: RunConfig, clips: Clips, spec: ClipSpec, training: bool, **options: Any) -> Loader:
+    """A loader of `clips` as the run's options say; `options` are further arguments of `Loader`."""
+    return make_loader(
+        clips,
+        config.batch_size,
+        spec,
+        training=training,
+        backend=config.loader,
+        device=torch.device(config.device),
+        workers=config.workers,
+        seed=config.seed,
+        **options,
+    )
+
+
+def train(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    recipe: Recipe,
+    loader: Loader,
+    folder: RunFolder,
+    rejects: RejectList,
+    *,
+    going_on: bool,
+    describe: Callable[[dict[str, Any]], str],
+    after_epoch: Callable[[int], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains the model under a progress bar, from the newest checkpoint on where there is one, and closes the loader.
+
+    Args:
+        config: resolved.
+        task, model, recipe: what is trained and how; `task.prepare` has been called.
+        loader: of the training clips.
+        folder, rejects: where things are recorded.
+        going_on: whether the run was begun before.
+        describe: a row's losses, for the progress bar.
+        after_epoch: called with the number of each epoch that is done, from 0, before a checkpoint is due; what it returns
+            is recorded as `{"step", "epoch", "evaluation": {...}}`. It must leave the random state as it was. A run that is
+            killed meanwhile goes on from the checkpoint before.
+
+    Returns:
+        A row per step, in order, those of earlier processes of this run included.
+    """
+    from tqdm import tqdm
+
+    tqdm.write(f"loader {loader.backend}: {loader.reason}")
+    state = RunState.start(model, recipe, loader, precision_of(config))
+    total = config.steps or recipe.epochs * len(loader)
+    if going_on and (saved := read_newest(folder.checkpoints)) is not None:
+        state.load_state_dict(saved)
+        tqdm.write(f"going on after step {state.step}, the newest checkpoint in {folder.checkpoints}")
+    recorded = [row for row in read_rows(folder.metrics) if row["step"] <= state.step and not row.get("final")]
+    write_rows(folder.metrics, recorded)  # what came after the checkpoint is computed again
+    rows = [row for row in recorded if "learning_rate" in row]
+    writer = CheckpointWriter(folder.checkpoints, config.keep_checkpoints, tqdm.write)
+    with (
+        tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True) as bar,
+        JsonLines(folder.metrics) as metrics,
+        Preemption() as preemption,
+    ):
+        saver = Saver(writer, total, config.save_every, config.save_minutes, preemption)
+
+        def record(row: dict[str, Any]) -> None:
+            rows.append(row)
+            metrics.write(row)
+            speed = f"{row['clips_per_s']:.0f} clips/s, data wait {row['data_wait']:.0%}, rejected {rejects.count}"
+            bar.set_postfix_str(f"{describe(row)} | {speed}", refresh=False)
+
+        def epoch_done(epoch: int) -> None:
+            if after_epoch is not None:
+                metrics.write({"step": state.step, "epoch": epoch, "evaluation": after_epoch(epoch)})
+
+        try:
+            fit(
+                task,
+                state,
+                total,
+                record,
+                batches=rejects.watch,
+                log_every=config.log_every,
+                stepped=bar.update,
+                epoch_done=epoch_done,
+                saver=saver,
+            )
+        finally:
+            writer.wait()
+    writer.close()
+    loader.close()
+    return rows
