@@ -1,93 +1,77 @@
-"""The command line: `cavmae-fast pretrain`, `prepare`, `check` and `doctor`. Nothing computes here.
+"""The command line: `cavmae-fast <command>`. Nothing computes here; `COMMANDS` says what does.
 
 Exit codes: 0 done, 1 the job failed, 2 wrong usage (an option, a file that is not there); 130 interrupted.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from cavmae_fast.data.commands.check import CheckConfig
-    from cavmae_fast.data.commands.prepare import PrepareConfig, Unfinished
+from typing import Any, NamedTuple, NoReturn
 
 
-@dataclass(frozen=True)
-class Doctor:
-    """Report device, versions, and which implementation each operator uses here, and why."""
+class Command(NamedTuple):
+    """One command. Names are `module:name` within the package and are imported when they are needed: all configurations for
+    `--help`, the rest only by the command that runs."""
+
+    config: str
+    "The dataclass of its options; its docstring is the help."
+    job: str
+    "Called with the configuration; returns the result."
+    closing: str = ""
+    "Called with the configuration and the result; returns the text that is printed. Without it the result is printed."
+    interrupted: str = "nothing was written"
+    "What is so when the user stopped it."
+    passed: Callable[[Any], bool] = lambda result: True
+    "Whether the result is a success; exit code 1 where it is none."
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "training.pretrain_config:PretrainConfig",
+        "training.pretrain:pretrain",
+        "training.closing:pretrained",
+        "start the same command again to go on from the newest checkpoint",
+    ),
+    "prepare": Command(
+        "data.commands.prepare:PrepareConfig",
+        "data.commands.prepare:prepare",
+        "data.commands.closing:prepared",
+        "finished shards are whole; start the same command again to go on",
+    ),
+    "check": Command(
+        "data.commands.check:CheckConfig",
+        "data.commands.check:check",
+        "data.commands.closing:checked",
+        passed=lambda report: report["ok"],
+    ),
+    "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
+}
 
 
 def main() -> None:
     """Entry point of the `cavmae-fast` program."""
     import tyro
 
-    from cavmae_fast.data.commands.check import CheckConfig
-    from cavmae_fast.data.commands.prepare import PrepareConfig
-    from cavmae_fast.training.pretrain_config import PretrainConfig
-
-    commands = {"pretrain": PretrainConfig, "prepare": PrepareConfig, "check": CheckConfig, "doctor": Doctor}
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands,
+    configs = {name: _load(command.config) for name, command in COMMANDS.items()}
+    config = tyro.extras.subcommand_cli_from_dict(
+        configs,
         prog="cavmae-fast",
         config=(tyro.conf.PositionalRequiredArgs,),
         description="Audio-visual masked autoencoders: from video files to trained models.",
     )
-    if isinstance(command, Doctor):
-        from cavmae_fast.doctor import render
-
-        print(render())
-    elif isinstance(command, PrepareConfig):
-        _prepare(command)
-    elif isinstance(command, CheckConfig):
-        _check(command)
-    else:
-        _pretrain(command)
+    command = next(COMMANDS[name] for name, kind in configs.items() if type(config) is kind)
+    job = _load(command.job)
+    result = _run(lambda: job(config), command.interrupted)
+    print(_load(command.closing)(config, result) if command.closing else result)
+    sys.exit(0 if command.passed(result) else 1)
 
 
-def _pretrain(config) -> None:
-    from cavmae_fast.training.pretrain import pretrain
-
-    summary = _run(lambda: pretrain(config), "start the same command again to go on from the newest checkpoint")
-    print(_closing(config, summary))
-
-
-def _prepare(config: PrepareConfig) -> None:
-    from cavmae_fast.data.commands.prepare import Unfinished, prepare
-
-    result = _run(lambda: prepare(config), "finished shards are whole; start the same command again to go on")
-    print(_part_done(result) if isinstance(result, Unfinished) else _all_prepared(config, result))
-
-
-def _part_done(result: Unfinished) -> str:
-    """What is there, what is missing, and what to run."""
-    named = [f"--part {part}" for part in result.parts[:8]] + ["..."] * (len(result.parts) > 8)
-    return (
-        f"part {result.part} is done ({result.own} shards), but {len(result.missing)} of all {result.total} shards are "
-        f"missing: {', '.join(named)}\n"
-        "next:  let these parts end, and the last one writes the index; or run the same command without --part, when no "
-        "part is running, to make what is missing"
-    )
-
-
-def _all_prepared(config: PrepareConfig, manifest: dict) -> str:
-    megabytes = manifest["bytes"] / 1e6
-    lines = [f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {megabytes:,.1f} MB: {config.out}"]
-    if manifest["rejects"]:
-        lines.append(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
-    lines.append(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")
-    return "\n".join(lines)
-
-
-def _check(config: CheckConfig) -> None:
-    from cavmae_fast.data.commands.check import check
-    from cavmae_fast.data.commands.rendering import render
-
-    report = _run(lambda: check(config), "nothing was written")
-    print(render(report))
-    sys.exit(0 if report["ok"] else 1)
+def _load(place: str) -> Any:
+    """What `module:name` names within the package."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"cavmae_fast.{module}"), name)
 
 
 def _run(job: Callable[[], Any], interrupted: str) -> Any:
@@ -109,36 +93,3 @@ def _run(job: Callable[[], Any], interrupted: str) -> Any:
 def _stop(code: int, message: str) -> NoReturn:
     print(f"cavmae-fast: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _closing(config, summary: dict) -> str:
-    """What was reached, where it lies, and what to run next."""
-    out = config.out
-    lines = [
-        f"{summary['steps']} steps, loss {summary['loss']:.3f} (audio {summary['loss_mae_a']:.3f}, "
-        f"video {summary['loss_mae_v']:.3f}, contrastive {summary['loss_c']:.3f}), {summary['clips_per_s']:.1f} clips/s"
-    ]
-    if summary["rejected_clips"]:
-        lines.append(f"{summary['rejected_clips']} clips could not be used: see {out / 'rejects.jsonl'}")
-    if "A->V R@1" in summary:
-        count, chance = summary["held_out_clips"], summary["chance R@1"]
-        lines.append(f"retrieval among {count} held-out clips (chance R@1 {chance:.1f} %):")
-        for way in ("A->V", "V->A"):
-            recalls = ", ".join(f"R@{k} {summary[f'{way} R@{k}']:.1f} %" for k in (1, 5, 10))
-            lines.append(f"  {way}  {recalls}, median rank {summary[f'{way} median rank']:g}")
-    else:
-        lines.append("retrieval was not evaluated: name held-out clips with --eval-data")
-    lines.append(f"checkpoint      {out / 'model'}   (cavmae_fast.CAVMAE.from_pretrained)")
-    for name, what in (
-        ("metrics.jsonl", "metrics"),
-        ("loss.png", "losses"),
-        ("reconstruction.png", "reconstruction"),
-        ("summary.json", "summary"),
-        ("rejects.jsonl", "rejected clips"),
-    ):
-        lines.append(f"{what:<16}{out / name}")
-    if config.data:
-        lines.append(f"next: train on, from this checkpoint, with --init {out / 'model'}")
-    else:
-        lines.append("next: your own clips, at full size:  cavmae-fast pretrain --data DIR --model base --steps 3")
-    return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +26,16 @@ OPTIONAL = {
 
 TRITON_OF_TORCH = {"2.11": "3.6.0", "2.12": "3.7.0", "2.13": "3.7.1"}
 "The tested releases of torch, and the Triton that PyPI's CUDA build of each requires (docs/support.md)."
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Report device, versions, and which implementation each operator uses here, and why."""
+
+
+def examine(config: DoctorConfig) -> str:
+    """The report as text: the job of the command."""
+    return render()
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
