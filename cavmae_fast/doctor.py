@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from cavmae_fast.models.precision import choose_dtype
 from cavmae_fast.ops import dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
-from cavmae_fast.training.precision import choose_dtype
 
 OPTIONAL = {
     "flash-attn": "attention back end flash_attn",

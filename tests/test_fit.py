@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast import compat
-from cavmae_fast.models import PRESETS
-from cavmae_fast.training import precision
+from cavmae_fast.models import PRESETS, precision
+from cavmae_fast.models.precision import Precision, choose_dtype, find_device
 from cavmae_fast.training.fit import TrainingError, fit
-from cavmae_fast.training.precision import Precision, choose_dtype, find_device
 from cavmae_fast.training.readback import Readback
 from cavmae_fast.training.recipes import PRETRAINING, Recipe, StepDecay
 from cavmae_fast.training.state import RunState

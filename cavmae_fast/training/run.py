@@ -13,11 +13,11 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.sets.opening import Clips, open_clips
+from cavmae_fast.models.precision import DTYPES, Precision
 from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
 from cavmae_fast.training.clips import RejectList, make_loader
 from cavmae_fast.training.fit import fit
 from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
-from cavmae_fast.training.precision import DTYPES, Precision
 from cavmae_fast.training.preemption import Preemption
 from cavmae_fast.training.recipes import Recipe
 from cavmae_fast.training.run_config import RunConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cavmae_fast.training.precision import choose_dtype, find_device
+from cavmae_fast.models.precision import choose_dtype, find_device
 from cavmae_fast.training.recipes import Recipe
 
 LOG_EVERY_ON_GPU = 20

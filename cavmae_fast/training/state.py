@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cavmae_fast import compat
 from cavmae_fast.data.loader import Loader
-from cavmae_fast.training.precision import Precision
+from cavmae_fast.models.precision import Precision
 from cavmae_fast.training.recipes import Recipe
 
 

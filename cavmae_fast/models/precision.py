@@ -1,4 +1,4 @@
-"""Where a run computes, and in which dtype its matrix products run."""
+"""Where a model computes, and in which dtype its matrix products run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAIN = 1.25
 
 @dataclass(frozen=True)
 class Precision:
-    """The device of a run and the dtype of its matrix products; parameters and statistics stay in float32."""
+    """The device of a model and the dtype of its matrix products; parameters and statistics stay in float32."""
 
     device: torch.device
     dtype: torch.dtype
