@@ -37,9 +37,7 @@ def average_states(paths: Sequence[Path]) -> dict[str, Tensor]:
             if value.is_floating_point():
                 total[name] += value
             elif not torch.equal(value, first[name]):
-                raise CheckpointError(
-                    f"checkpoint {path} does not fit {paths[0]}: {name} is no number to average and differs"
-                )
+                raise CheckpointError(f"checkpoint {path} does not fit {paths[0]}: {name} differs and is no float")
     return {
         name: (value / len(paths)).to(first[name].dtype) if value.is_floating_point() else value
         for name, value in total.items()
