@@ -15,7 +15,8 @@ from cavmae_fast.models import PRESETS, precision
 from cavmae_fast.models.precision import Precision, choose_dtype, find_device
 from cavmae_fast.training.fit import TrainingError, fit
 from cavmae_fast.training.readback import Readback
-from cavmae_fast.training.recipes import PRETRAINING, Recipe, StepDecay
+from cavmae_fast.training.recipes import PRETRAINING, Recipe
+from cavmae_fast.training.schedules import StepDecay
 from cavmae_fast.training.state import RunState
 
 STEPS_PER_EPOCH = 4

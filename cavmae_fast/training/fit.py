@@ -66,7 +66,7 @@ def fit(
     try:
         while state.step < total:
             for batch in batches(state.loader):
-                state.set_epoch(batch.epoch)
+                state.set_learning_rate(batch.epoch, total)
                 with state.precision.autocast():
                     losses = task.losses(state.model, batch)
                 finite = state.update(losses["loss"])

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-
-@dataclass(frozen=True)
-class StepDecay:
-    """The learning rate is multiplied by `factor` at epoch `start` and after every `every` epochs from there, up to `end`.
-
-    A function of the epoch alone, without a state: a run goes on from any step with the learning rate that belongs there.
-    """
-
-    start: int
-    every: int
-    end: int
-    factor: float = 0.5
-
-    def scale(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in `epoch`, from 0."""
-        passed = sum(milestone <= epoch for milestone in range(self.start, self.end + 1, self.every))
-        return self.factor**passed
+from cavmae_fast.training.schedules import Schedule, StepDecay
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a system is optimized: Adam with L2 regularization, fused, and a decay by epochs."""
+    """How a system is optimized. The defaults are those of the published code: Adam with L2 regularization, and no more."""
 
     learning_rate: float
     batch_size: int
     "Clips per step, of all ranks together."
     epochs: int
-    schedule: StepDecay
+    schedule: Schedule
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 5e-7
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Adam over those of `parameters` that are trained."""
-        trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.Adam(trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+    optimizer: str = "adam"
+    "One of `optimizers.OPTIMIZERS`."
+    head_lr_factor: float = 1.0
+    "What the learning rate of a classifier's head is multiplied by."
+    layer_decay: float = 1.0
+    "What the learning rate is multiplied by for each layer that a parameter lies below the top; 1: all learn alike."
+    clip_grad: float = 0.0
+    "Gradients are scaled down to this norm, of all of them together; 0: they are not."
+    ema: float = 0.0
+    "Decay of the moving average of the weights, which is evaluated and exported in their place; 0: there is none."
+    drop_path: float = 0.0
+    "Chance that a clip leaves out a branch of the last block, less in the blocks before; 0: none is left out."
+    accumulate: int = 1
+    "Parts that a batch is computed in, one after the other, for the gradients of the whole batch."
 
 
 def _published(learning_rate: float, batch_size: int) -> Recipe:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cavmae_fast.models.precision import choose_dtype, find_device
 from cavmae_fast.training.recipes import Recipe
+from cavmae_fast.training.schedule_options import schedule_in_force, schedule_options
 
 LOG_EVERY_ON_GPU = 20
 
@@ -45,6 +47,43 @@ class RunConfig:
     """Steps whose losses are read from the device together; default: 20 on a GPU, which else would wait at every step, and
     1 on a CPU."""
     seed: int = 0
+    optimizer: Literal["adam", "adamw", "fused-adam"] | None = None
+    """adam (published: L2 regularization), adamw, or fused-adam of NVIDIA's apex; default: the recipe's."""
+    betas: tuple[float, float] | None = None
+    """Of the optimizer; default: the recipe's."""
+    weight_decay: float | None = None
+    """Default: the recipe's."""
+    schedule: Literal["step", "cosine", "constant"] | None = None
+    """How the learning rate falls: by --decay-factor at epochs, along a cosine, or not at all; default: the recipe's."""
+    decay_start: int | None = None
+    """First epoch, from 0, with a smaller learning rate, for --schedule step; default: the recipe's."""
+    decay_every: int | None = None
+    """Epochs from one fall of the learning rate to the next, for --schedule step; default: the recipe's."""
+    decay_factor: float | None = None
+    """What the learning rate is multiplied by at each fall, for --schedule step; default: the recipe's, else 0.5."""
+    end_factor: float | None = None
+    """Share of the learning rate that is left at the end, for --schedule cosine; default: the recipe's, else 0."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises from 0; default: the recipe's."""
+    head_lr_factor: float | None = None
+    """What the learning rate of a classifier's head is multiplied by; default: the recipe's."""
+    layer_decay: float | None = None
+    """What the learning rate is multiplied by for each layer below the top; 1: all learn alike. Default: the recipe's."""
+    clip_grad: float | None = None
+    """Scale gradients down to this norm; 0: not. Default: the recipe's."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is evaluated and exported; 0: none. Default: the recipe's."""
+    drop_path: float | None = None
+    """Chance that a clip leaves out a branch of the last block, less in blocks before; 0: none. Default: the recipe's."""
+    accumulate: int | None = None
+    """Compute a batch in so many parts, which takes less memory and gives the whole batch's gradients. Default: the
+    recipe's."""
+    compile: bool = False
+    """Compile the model with torch.compile, which takes minutes at the start."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole step as a CUDA graph; auto: where it computes what the step without one computes."""
+    max_skipped: int = 5
+    """End the run when so many steps in a row were skipped, because a loss or gradient was not finite."""
     save_every: int | None = None
     """Write a checkpoint every so many steps, too; the same command goes on from the newest one."""
     save_minutes: float = 10.0
@@ -57,37 +96,73 @@ class RunConfig:
 
 Config = TypeVar("Config", bound=RunConfig)
 
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        (
+            "steps",
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "log_every",
+            "save_every",
+            "save_minutes",
+            "keep_checkpoints",
+            "decay_every",
+            "decay_factor",
+            "head_lr_factor",
+            "accumulate",
+            "max_skipped",
+        ),
+        (lambda value: value > 0, "above 0"),
+    ),
+    **dict.fromkeys(("weight_decay", "decay_start", "warmup_steps", "clip_grad"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(("ema", "drop_path"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
+    "layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "end_factor": (lambda value: 0 <= value <= 1, "in 0 to 1"),
+    "betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers, each at least 0 and below 1"),
+}
+"Which values an option may have, and in words."
+_OF_RECIPE = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "optimizer",
+    "betas",
+    "weight_decay",
+    "head_lr_factor",
+    "layer_decay",
+    "clip_grad",
+    "ema",
+    "drop_path",
+    "accumulate",
+)
+"The options that are named like the recipe's fields."
+
 
 def resolve_run(config: Config, recipe: Recipe, begun: dict[str, Any] | None = None) -> Config:
     """`config` with the defaults of the shared options filled in: from the run that was `begun` in its folder, where one
     was, else from the recipe and the machine. ValueError names a bad value."""
     if begun is not None and config.dtype == "auto":
         config = replace(config, dtype=begun.get("dtype", "auto"))  # a second measurement could come out otherwise
-    for option in (
-        "steps",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "log_every",
-        "save_every",
-        "save_minutes",
-        "keep_checkpoints",
-    ):
+    for option, (allowed, words) in _RANGES.items():
         value = getattr(config, option)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0")
+        if value is not None and not allowed(value):
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be {words}")
     device = find_device(config.device)
-    defaults = {
-        "epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
-        "log_every": LOG_EVERY_ON_GPU if device.type == "cuda" else 1,
-    }
+    defaults = {option: getattr(recipe, option) for option in _OF_RECIPE}
+    defaults |= schedule_options(config, recipe.schedule)
+    defaults["log_every"] = LOG_EVERY_ON_GPU if device.type == "cuda" else 1
     chosen = {option: value for option, value in defaults.items() if getattr(config, option) is None}
     dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
-    return replace(config, device=str(device), dtype=dtype, **chosen)
+    config = replace(config, device=str(device), dtype=dtype, **chosen)
+    if config.accumulate > config.batch_size:
+        raise ValueError(
+            f"--accumulate is {config.accumulate}; it must be at most the batch size, which is {config.batch_size}"
+        )
+    return config
 
 
 def recipe_in_force(config: RunConfig, recipe: Recipe) -> Recipe:
     """`recipe` with what the (resolved) configuration changes."""
-    return replace(recipe, learning_rate=config.learning_rate, batch_size=config.batch_size, epochs=config.epochs)
+    schedule = schedule_in_force(config, recipe.schedule)
+    return replace(recipe, schedule=schedule, **{option: getattr(config, option) for option in _OF_RECIPE})

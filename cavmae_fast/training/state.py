@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cavmae_fast import compat
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.models.precision import Precision
+from cavmae_fast.training.optimizers import make_optimizer
 from cavmae_fast.training.recipes import Recipe
 
 
@@ -26,6 +27,7 @@ class RunState:
         precision: device and dtype.
         optimizer, scaler: made by `start`.
         step: steps taken.
+        learning_rate: of the last step, where nothing has a learning rate of its own.
     """
 
     model: nn.Module
@@ -35,20 +37,18 @@ class RunState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
+    learning_rate: float = 0.0
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, loader: Loader, precision: Precision) -> RunState:
         """A run before its first step."""
-        return cls(model, recipe, loader, precision, recipe.optimizer(model.parameters()), precision.scaler())
+        return cls(model, recipe, loader, precision, make_optimizer(recipe, model), precision.scaler())
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the learning rate that belongs to `epoch`."""
+    def set_learning_rate(self, epoch: int, total: int) -> None:
+        """Sets what belongs to the next step, in `epoch`, of `total` steps."""
+        self.learning_rate = self.recipe.learning_rate * self.recipe.schedule.scale(epoch, self.step, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * self.recipe.schedule.scale(epoch)
+            group["lr"] = self.learning_rate * group["scale"]
 
     def update(self, loss: Tensor) -> Tensor:
         """Backward and one step of the optimizer; returns whether loss and gradients were finite, a scalar on the device.
@@ -87,7 +87,10 @@ class RunState:
         """Goes on from where `state_dict` was taken. ValueError when the data or the order is another."""
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
+        scales = [group["scale"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, scale in zip(self.optimizer.param_groups, scales):  # not in checkpoints of earlier versions
+            group["scale"] = scale
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if "cuda" in state["random"]:

@@ -1,0 +1,85 @@
+"""The optimizer of a recipe: which parameters learn how fast, and who updates them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from cavmae_fast.errors import CavmaeError
+from cavmae_fast.training.recipes import Recipe
+
+OPTIMIZERS = ("adam", "adamw", "fused-adam")
+HEAD = "mlp_head."
+"How the names of a classifier's head begin."
+_FIRST = re.compile(r"patch_embed_|pos_embed_|modality_")
+_BLOCK = re.compile(r"blocks_([avu])\.(\d+)\.")
+
+
+class OptimizerError(CavmaeError, RuntimeError):
+    """An optimizer that is asked for by name and is not there; the message says what to install."""
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `recipe` names, over those parameters of `model` that are trained.
+
+    Its groups carry `scale`, what the recipe's learning rate is multiplied by for them, besides the schedule.
+
+    'adam' and 'adamw' are PyTorch's, fused: Adam with L2 regularization, as published, or with decoupled weight decay.
+    'fused-adam' is FusedAdam of NVIDIA's apex, with L2 regularization: the same update as 'adam'.
+
+    Raises:
+        OptimizerError: apex is asked for and not installed.
+    """
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    groups = parameter_groups(recipe, model)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True, **options)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if recipe.optimizer == "fused-adam":
+        return _apex()(groups, adam_w_mode=False, **options)
+    raise ValueError(f"the recipe's optimizer is {recipe.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+
+
+def _apex() -> type[torch.optim.Optimizer]:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise OptimizerError(
+            "--optimizer is fused-adam, but NVIDIA's apex is not installed; build it from https://github.com/NVIDIA/apex "
+            "(the PyPI package apex is another project), or take --optimizer adam, which is fused, too"
+        ) from error
+    return FusedAdam
+
+
+def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
+    """Those parameters of `model` that are trained, in its order, in groups of one learning rate each: `params`, `scale`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    last = layers(model) + 1
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = recipe.head_lr_factor if name.startswith(HEAD) else 1.0
+            groups.setdefault(scale * recipe.layer_decay ** (last - layer_of(name, model)), []).append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in groups.items()]
+
+
+def layers(model: nn.Module) -> int:
+    """Blocks that a token passes in the encoder of `model`: modality-specific ones, then shared ones; 0 for other models."""
+    return sum(len(getattr(model, stack, ())) for stack in ("blocks_a", "blocks_u"))
+
+
+def layer_of(name: str, model: nn.Module) -> int:
+    """The depth of a parameter: 0 before the first block, 1 in it, ..., `layers(model) + 1` behind the last.
+
+    Layer-wise decay multiplies the learning rate once for each layer that a parameter lies below the top (BEiT, MAE). What
+    follows the encoder (final norms, decoder, head) is the top. The shared blocks follow the modality-specific ones.
+    """
+    if _FIRST.match(name):
+        return 0
+    if found := _BLOCK.match(name):
+        below = len(model.blocks_a) if found[1] == "u" else 0
+        return below + int(found[2]) + 1
+    return layers(model) + 1
