@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.errors import CavmaeError
+from cavmae_fast.models import hub
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PRETRAINED_TO_FINE_TUNED = {
@@ -121,7 +123,8 @@ def _patterns(allow: str | Iterable[str]) -> list[str]:
 
 
 class Pretrained:
-    """`save_pretrained` and `from_pretrained`: a folder with `config.json` and `model.safetensors`."""
+    """`save_pretrained`, `push_to_hub` and `from_pretrained`: a folder, or a repository of the Hugging Face Hub, with
+    `config.json` and `model.safetensors`."""
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes constructor arguments and weights into `folder` (made if absent). Files that are there are replaced only
@@ -143,10 +146,46 @@ class Pretrained:
                 path.unlink(missing_ok=True)
         return folder
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Writes what `save_pretrained` writes into the Hugging Face repository `org/name`, which is made where there is
+        none, in one commit; returns the commit's address. Needs huggingface_hub. Raises HubError."""
+        message = commit_message or f"{type(self).__name__} of cavmae_fast"
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(Path(folder), repository, private=private, revision=revision, token=token, message=message)
+
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **overrides: Any) -> Self:
-        """Builds the model that `save_pretrained` wrote into `folder`. `overrides` change constructor arguments, such as
-        `attention`. Raises CheckpointError naming what is missing, of another class, or does not fit."""
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Builds the model that `save_pretrained` wrote into `folder`, or `push_to_hub` into a repository `org/name`.
+
+        Args:
+            folder: where there is no such folder, `org/name` is a repository of the Hugging Face Hub.
+            revision, token, local_files_only: of that repository, as huggingface_hub takes them.
+            overrides: constructor arguments to change, such as `attention`.
+
+        Raises:
+            CheckpointError: names what is missing, of another class, or does not fit.
+            HubError: the repository cannot be read.
+        """
+        if hub.names_repository(folder):
+            files = (CONFIG_FILE, WEIGHTS_FILE)
+            folder = hub.download(folder, files, revision=revision, token=token, local_files_only=local_files_only)
         path = Path(folder) / CONFIG_FILE
         config = _read_config(path)
         name = config.pop("class", None)
