@@ -9,7 +9,7 @@ Programs, run from a checkout:
     python benchmarks/render.py         tables from the records
     pytest benchmarks/bench_operators.py --benchmark-only -p benchmark
 
-What they share: `common` (devices, provenance, files), `timing` (clocks, ceilings of the machine), `flops` (operations of a
-step). The calls of operators that are timed and proven are those of `cavmae_fast.ops.catalogue`; the rule by which they are
+What they share: `common` (devices, provenance, files), `timing` (clocks, ceilings of the machine). The calls of
+operators that are timed and proven are those of `cavmae_fast.ops.catalogue`; the rule by which they are
 right is that of `cavmae_fast.ops.parity`. Records and tables: results/<device>/.
 """

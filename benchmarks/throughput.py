@@ -37,10 +37,10 @@ from benchmarks.common import (
     provenance,
     write_json,
 )
-from benchmarks.flops import step_flops
 from benchmarks.render import step_table
 from benchmarks.timing import ceilings, elapsed, spin, summary, synchronize
 from cavmae_fast.models import CAVMAE
+from cavmae_fast.models.flops import step_flops
 from cavmae_fast.ops import dispatch
 from cavmae_fast.reference import cavmae as reference
 

@@ -46,6 +46,7 @@ COMMANDS = {
         "data.commands.closing:checked",
         passed=lambda report: report["ok"],
     ),
+    "runs": Command("training.runs:RunsConfig", "training.runs:list_runs", "training.runs:render"),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }
 
@@ -55,9 +56,13 @@ def main() -> None:
     import tyro
 
     configs = {name: _load(command.config) for name, command in COMMANDS.items()}
+    arguments = sys.argv[1:]
+    if arguments and (kind := configs.get(arguments[0])) is not None and "config" in kind.__dataclass_fields__:
+        arguments[1:] = _run(lambda: _load("training.config_file:expand")(arguments[1:], kind), "nothing was done")
     config = tyro.extras.subcommand_cli_from_dict(
         configs,
         prog="cavmae-fast",
+        args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
         description="Audio-visual masked autoencoders: from video files to trained models.",
     )

@@ -13,9 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, flops, gpu_suite, prove, render, throughput, timing
+from benchmarks import common, data, data_contenders, gpu_suite, prove, render, throughput, timing
 from benchmarks.suite import parity, proof
 from benchmarks.suite.report import Options, Report
+from cavmae_fast.models import flops
 from cavmae_fast.ops import catalogue, configuration
 from cavmae_fast.reference.cavmae import CAVMAE
 

@@ -78,3 +78,20 @@ def product_seconds() -> tuple[float, float]:
             F.linear(x, x)
             best[dtype] = min(best[dtype], time.perf_counter() - begin)
     return best[torch.bfloat16], best[torch.float32]
+
+
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of one large matrix product, measured (the best of a few): what a step can be compared with."""
+    side = 8192 if device.type == "cuda" else 1024
+    x = torch.ones(side, side, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(6):  # the first ones choose and load a kernel
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        F.linear(x, x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best

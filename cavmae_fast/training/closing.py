@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from cavmae_fast.training.dry_run import DryRun
 from cavmae_fast.training.pretrain_config import PretrainConfig
 
 
-def pretrained(config: PretrainConfig, summary: dict[str, Any]) -> str:
-    """The text after a pretraining run with this summary."""
+def pretrained(config: PretrainConfig, summary: dict[str, Any] | DryRun) -> str:
+    """The text after a pretraining run with this summary, or after a dry run."""
+    if isinstance(summary, DryRun):
+        return summary.render()
     out = config.out
     lines = [
         f"{summary['steps']} steps, loss {summary['loss']:.3f} (audio {summary['loss_mae_a']:.3f}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
+from cavmae_fast.models.flops import forward_macs
 from cavmae_fast.training.clips import RejectList
+from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.figures import loss_curve
 from cavmae_fast.training.metrics import JsonLines
 from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
@@ -59,35 +62,30 @@ class PretrainTask:
         )
         return {name: getattr(output, name) for name in (*LOSSES, "c_acc")}
 
+    def step_flops(self, model: CAVMAE) -> float:
+        """As the fast model computes it; what a loss of weight 0 would need is not computed."""
+        losses = {"reconstruction": self.mae_loss_weight != 0, "contrast": self.contrast_loss_weight != 0}
+        return 6 * sum(forward_macs(model, self.mask_ratio, self.mask_ratio, **losses).values())
+
     def evaluate(self, model: CAVMAE, batches: Iterable[Batch]) -> dict[str, float]:
         """`held_out_clips`, and recall and median rank of retrieval in both directions."""
         audio, video = embed(model, ((batch.audio, batch.image) for batch in batches))
         return {"held_out_clips": len(audio), **retrieval_metrics(audio, video)}
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Runs the whole job and returns the summary that is also written to `summary.json`.
+def pretrain(config: PretrainConfig) -> dict[str, Any] | DryRun:
+    """Runs the whole job and returns the summary that is also written to `summary.json`; or what it would take, if that is
+    all that is asked for.
 
     Raises ValueError for a bad option, MediaError (a ValueError) naming the file when no clip can be used, TrainingError
     when a loss is not finite, CheckpointError for `init`.
     """
-    from tqdm import tqdm
-
+    if config.dry_run:
+        return _dry_run(config)
     folder = RunFolder(config.out, config.overwrite)
     config = resolve(config, folder.unfinished())
     train_clips, held_out = open_data(config, config.out / "clips")
-    config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
-    torch.manual_seed(config.seed)
-    model = PRESETS[config.model].create()
-    if config.init is not None:
-        load_checkpoint(model, config.init)
-    model.to(config.device).train()
-    tqdm.write(
-        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "
-        f"{config.dtype}; {len(train_clips)} clips, batch {config.batch_size}, held out {len(held_out)}"
-    )
-    task = PretrainTask(config.mask_ratio, config.mask_mode, config.mae_loss_weight, config.contrast_loss_weight)
-    task.prepare(model)
+    config, task, model = _prepared(config, train_clips, held_out)
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
     going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
     with RejectList(folder.rejects) as rejects:
@@ -112,6 +110,35 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         summary["rejected_clips"] = rejects.count
     write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _prepared(config: PretrainConfig, train_clips: Clips, held_out: Clips) -> tuple[PretrainConfig, PretrainTask, CAVMAE]:
+    """The model with its weights, on its device, and what it is trained for; no batch is larger than the data."""
+    from tqdm import tqdm
+
+    config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
+    torch.manual_seed(config.seed)
+    model = PRESETS[config.model].create()
+    if config.init is not None:
+        load_checkpoint(model, config.init)
+    model.to(config.device).train()
+    tqdm.write(
+        f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "
+        f"{config.dtype}; {len(train_clips)} clips, batch {config.batch_size}, held out {len(held_out)}"
+    )
+    task = PretrainTask(config.mask_ratio, config.mask_mode, config.mae_loss_weight, config.contrast_loss_weight)
+    task.prepare(model)
+    return config, task, model
+
+
+def _dry_run(config: PretrainConfig) -> DryRun:
+    """What the run would take; clips that have to be generated for it are removed again."""
+    with tempfile.TemporaryDirectory() as generated:
+        config = resolve(config)
+        train_clips, held_out = open_data(config, Path(generated))
+        config, task, model = _prepared(config, train_clips, held_out)
+        loader = open_loader(config, train_clips, model.clip_spec, training=True)
+        return dry_run(config, task, model, loader, precision_of(config), config.epochs)
 
 
 def _describe(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.sets.opening import Clips, open_clips
-from cavmae_fast.models.precision import DTYPES, Precision
+from cavmae_fast.models.precision import DTYPES, Precision, product_rate
 from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
 from cavmae_fast.training.clips import RejectList, make_loader
 from cavmae_fast.training.fit import fit
 from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
 from cavmae_fast.training.preemption import Preemption
+from cavmae_fast.training.progress import Progress
 from cavmae_fast.training.recipes import Recipe
 from cavmae_fast.training.run_config import RunConfig
 from cavmae_fast.training.run_folder import RunFolder
 from cavmae_fast.training.state import RunState
 from cavmae_fast.training.task import Task
+from cavmae_fast.training.trackers import Recorder, open_trackers
 
 
 def open_data(config: RunConfig, generated: Path) -> tuple[Clips, Clips]:
@@ -98,19 +101,28 @@ def train(
     recorded = [row for row in read_rows(folder.metrics) if row["step"] <= state.step and not row.get("final")]
     write_rows(folder.metrics, recorded)  # what came after the checkpoint is computed again
     rows = [row for row in recorded if "learning_rate" in row]
+    flops = task.step_flops(model)
+    rate = product_rate(state.precision.device, state.precision.dtype)
+
+    def shown(row: dict[str, Any]) -> str:
+        share = f" ({row['product_share']:.0%} of the product rate)" if "product_share" in row else ""
+        speed = f"{row['clips_per_s']:.0f} clips/s{share}, data wait {row['data_wait']:.0%}, rejected {rejects.count}"
+        return f"{describe(row)} | {speed}"
+
     writer = CheckpointWriter(folder.checkpoints, config.keep_checkpoints, tqdm.write)
     with (
-        tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True) as bar,
-        JsonLines(folder.metrics) as metrics,
+        Progress(total, state.step, shown) as progress,
+        Recorder(JsonLines(folder.metrics), open_trackers(config.track, folder.path, asdict(config), state.step)) as metrics,
         Preemption() as preemption,
     ):
         saver = Saver(writer, total, config.save_every, config.save_minutes, preemption)
 
         def record(row: dict[str, Any]) -> None:
+            if flops is not None:
+                row["product_share"] = flops * row["clips_per_s"] / rate
             rows.append(row)
             metrics.write(row)
-            speed = f"{row['clips_per_s']:.0f} clips/s, data wait {row['data_wait']:.0%}, rejected {rejects.count}"
-            bar.set_postfix_str(f"{describe(row)} | {speed}", refresh=False)
+            progress.show(row)
 
         def epoch_done(epoch: int) -> None:
             if after_epoch is not None:
@@ -124,7 +136,7 @@ def train(
                 record,
                 batches=rejects.watch,
                 log_every=config.log_every,
-                stepped=bar.update,
+                stepped=progress.step,
                 epoch_done=epoch_done,
                 saver=saver,
             )

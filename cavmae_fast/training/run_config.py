@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from cavmae_fast.models.precision import choose_dtype, find_device
 from cavmae_fast.training.recipes import Recipe
 from cavmae_fast.training.schedule_options import schedule_in_force, schedule_options
+from cavmae_fast.training.trackers import check_trackers
 
 LOG_EVERY_ON_GPU = 20
 
@@ -92,6 +93,13 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     overwrite: bool = False
     """Begin anew in a folder that holds a run, which is removed."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Show the run's numbers in these, too; metrics.jsonl holds them always."""
+    config: Path | None = None
+    """Take the options from this file, such as the config.json of an earlier run; options that are typed beside it count
+    more."""
+    dry_run: bool = False
+    """Read one batch, compute a small step, say what the run would take, and write nothing."""
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -148,6 +156,7 @@ def resolve_run(config: Config, recipe: Recipe, begun: dict[str, Any] | None = N
         value = getattr(config, option)
         if value is not None and not allowed(value):
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be {words}")
+    check_trackers(config.track)
     device = find_device(config.device)
     defaults = {option: getattr(recipe, option) for option in _OF_RECIPE}
     defaults |= schedule_options(config, recipe.schedule)

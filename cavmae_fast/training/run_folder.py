@@ -9,7 +9,18 @@ from typing import Any
 
 from cavmae_fast.data.sets.shards import write_whole
 
-FREE = {"workers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "overwrite", "out"}
+FREE = {
+    "workers",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "overwrite",
+    "out",
+    "track",
+    "config",
+    "dry_run",
+}
 "Options that change no result: a run may go on with others."
 
 

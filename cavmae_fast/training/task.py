@@ -19,5 +19,8 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars of one step, on the device: `loss`, which is minimized, and whatever else is to be recorded."""
 
+    def step_flops(self, model: nn.Module) -> float | None:
+        """Operations of one training step, per clip; None where they are not counted."""
+
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
         """The task's metrics on these batches."""
