@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_a_runs_configuration_starts_it_again(run, tmp_path):
         Path(p).name for p in json.loads((run / "config.json").read_text())["data"]
     ]
     assert expand(["--steps", "3"], PretrainConfig) == ["--steps", "3"]
+
+
+@dataclass
+class Options:
+    flag: bool = True
+    choice: bool | None = None
+    pair: tuple[float, float] | None = None
+    names: tuple[str, ...] = ("a",)
+    number: float = 1.0
+    absent: int | None = None
+
+
+def test_every_option_of_a_configuration_is_typed_as_it_was(tmp_path):
+    import tyro
+
+    given = Options(flag=False, choice=False, pair=(0.5, 0.25), names=("b", "c"), number=2e-5)
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(asdict(given)))
+    assert tyro.cli(Options, args=expand(["--config", str(file)], Options)) == given
 
 
 @pytest.mark.parametrize(

@@ -47,18 +47,19 @@ def _options(file: Path, config: type) -> list[str]:
         raise ValueError(f"{FLAG} {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{FLAG} {file} holds a {type(values).__name__}; it must hold an object of options")
-    unknown = sorted(values.keys() - {field.name for field in fields(config)})
+    types = {field.name: field.type for field in fields(config)}
+    unknown = sorted(values.keys() - types.keys())
     if unknown:
         raise ValueError(f"{FLAG} {file} holds {', '.join(unknown)}, which this command does not have as options")
-    return [word for name, value in values.items() for word in _words(name, value)]
+    return [word for name, value in values.items() for word in _words(name, value, types[name])]
 
 
-def _words(name: str, value: Any) -> list[str]:
+def _words(name: str, value: Any, kind: object) -> list[str]:
     """The option as it would be typed; nothing for null, which stands for 'not given'."""
     flag = name.replace("_", "-")
     if value is None:
         return []
-    if isinstance(value, bool):
+    if kind in (bool, "bool"):  # annotations are text in modules that postpone them
         return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     return [f"--{flag}", *map(str, values)] if values else []
