@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, gpu_suite, prove, render, throughput, timing
+from benchmarks import common, data, data_contenders, gpu_suite, prove, render, retrieval, throughput, timing
 from benchmarks.suite import parity, proof
 from benchmarks.suite.report import Options, Report
 from cavmae_fast.models import flops
@@ -496,3 +496,22 @@ def test_a_data_loader_over_shards_gives_our_batches(tmp_path):
             assert torch.equal(one.image, other.image) and torch.equal(one.audio, other.audio)
     ours.close()
     theirs.close()
+
+
+# -------------------------------------------------------------------------------------------------------- retrieval
+
+
+def test_retrieval_agrees_with_the_published_way(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--sizes", "60", "150", "--width", "16", "--threads", "1", "--out", str(tmp_path)]
+    assert retrieval.main(arguments) == 0
+    record = only_record(tmp_path)
+    assert record.keys() >= PROVENANCE
+    assert [row["clips"] for row in record["sizes"]] == [60, 150]
+    assert record["sizes"][0]["published_seconds"] > 0 and "published_seconds" not in record["sizes"][1]
+    assert "| 150 |" in capsys.readouterr().out
+
+
+def test_retrieval_that_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retrieval, "published", lambda queries, candidates: {1: 0.0, 5: 0.0, 10: 0.0})
+    assert retrieval.main(["--device", "cpu", "--sizes", "40", "--width", "8", "--out", str(tmp_path)]) == 1
+    assert "R@k differ" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -38,31 +38,44 @@ def rank_both(audio: Tensor, video: Tensor, device: torch.device | str | None = 
     """
     count = len(audio)
     device = torch.device(device) if device is not None else audio.device
-    block = min(block, count)
+    block = _even_block(count, block)
     starts = range(0, count, block)
     scores, ahead = (torch.empty(block, block, device=device) for _ in range(2))
     ones = torch.ones(block, device=device)
-
-    def own_scores(start: int) -> Tensor:
-        torch.mm(_rows(audio, start, block, device), _rows(video, start, block, device).T, out=scores)
-        return scores.diagonal().clone()
-
-    own = torch.cat([own_scores(start) for start in starts])
+    own = torch.empty(len(starts) * block, device=device)
     ranks = [torch.zeros(len(starts) * block, dtype=torch.int64, device=device) for _ in range(2)]
+
+    def multiply(queries: Tensor, left: int) -> None:
+        torch.mm(queries, _rows(video, left, block, device).T, out=scores)
+
+    def count_ahead(top: int, left: int) -> None:
+        rows, columns = slice(top, top + block), slice(left, left + block)
+        # What pads the last blocks scores 0, which may be ahead of a true one: it does not take part.
+        height, width = min(block, count - top), min(block, count - left)
+        # A product with ones sums zeros and ones exactly, and faster than a sum of booleans.
+        torch.ge(scores, own[rows, None], out=ahead)
+        ranks[0][rows] += (ahead[:, :width] @ ones[:width]).long()
+        torch.ge(scores, own[None, columns], out=ahead)
+        ranks[1][columns] += (ones[:height] @ ahead[:height]).long()
+
+    for start in starts:  # the blocks on the diagonal come first: they hold the own scores, which all others need
+        multiply(_rows(audio, start, block, device), start)
+        own[start : start + block] = scores.diagonal()
+        count_ahead(start, start)
     for top in starts:
         queries = _rows(audio, top, block, device)
-        rows = slice(top, top + block)
         for left in starts:
-            columns = slice(left, left + block)
-            torch.mm(queries, _rows(video, left, block, device).T, out=scores)
-            # What pads the last blocks scores 0, which may be ahead of a true one: it does not take part.
-            height, width = min(block, count - top), min(block, count - left)
-            # A product with ones sums zeros and ones exactly, and faster than a sum of booleans.
-            torch.ge(scores, own[rows, None], out=ahead)
-            ranks[0][rows] += (ahead[:, :width] @ ones[:width]).long()
-            torch.ge(scores, own[None, columns], out=ahead)
-            ranks[1][columns] += (ones[:height] @ ahead[:height]).long()
+            if left != top:
+                multiply(queries, left)
+                count_ahead(top, left)
     return Ranks(*(rank[:count].cpu() for rank in ranks))
+
+
+def _even_block(count: int, largest: int) -> int:
+    """The size of as few equal blocks as possible, at most `largest`, so that little of the last one is padding; whole
+    cache lines of scores where that is possible."""
+    size = -(-count // -(-count // largest))
+    return min(largest, -(-size // 64) * 64) if size >= 64 else size
 
 
 def _rows(x: Tensor, start: int, block: int, device: torch.device) -> Tensor:
