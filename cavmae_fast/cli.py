@@ -47,6 +47,12 @@ COMMANDS = {
         passed=lambda report: report["ok"],
     ),
     "runs": Command("training.runs:RunsConfig", "training.runs:list_runs", "training.runs:render"),
+    "embed": Command(
+        "evaluation.commands.embed:EmbedConfig",
+        "evaluation.commands.embed:run",
+        "evaluation.commands.embed:closing",
+        "finished parts of the index are whole; start the same command again to go on",
+    ),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }
 

@@ -15,6 +15,7 @@ with the data is ever used as a path.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -305,6 +306,12 @@ class ShardSet:
         row = self.index[number]
         path = self._paths[int(row["shard"])]
         return ShardClip(path, int(row["key"]), int(row["offset"]), tuple(row["size"].tolist()), tuple(row["crc"].tolist()))
+
+    def part(self, start: int, stop: int) -> ShardSet:
+        """The clips `start` to `stop` - 1, as a set of their own."""
+        part = copy.copy(self)
+        part.index = self.index[start:stop]
+        return part
 
     def clips(self) -> Iterator[dict[str, Any]]:
         """What each clip's JSON file says, in order, from the shards' own records (no tar file is read)."""

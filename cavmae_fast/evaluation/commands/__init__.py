@@ -1,0 +1,1 @@
+"""The commands of evaluation: options, and what is printed when they are done."""

@@ -1,0 +1,63 @@
+"""`cavmae-fast embed`: a data set into an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cavmae_fast.evaluation.commands.options import printable, progress_bar, running_of
+from cavmae_fast.evaluation.embedding import embed
+from cavmae_fast.evaluation.index import Index
+from cavmae_fast.evaluation.running import Running
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(Running):
+    """Embed clips into an index, for `search` and for your own programs (NumPy memory maps)."""
+
+    checkpoint: Path
+    """A folder written by save_pretrained, a published .pth, or .safetensors; pretrained or fine-tuned."""
+    data: tuple[Path, ...] = ()
+    """Clips: a folder that `cavmae-fast prepare` wrote, or folders of videos, media files, lists."""
+    out: Path = Path("runs/index")
+    """Folder of the index. The same command goes on where it was interrupted."""
+    streams: Literal["both", "audio", "video"] = "both"
+    """What is embedded of a clip; both: all that the model has."""
+    pooling: Literal["mean", "tokens"] = "mean"
+    """One embedding per clip and stream, or all its tokens."""
+    frames: int = 1
+    """Pictures per clip whose mean is taken: 1, the middle one, or up to 10."""
+    store: Literal["float32", "float16"] = "float32"
+    """What the numbers are written as."""
+    overwrite: bool = False
+    """Replace the index in --out."""
+
+
+def run(config: EmbedConfig) -> Index:
+    """The command's job."""
+    with progress_bar("clips") as progress:
+        return embed(
+            config.checkpoint,
+            config.data,
+            config.out,
+            streams=None if config.streams == "both" else (config.streams,),
+            pooling=config.pooling,
+            frames=config.frames,
+            store=config.store,
+            running=running_of(config),
+            overwrite=config.overwrite,
+            progress=progress,
+        )
+
+
+def closing(config: EmbedConfig, index: Index) -> str:
+    """How much was embedded, what could not be used, and what to run next."""
+    shape = next(iter(index.arrays(index.streams[0]))).shape[1:]
+    lines = [f"{len(index)} clips, {' and '.join(index.streams)}, {' x '.join(map(str, shape))} numbers each: {config.out}"]
+    rejects = index.rejects
+    if rejects:
+        lines.append(f"{len(rejects)} clips could not be used; the first: {rejects[0]['reason']}")
+    if config.pooling == "mean":
+        lines.append(f"next:  cavmae-fast search {config.out} --audio x.wav   (or --image y.jpg, or --video z.mp4)")
+    return printable("\n".join(lines))
