@@ -47,11 +47,21 @@ COMMANDS = {
         passed=lambda report: report["ok"],
     ),
     "runs": Command("training.runs:RunsConfig", "training.runs:list_runs", "training.runs:render"),
+    "retrieve": Command(
+        "evaluation.commands.retrieve:RetrieveConfig",
+        "evaluation.commands.retrieve:run",
+        "evaluation.commands.retrieve:closing",
+    ),
     "embed": Command(
         "evaluation.commands.embed:EmbedConfig",
         "evaluation.commands.embed:run",
         "evaluation.commands.embed:closing",
         "finished parts of the index are whole; start the same command again to go on",
+    ),
+    "search": Command(
+        "evaluation.commands.search:SearchConfig",
+        "evaluation.commands.search:run",
+        "evaluation.commands.search:closing",
     ),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }

@@ -173,7 +173,7 @@ def _begin(out: Path, manifest: dict[str, Any], clear: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if clear:
         (out / MANIFEST).unlink(missing_ok=True)
-        for path in sorted(out.glob("part-*.safetensors")):
+        for path in [*out.glob("part-*.safetensors"), *out.glob("faiss-*.index")]:
             path.unlink()
     write_manifest(out, manifest)
 

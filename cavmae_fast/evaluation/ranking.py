@@ -71,6 +71,21 @@ def rank_both(audio: Tensor, video: Tensor, device: torch.device | str | None = 
     return Ranks(*(rank[:count].cpu() for rank in ranks))
 
 
+@torch.no_grad()
+def best_candidates(queries: Tensor, candidates: Tensor, top: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """The `top` best candidates `[N, D]` of each of a few queries `[Q, D]`, best first: scores and rows, each
+    `[Q, min(top, N)]`. Of equal scores the earlier row comes first."""
+    scores = torch.empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(candidates), block):
+        part = candidates[start : start + block].float()
+        scores = torch.cat([scores, queries.float() @ part.T], dim=1)
+        rows = torch.cat([rows, torch.arange(start, start + len(part)).expand(len(queries), -1)], dim=1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :top]
+        scores, rows = scores.gather(1, order), rows.gather(1, order)
+    return scores, rows
+
+
 def _even_block(count: int, largest: int) -> int:
     """The size of as few equal blocks as possible, at most `largest`, so that little of the last one is padding; whole
     cache lines of scores where that is possible."""

@@ -159,6 +159,41 @@ def read_sound(
     return _long_enough(path, sound), picture.numbers[0]
 
 
+def read_sound_file(path: str | Path, *, sample_rate: int = SAMPLE_RATE, seconds: float = 10.24) -> np.ndarray:
+    """The sound of a file that need not hold a picture (WAV, FLAC, MP3, a video, ...): its first channel `[samples]` int16.
+    Raises MediaError as `read_clip` does."""
+    import av
+
+    path = Path(path)
+    _check_file(path)
+    sound = _Sound(sample_rate, int(seconds * sample_rate))
+    with _open(path) as container:
+        stream = next(iter(container.streams.audio), None)
+        if stream is None:
+            raise MediaError(f"{path}: has no audio stream")
+        if stream.codec_context is None:
+            raise MediaError(f"{path}: no decoder for its audio stream")
+        try:
+            for frame in container.decode(stream):
+                sound.add(frame)
+                if sound.done:
+                    break
+        except (av.error.FFmpegError, OSError, IndexError):
+            pass  # what was decoded before the damage is used, where it is long enough
+        sound.finish()
+    return _long_enough(path, sound)
+
+
+def _open(path: Path) -> "av.container.InputContainer":
+    import av
+
+    try:
+        # "file:" keeps FFmpeg from reading a colon in a name as a protocol; the white list keeps play lists at home.
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: not a readable media file ({_cause(error)})") from error
+
+
 def _long_enough(path: Path, sound: "_Sound") -> np.ndarray:
     waveform = sound.waveform()
     if len(waveform) < sound.sample_rate * WINDOW_SECONDS:
@@ -185,12 +220,7 @@ def _decode(path: Path, picture: "_Picture", sound: "_Sound | None", sound_alone
     """
     import av
 
-    try:
-        # "file:" keeps FFmpeg from reading a colon in a name as a protocol; the white list keeps play lists at home.
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{path}: not a readable media file ({_cause(error)})") from error
-    with container:
+    with _open(path) as container:
         video, audio = _streams(path, container)
         picture.start(video)
         picture.done |= sound_alone

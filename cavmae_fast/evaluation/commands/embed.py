@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cavmae_fast.evaluation.commands.options import printable, progress_bar, running_of
+from cavmae_fast.evaluation.commands.options import data_of, printable, progress_bar
 from cavmae_fast.evaluation.embedding import embed
 from cavmae_fast.evaluation.index import Index
 from cavmae_fast.evaluation.running import Running
@@ -39,13 +39,13 @@ def run(config: EmbedConfig) -> Index:
     with progress_bar("clips") as progress:
         return embed(
             config.checkpoint,
-            config.data,
+            data_of(config.data),
             config.out,
             streams=None if config.streams == "both" else (config.streams,),
             pooling=config.pooling,
             frames=config.frames,
             store=config.store,
-            running=running_of(config),
+            running=config,
             overwrite=config.overwrite,
             progress=progress,
         )
@@ -60,4 +60,4 @@ def closing(config: EmbedConfig, index: Index) -> str:
         lines.append(f"{len(rejects)} clips could not be used; the first: {rejects[0]['reason']}")
     if config.pooling == "mean":
         lines.append(f"next:  cavmae-fast search {config.out} --audio x.wav   (or --image y.jpg, or --video z.mp4)")
-    return printable("\n".join(lines))
+    return printable(lines)

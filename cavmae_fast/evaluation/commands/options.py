@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import fields
-
-from cavmae_fast.evaluation.running import Running
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 
-def running_of(config: Running) -> Running:
-    """The options of `Running` alone, of a command's configuration."""
-    return Running(**{field.name: getattr(config, field.name) for field in fields(Running)})
+def data_of(places: tuple[Path, ...]) -> tuple[Path, ...]:
+    """--data as given. ValueError when it was not."""
+    if not places:
+        raise ValueError("--data is missing; allowed: a folder of shards, folders of videos, media files, lists")
+    return places
 
 
 @contextlib.contextmanager
@@ -28,6 +28,6 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield move
 
 
-def printable(text: str) -> str:
-    """Text in which no name that came with the data can steer the terminal or break its encoding."""
-    return "\n".join(line if line.isprintable() else repr(line)[1:-1] for line in text.split("\n"))
+def printable(lines: Iterable[str]) -> str:
+    """Lines as one text in which no name that came with the data can steer the terminal or break its encoding."""
+    return "\n".join(line if line.isprintable() else repr(line)[1:-1] for line in lines)

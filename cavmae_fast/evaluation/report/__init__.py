@@ -1,0 +1,1 @@
+"""The report page: one file in which one hears and sees what was found, without a network."""
