@@ -24,6 +24,7 @@
   }));
   if (cases.length < 2) return;
   steps.hidden = false;
+  document.body.classList.add("stepped");
   previous.addEventListener("click", () => show(current - 1, true));
   next.addEventListener("click", () => show(current + 1, true));
   document.addEventListener("keydown", (event) => {

@@ -188,9 +188,7 @@ def _media(exhibit: Exhibit) -> str:
     strip = f'<div class="frames">{pictures}</div>' if pictures else ""
     if exhibit.sound is None:
         return strip
-    sound = (
-        f'<audio controls preload="none" aria-label="sound of {name}" src="{_data(exhibit.sound, "audio/mpeg")}"></audio>'
-    )
+    sound = f'<audio controls preload="metadata" aria-label="sound of {name}" src="{_data(exhibit.sound, "audio/mpeg")}"></audio>'
     return strip + sound
 
 
