@@ -21,6 +21,8 @@ from cavmae_fast.errors import CavmaeError
 class PageError(CavmaeError, ValueError):
     """The page cannot be written where it is wanted."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Exhibit:
@@ -79,12 +81,12 @@ class Page:
 
 def check_target(path: Path) -> None:
     """PageError unless a file can be written at `path`; asked before any work is done, so that none is lost."""
-    if path.is_dir():
-        raise PageError(f"--report is {path}, which is a folder; it must be a file, such as {path / 'report.html'}")
-    if not path.parent.is_dir():
-        raise PageError(f"--report is {path}, but {path.parent} is no folder; it must be there")
-    part = path.with_name(f".{path.name}.part")
     try:
+        if path.is_dir():
+            raise PageError(f"--report is {path}, which is a folder; it must be a file, such as {path / 'report.html'}")
+        if not path.parent.is_dir():
+            raise PageError(f"--report is {path}, but {path.parent} is no folder; it must be there")
+        part = path.with_name(f".{path.name}.part")
         part.touch()
         part.unlink()
     except OSError as error:
@@ -188,8 +190,8 @@ def _media(exhibit: Exhibit) -> str:
     strip = f'<div class="frames">{pictures}</div>' if pictures else ""
     if exhibit.sound is None:
         return strip
-    sound = f'<audio controls preload="metadata" aria-label="sound of {name}" src="{_data(exhibit.sound, "audio/mpeg")}"></audio>'
-    return strip + sound
+    source = _data(exhibit.sound, "audio/mpeg")
+    return f'{strip}<audio controls preload="metadata" aria-label="sound of {name}" src="{source}"></audio>'
 
 
 def _data(content: bytes, kind: str) -> str:
