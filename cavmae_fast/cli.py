@@ -63,6 +63,12 @@ COMMANDS = {
         "evaluation.commands.search:run",
         "evaluation.commands.search:closing",
     ),
+    "inpaint": Command(
+        "evaluation.commands.inpaint:InpaintConfig",
+        "evaluation.commands.inpaint:run",
+        "evaluation.commands.inpaint:closing",
+        "clips whose folders are there are whole",
+    ),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }
 

@@ -20,18 +20,22 @@ class Filled(NamedTuple):
     "Removed patches have the clip's lowest value."
     filled: Tensor
     "Removed patches as the model predicts them."
+    hidden: Tensor
+    "`[B, 1, H, W]`: 1 where a pixel was removed, else 0."
 
 
 @torch.no_grad()
-def fill_in(model: CAVMAE, audio: Tensor, imgs: Tensor, mask_ratio: float) -> dict[str, Filled]:
+def fill_in(
+    model: CAVMAE, audio: Tensor, imgs: Tensor, mask_ratio: float, mask_mode: str = "unstructured"
+) -> dict[str, Filled]:
     """Clips with a share `mask_ratio` of their patches removed and predicted, by modality ('a' and 'v').
 
-    audio `[B, T, 128]` and imgs `[B, 3, H, W]` as the model takes them. A model trained on normalized patches predicts
-    them up to their mean and spread, which are taken from the true patch.
+    audio `[B, T, 128]` and imgs `[B, 3, H, W]` as the model takes them; `mask_mode` is audio's. A model trained on
+    normalized patches predicts them up to their mean and spread, which are taken from the true patch.
     """
     was_training = model.training
     model.eval()
-    output = model.forward_inpaint(audio, imgs, mask_ratio, mask_ratio)
+    output = model.forward_inpaint(audio, imgs, mask_ratio, mask_ratio, mask_mode)
     model.train(was_training)
     pred_a, pred_v, mask_a, mask_v, _, _ = output
     result = {}
@@ -45,7 +49,9 @@ def fill_in(model: CAVMAE, audio: Tensor, imgs: Tensor, mask_ratio: float) -> di
         hidden = mask.unsqueeze(-1)
         low = true.flatten(1).amin(dim=1).view(-1, 1, 1)
         patches = (true, true * (1 - hidden) + low * hidden, true * (1 - hidden) + filled * hidden)
-        result[name] = Filled(*(model.unpatchify(t, x.shape[1], *grid, model.patch_size).cpu() for t in patches))
+        images = [model.unpatchify(t, x.shape[1], *grid, model.patch_size).cpu() for t in patches]
+        pixels = hidden.expand(-1, -1, model.patch_size**2)
+        result[name] = Filled(*images, model.unpatchify(pixels, 1, *grid, model.patch_size).cpu())
     return result
 
 
