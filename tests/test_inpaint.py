@@ -47,8 +47,9 @@ def test_the_views(checkpoint, videos):  # noqa: F811
         for views in (picture, sound):
             removed, changed = views.masked != views.original, views.filled != views.original
             assert 0.3 < removed.mean() < 0.7 and changed.mean() > 0.2
-            # What stayed is shown as it was. (A removed pixel that had the lowest value itself looks like one that stayed.)
-            assert (changed & ~removed).mean() < 0.01
+            # What stayed is shown as it was. (What is removed is shown at the lowest value, and may have had it itself.)
+            lowest = views.masked.min(axis=(0, 1)) if views is picture else views.masked.min()
+            assert not (changed & ~removed & (views.original > lowest)).any()
 
 
 def test_time_masks_whole_frames(checkpoint, videos):  # noqa: F811
