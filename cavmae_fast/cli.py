@@ -69,6 +69,16 @@ COMMANDS = {
         "evaluation.commands.inpaint:closing",
         "clips whose folders are there are whole",
     ),
+    "average": Command(
+        "evaluation.commands.convert:AverageConfig",
+        "evaluation.commands.convert:run_average",
+        "evaluation.commands.convert:closing",
+    ),
+    "convert": Command(
+        "evaluation.commands.convert:ConvertConfig",
+        "evaluation.commands.convert:run_convert",
+        "evaluation.commands.convert:closing",
+    ),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }
 

@@ -26,7 +26,7 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
     new: dict[str, Tensor] = {}
     used: set[str] = set()
     for key, value in state.items():
-        for name, part in _places(model, key, value):
+        for name, part in places_of(model, key, value):
             if name not in own:
                 continue
             if own[name].shape != part.shape:
@@ -42,7 +42,7 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
     return LoadReport(sorted(own.keys() - new.keys()), sorted(state.keys() - used - {"cls_token"}))
 
 
-def _places(model: nn.Module, key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def places_of(model: nn.Module, key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Where the tensor `key` of an image MAE goes in `model`, name by name, and what of it goes there.
 
     Names may be given that the model does not have: an audio-only model has no `_v`, a classifier no decoder.
