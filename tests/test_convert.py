@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from evaluating import cli
@@ -26,14 +28,14 @@ def test_round_trip(pretrained, tmp_path):
     """Folder -> published file -> safetensors -> folder: the same model, bit for bit."""
     folder = pretrained.save_pretrained(tmp_path / "model")
     steps = [folder, tmp_path / "a.pth", tmp_path / "b.safetensors", tmp_path / "again"]
-    for source, out in zip(steps, steps[1:]):
+    for source, out in itertools.pairwise(steps):
         result = convert(source, out)
         assert (result.dropped, result.added, result.renamed, result.out) == ((), (), (), out)
         assert weights_hash(open_model(out)) == weights_hash(pretrained)
     published = torch.load(tmp_path / "a.pth", weights_only=True)
     assert all(name.startswith("module.") for name in published) and len(published) == result.names
     assert open_model(tmp_path / "again").config == pretrained.config
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_what_a_bare_file_does_not_say(tmp_path):

@@ -81,3 +81,10 @@ def test_a_linear_probe_tells_hues_apart(tmp_path):
     chance, audio, video = (float(value) / 100 for value in re.findall(r"(\d+\.\d)%", printed))
     assert chance < 0.1
     assert audio > 0.4 and video > 0.2, printed
+
+
+def test_search_of_generated_clips(tmp_path):
+    printed = run("search_videos.py", cwd=tmp_path)
+    assert "16 clips, 192 numbers for the sound of each; the first is test_00000" in printed
+    assert "1. test_00003, cosine 1.000" in printed and "dB PSNR" in printed
+    assert "R@5" in printed and (tmp_path / "runs" / "search_videos" / "index" / "index.json").exists()
