@@ -74,9 +74,9 @@ def search(
         index: an index, or its folder.
         audio, image, video: the file; exactly one of them.
         top: 1 to as many as the index holds.
-        match: 'other': a sound is compared with the clips' pictures and a picture with their sounds, as the models are
-            trained to; 'same': a sound with sounds, a picture with pictures; 'all': both. 'auto': 'other' where the index
-            holds that stream, else 'same'.
+        match: 'same': a sound is compared with the clips' sounds and a picture with their pictures; 'other': a sound with
+            pictures and a picture with sounds, as the models are trained to; 'all': both. 'auto': 'same' where the index
+            holds that stream, else 'other'.
         model: the model of the index, or its checkpoint; default: the checkpoint that the index names.
         backend: 'exact' compares with every clip; 'faiss' with those in the nearest cells of an index of its own, which is
             kept beside ours; 'auto': faiss beyond ten million clips.
@@ -153,7 +153,7 @@ def choose_pairs(query: Sequence[str], index: Sequence[str], match: Match) -> li
         raise ValueError(f"match is {match!r}; allowed: auto, other, same or all")
     every = [(mine, theirs) for mine in query for theirs in index]
     other, same = ([pair for pair in every if (pair[0] != pair[1]) == crossed] for crossed in (True, False))
-    pairs = {"auto": other or same, "other": other, "same": same, "all": every}[match]
+    pairs = {"auto": same or other, "other": other, "same": same, "all": every}[match]
     if not pairs:
         raise ValueError(f"match is {match!r}, but the query has {' and '.join(query)} and the index {' and '.join(index)}")
     return pairs

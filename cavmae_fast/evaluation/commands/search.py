@@ -29,8 +29,8 @@ class SearchConfig(Running):
     top: int = 10
     """Clips to find."""
     match: Literal["auto", "other", "same", "all"] = "auto"
-    """other: a sound with the clips' pictures, a picture with their sounds; same: sound with sounds, picture with pictures;
-    all: both; auto: other, where the index has it."""
+    """same: a sound with the clips' sounds, a picture with their pictures; other: a sound with pictures, a picture with
+    sounds; all: both; auto: same, where the index has it."""
     checkpoint: Path | None = None
     """The model that made the index; default: where it was then."""
     backend: Literal["auto", "exact", "faiss"] = "auto"
