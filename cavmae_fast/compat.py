@@ -65,18 +65,18 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 @functools.cache
-def has_fused_bf16_linear() -> bool:
-    """Whether `fused_bf16_linear` can be called: PyTorch may be built without oneDNN, and oneDNN asks a CPU for AVX-512 or
-    bf16 instructions. Private: `torch.ops.mkldnn._is_mkldnn_bf16_supported`; without it the answer is no."""
+def has_fused_linear(dtype: torch.dtype) -> bool:
+    """Whether `fused_linear` takes `dtype`: PyTorch may be built without oneDNN, and for bf16 oneDNN asks a CPU for AVX-512
+    or bf16 instructions. Private: `torch.ops.mkldnn._is_mkldnn_bf16_supported`; without it the answer is no."""
     names = ("_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def fused_bf16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x weight^T + bias` in bf16 on the CPU, the bias added inside the product. Private:
-    `torch.ops.mkldnn._linear_pointwise`; ask `has_fused_bf16_linear` first, and take `torch.addmm` without it."""
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` by oneDNN on the CPU, the bias added inside the product. Private:
+    `torch.ops.mkldnn._linear_pointwise`; ask `has_fused_linear` first, and take `torch.addmm` without it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cavmae_fast.models.precision import choose_dtype
-from cavmae_fast.ops import dispatch, native
+from cavmae_fast.ops import configuration, dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
 
 OPTIONAL = {
@@ -43,6 +43,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         ("machine", _machine()),
         ("packages", _packages()),
+        ("tuning", _tuning()),
         ("operators in bf16", _operators()),
         ("attention back ends", list(available_backends(_device()).items())),
         ("csrc", [("libcavmae.so", native.status())]),
@@ -54,7 +55,7 @@ def render() -> str:
     lines = []
     for title, rows in report():
         lines.append(title)
-        lines += [f"  {name:<28}{value}" for name, value in rows]
+        lines += [f"  {name:<28} {value}" for name, value in rows]
     return "\n".join(lines)
 
 
@@ -71,7 +72,7 @@ def _machine() -> list[tuple[str, str]]:
         rows.append(("device", f"CPU ({torch.backends.cpu.get_cpu_capability()}); PyTorch finds no CUDA device"))
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        architecture = dispatch.architecture(index)
+        architecture = configuration.gpu_architecture(index)
         rows.append((f"cuda:{index}", f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"))
     rows.append(("--dtype auto", ": ".join(choose_dtype(_device()))))
     return rows
@@ -103,13 +104,31 @@ def _packages() -> list[tuple[str, str]]:
     return rows
 
 
+def _tuning() -> list[tuple[str, str]]:
+    """Where the choices below come from."""
+    device = _device()
+    target = configuration.target_of(device)
+    own, architecture = configuration.user_file(target), target.partition(" ")[0]
+    rows = [("choices in force", configuration.fingerprint(device))]
+    rows.append(("your own", str(own) if own.exists() else f"none for {target}: run `cavmae-fast tune`"))
+    shipped = configuration.shipped_file(architecture)
+    proven = shipped.exists() and any(configuration.read(shipped)["implementations"].values())
+    rows.append(("shipped", f"for {architecture}" if proven else f"nothing is proven for {architecture}"))
+    rows += [("not used", f"{path}: measured with other releases") for path in configuration.stale_files(target)]
+    return rows
+
+
 def _operators() -> list[tuple[str, str]]:
-    """What runs in bfloat16, and in float32 where that is another implementation."""
+    """What runs in bfloat16, and in float32 where that is another implementation; with keys, one line for each."""
     device, rows = _device(), []
+    target = configuration.target_of(device)
     for name in sorted(dispatch.operators):
-        low, full = (dispatch.choose(name, device, dtype) for dtype in (torch.bfloat16, torch.float32))
-        rows.append((name, str(low)))
-        if full.implementation != low.implementation:
-            rows.append((f"{name} in float32", str(full)))
+        default = str(dispatch.choose(name, device, torch.bfloat16))
+        rows.append((name, default))
+        for dtype, words in ((torch.bfloat16, ""), (torch.float32, " in float32")):
+            for key in configuration.keys(target, name, dtype) or [""]:
+                choice = str(dispatch.choose(name, device, dtype, key=key))
+                if choice != default and not (key == "" and choice.split(":")[0] == default.split(":")[0]):
+                    rows.append((f"{name}{words}{', ' + key if key else ''}", choice))
     rows.append(("attention='auto'", resolve_backend("auto", device, torch.bfloat16)))
     return rows

@@ -75,18 +75,18 @@ def test_constant_for_compile():
 
 
 @PRESENT_AND_ABSENT
-def test_fused_bf16_linear(monkeypatch, absent):
-    compat.has_fused_bf16_linear.cache_clear()
+def test_fused_linear(monkeypatch, absent):
+    compat.has_fused_linear.cache_clear()
     if absent:
         monkeypatch.setattr(torch.ops, "mkldnn", Without(torch.ops.mkldnn, "_linear_pointwise"))
-        assert compat.has_fused_bf16_linear() is False
-        compat.has_fused_bf16_linear.cache_clear()  # of what was found with that stand-in
+        assert compat.has_fused_linear(torch.bfloat16) is False
+        compat.has_fused_linear.cache_clear()  # of what was found with that stand-in
         return
-    if not compat.has_fused_bf16_linear():
+    if not compat.has_fused_linear(torch.bfloat16):
         pytest.skip("this CPU, or this build of PyTorch, multiplies no bf16 with oneDNN")
     x, weight, bias = (torch.randn(shape).to(torch.bfloat16) for shape in ((5, 32), (16, 32), (16,)))
     want = torch.addmm(bias.double(), x.double(), weight.t().double())
-    torch.testing.assert_close(compat.fused_bf16_linear(x, weight, bias).double(), want, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(compat.fused_linear(x, weight, bias).double(), want, rtol=2**-8, atol=2**-8)
 
 
 def reference_attention(q, k, v, scale):

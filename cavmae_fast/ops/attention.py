@@ -13,27 +13,52 @@ PyTorch counterpart in `attention_torch.py` and, for CPUs, `attention_cpu.py`. O
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cavmae_fast import compat
 from cavmae_fast.ops import attention_backends
-from cavmae_fast.ops.attention_kernels import MAX_HEAD_WIDTH, attention_backward_triton, attention_forward_triton
+from cavmae_fast.ops.attention_kernels import (
+    MAX_HEAD_WIDTH,
+    attention_backward_triton,
+    attention_forward_triton,
+    launch_key,
+)
 from cavmae_fast.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from cavmae_fast.ops.dispatch import choose, interpreting, register
 from cavmae_fast.ops.layout import StreamLayout
 
 BACKENDS = ("torch", "triton", *attention_backends.BACKENDS)
 _HALF = (torch.float16, torch.bfloat16)
-_DTYPES = {"triton": (*_HALF, torch.float32), "flash_attn": _HALF, "xformers": (*_HALF, torch.float32)}
+_DTYPES = {
+    "triton": (*_HALF, torch.float32),
+    "sdpa_flash": _HALF,
+    "sdpa_cudnn": _HALF,
+    "sdpa_efficient": (*_HALF, torch.float32),
+    "flash_attn": _HALF,
+    "xformers": (*_HALF, torch.float32),
+}
+CPU_FORMS: dict[str, dict[str, int]] = {
+    "flash": {"products": False},
+    "products": {"products": True},
+    "products in 2 MiB": {"products": True, "group_bytes": 2 << 20},
+}
+"Forms of PyTorch's implementation on a CPU: both passes by its flash kernel, or both by batched products."
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """What the kernels do not take; `shape` is (head width,)."""
+    """What the kernels do not take, or a package that is no longer there; `shape` is (head width,)."""
+    if implementation in attention_backends.PACKAGES and not attention_backends.installed(implementation):
+        return f"{attention_backends.PACKAGES[implementation]} is not installed"
+    if implementation == "flash" and dtype.itemsize > 2:
+        return "PyTorch's implementation is that already"
+    if implementation != "triton":
+        return None
     if dtype not in _DTYPES["triton"]:
         return f"the kernels take no {dtype}"
     return f"the kernels take heads of width {MAX_HEAD_WIDTH} at most, not {shape[0]}" if shape[0] > MAX_HEAD_WIDTH else None
@@ -48,14 +73,16 @@ def _backward_fake(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, impl
     return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
 
 
-# `implementation`, 'triton' or 'torch', is what `_attend` chose, once for forward and backward. With kv None, q is the
-# packed qkv. lse [heads, Rq] is in base 2, float32 (float64 for float64).
+# `implementation`, 'triton', 'torch' or one of `CPU_FORMS`, is what `_attend` chose, once for forward and backward. With kv
+# None, q is the packed qkv. lse [heads, Rq] is in base 2, float32 (float64 for float64).
 _forward = register(
     "attention",
     "(Tensor q, Tensor? kv, SymInt batch, SymInt[] q_lengths, SymInt[] lengths, int heads, str implementation)"
     " -> (Tensor out, Tensor lse)",
     torch=attention_forward_torch,
     triton=attention_forward_triton,
+    forms={name: partial(attention_forward_torch, **options) for name, options in CPU_FORMS.items()},
+    elsewhere=tuple(attention_backends.BACKENDS),
     fake=_forward_fake,
     limit=_limit,
     caller_chooses=True,
@@ -66,6 +93,7 @@ _backward = register(
     " int heads, str implementation) -> (Tensor dq, Tensor dkv)",
     torch=attention_backward_torch,
     triton=attention_backward_triton,
+    forms={name: partial(attention_backward_torch, **options) for name, options in CPU_FORMS.items()},
     fake=_backward_fake,
     caller_chooses=True,
 )
@@ -94,7 +122,7 @@ def _state(name: str, device: torch.device) -> str:
     package = attention_backends.PACKAGES.get(name)
     if package and not attention_backends.installed(name):
         return f"it is not installed: pip install {package}"
-    if name in ("torch", "sdpa") or device.type == "cuda" or (name == "triton" and interpreting()):
+    if name in ("torch", "sdpa", *CPU_FORMS) or device.type == "cuda" or (name == "triton" and interpreting()):
         return "available"
     return "it needs a CUDA device" + (" (or TRITON_INTERPRET=1)" if name == "triton" else "")
 
@@ -105,15 +133,17 @@ def available_backends(device: torch.device | str) -> dict[str, str]:
 
 
 @compat.constant_for_compile
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_width: int = 64) -> str:
-    """The back end that `name` stands for: 'auto' gives 'triton' where its kernels are proven, else 'torch' (CPU) or
-    'sdpa'. Raises ValueError for an unknown name or a dtype or width that the back end does not take, RuntimeError for
-    one that cannot run here."""
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_width: int = 64, longest: int | None = None
+) -> str:
+    """The back end that `name` stands for: 'auto' gives what was found right and fastest for streams of up to `longest`
+    tokens (None: whatever their length), else 'torch' (CPU) or 'sdpa'. Raises ValueError for an unknown name or a dtype
+    or width that the back end does not take, RuntimeError for one that cannot run here."""
     device = torch.device(device)
     if name == "auto":
-        if choose("attention", device, dtype, (head_width,)).implementation == "triton":
-            return "triton"
-        return "torch" if device.type == "cpu" else "sdpa"
+        key = "" if longest is None else launch_key((longest,), head_width)
+        chosen = choose("attention", device, dtype, (head_width,), key).implementation
+        return "sdpa" if chosen == "torch" and device.type != "cpu" else chosen
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of auto, {', '.join(BACKENDS)}")
     state = _state(name, device)
@@ -131,10 +161,10 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_wi
 
 
 def _attend(q, kv, query_layout, layout, heads, width, backend):
-    name = resolve_backend(backend, q.device, q.dtype, width)
+    name = resolve_backend(backend, q.device, q.dtype, width, max(*query_layout.lengths, *layout.lengths))
     q, kv = q.contiguous(), None if kv is None else kv.contiguous()
     arguments = (layout.batch, list(query_layout.lengths), list(layout.lengths), heads)
-    if name in ("torch", "triton"):
+    if name in ("torch", "triton", *CPU_FORMS):
         return _Attention.apply(q, kv, *arguments, name)
     return attention_backends.BACKENDS[name](q, kv, *arguments)
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend
 
 from cavmae_fast.ops.attention_torch import operands
 
@@ -30,6 +33,12 @@ def sdpa(q, kv, batch, q_lengths, lengths, heads):
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in parts))
         outputs.append(out.transpose(1, 2).reshape(-1, heads * out.shape[-1]))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def sdpa_with(kernel: SDPBackend, *arguments):
+    """`sdpa` by one of its kernels, whichever PyTorch itself would take. Raises RuntimeError where it does not fit."""
+    with torch_attention.sdpa_kernel(kernel):
+        return sdpa(*arguments)
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,4 +77,14 @@ def xformers(q, kv, batch, q_lengths, lengths, heads):
     return out.squeeze(0).flatten(1)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "flash_attn": flash_attn, "xformers": xformers}
+SDPA_KERNELS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa,
+    **{name: partial(sdpa_with, kernel) for name, kernel in SDPA_KERNELS.items()},
+    "flash_attn": flash_attn,
+    "xformers": xformers,
+}

@@ -1,8 +1,10 @@
 """Multi-head attention on the CPU, forward and backward, from PyTorch's own operators.
 
-The forward is PyTorch's flash kernel: it reads strided views of a packed qkv as they are, and lays its output out as
-`[B, L, H, W]`, so that `[B * L, H * W]` is a free view of it. In float32 its backward is as fast as anything below, but
-in 16 bits it took 2 to 5.5 times as long as the explicit chain of batched GEMMs (AMX in bfloat16) over groups of heads.
+There are two forms of either pass. PyTorch's flash kernel reads strided views of a packed qkv as they are, and lays its
+output out as `[B, L, H, W]`, so that `[B * L, H * W]` is a free view of it. The explicit chain of batched products works
+on groups of heads, whose scores stay in the cache. In 16 bits the kernel's own backward took 2 to 5.5 times as long (the
+products run on matrix units), and its forward 1.4 to 2 times as long as the products where bfloat16 has vector
+instructions alone. In float32 the two are close. Which is faster depends on the CPU: the tuner finds out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from cavmae_fast import compat
 GROUP_BYTES = 8 << 20
 """Bytes of one score matrix of a group; two are live. Ungrouped, each operator of the chain allocates a fresh
 `[B, H, Lq, Lk]` result: forward and backward at 4 x 16 x 708 x 708 took 160 ms, most of it page faults; grouped 56.
-Measured flat from 4 to 16 MiB, slower below."""
+Measured flat from 4 to 16 MiB, slower below, on a CPU with AMX; on one with AVX-512, 2 MiB took a tenth less time."""
 
 
 def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -30,6 +32,44 @@ def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
     return out, lse
 
 
+def _groups(q: Tensor, keys: int, group_bytes: int) -> tuple[int, int]:
+    """(samples whose heads are taken together, heads of a group): a group is some heads of one sample, or all heads of
+    several samples."""
+    samples, queries, heads, _ = q.shape
+    budget = max(1, group_bytes // (q.element_size() * queries * keys))
+    per_group = max(1, min(samples, budget // heads))
+    return per_group, per_group * heads if per_group > 1 else min(heads, budget)
+
+
+def _put(to: Tensor, part: slice, cut: slice, total: int, values: Tensor) -> None:
+    """Writes `values [n, L, W]`, the heads `cut` of the samples `part` (`total` heads in all), to their places in `to`."""
+    heads = to.shape[2]
+    if total == heads:
+        to[part.start, :, cut].copy_(values.transpose(0, 1))
+    else:
+        to[part].copy_(values.unflatten(0, (-1, heads)).transpose(1, 2))
+
+
+def attention_forward_products(q: Tensor, k: Tensor, v: Tensor, scale: float, group_bytes: int = GROUP_BYTES) -> Tensor:
+    """As `attention_forward_cpu`, from batched products, and without lse: -> out `[B, Lq, H, W]`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    per_group, size = _groups(q, k.shape[1], group_bytes)
+    scores = q.new_empty((size, q.shape[1], k.shape[1]))  # one allocation for all groups
+    for first in range(0, q.shape[0], per_group):
+        part = slice(first, first + per_group)
+        # bmm copies an operand whose matrices are not densely packed: once here, not at each use.
+        operands = [x[part].transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v)]
+        total = operands[0].shape[0]
+        for start in range(0, total, size):
+            cut = slice(start, start + size)
+            q_cut, k_cut, v_cut = (x[cut] for x in operands)
+            p = scores[: q_cut.shape[0]]
+            torch.baddbmm(p, q_cut, k_cut.mT, beta=0, alpha=scale, out=p)  # beta 0: what p held is not read
+            torch.softmax(p, -1, out=p)
+            _put(out, part, cut, total, torch.bmm(p, v_cut))
+    return out
+
+
 def attention_backward_cpu(
     dout: Tensor,
     q: Tensor,
@@ -41,21 +81,23 @@ def attention_backward_cpu(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    products: bool | None = None,
+    group_bytes: int = GROUP_BYTES,
 ) -> None:
     """Writes the gradients into dq, dk and dv, views of q's, k's and v's shapes and of any strides.
 
-    dout and out `[B, Lq, H, W]`; out and lse are read in float32 and float64 only.
+    dout and out `[B, Lq, H, W]`. `products`: the explicit chain, which reads neither out nor lse, or PyTorch's kernel;
+    None: the chain in 16 bits.
     """
-    samples, queries, heads, _ = q.shape
-    if q.element_size() > 2:
+    samples, queries, _, _ = q.shape
+    if products is None:
+        products = q.element_size() == 2
+    if not products:
         grads = compat.flash_attention_cpu_backward(*(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, scale)
         for to, grad in zip((dq, dk, dv), grads):
             to.copy_(grad.transpose(1, 2))
         return
-    # A group is some heads of one sample, or all heads of several samples.
-    budget = max(1, GROUP_BYTES // (q.element_size() * queries * k.shape[1]))
-    per_group = max(1, min(samples, budget // heads))
-    size = per_group * heads if per_group > 1 else min(heads, budget)
+    per_group, size = _groups(q, k.shape[1], group_bytes)
     scores = q.new_empty((2, size, queries, k.shape[1]))  # one allocation for all groups
     for first in range(0, samples, per_group):
         part = slice(first, first + per_group)
@@ -66,10 +108,7 @@ def attention_backward_cpu(
             cut = slice(start, start + size)
             grads = _group_backward(*(x[cut] for x in operands), *scores[:, : min(size, total - start)], scale)
             for to, grad in zip((dq, dk, dv), grads):
-                if total == heads:
-                    to[first, :, cut].copy_(grad.transpose(0, 1))
-                else:
-                    to[part].copy_(grad.unflatten(0, (-1, heads)).transpose(1, 2))
+                _put(to, part, cut, total, grad)
 
 
 def _group_backward(

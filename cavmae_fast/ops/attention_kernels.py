@@ -286,9 +286,14 @@ def _tail(lengths, block, peel):
     return max(16, triton.next_power_of_2(rest))
 
 
-def _launch(kernel: str, architecture: str, dtype: torch.dtype, lengths: Sequence[int], block_w: int) -> tuple[dict, bool]:
+def launch_key(lengths: Sequence[int], width: int) -> str:
+    """What the choice depends on: the longest stream, and the heads' width as the kernels take it."""
+    return f"{'short' if max(lengths) <= SHORT else 'long'} {max(16, triton.next_power_of_2(width))}"
+
+
+def _launch(kernel: str, architecture: str, dtype: torch.dtype, lengths: Sequence[int], width: int) -> tuple[dict, bool]:
     """Block sizes and options, and whether what whole blocks leave is peeled off."""
-    options = dict(launch(kernel, architecture, dtype, f"{'short' if max(lengths) <= SHORT else 'long'} {block_w}"))
+    options = dict(launch(kernel, architecture, dtype, launch_key(lengths, width)))
     return options, options.pop("PEEL")
 
 
@@ -296,7 +301,7 @@ def attention_forward_triton(q, kv, batch, q_lengths, lengths, heads, architectu
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    options, peel = _launch("attention_forward", architecture, q.dtype, lengths, block_w)
+    options, peel = _launch("attention_forward", architecture, q.dtype, lengths, width)
     out = q.new_empty(rows, heads * width)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     blocks = sum(triton.cdiv(length, options["BLOCK_Q"]) for length in q_lengths)
@@ -312,7 +317,7 @@ def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, 
     qs, ks, vs = _columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
-    options, peel = _launch("attention_backward", architecture, q.dtype, (*q_lengths, *lengths), block_w)
+    options, peel = _launch("attention_backward", architecture, q.dtype, (*q_lengths, *lengths), width)
     delta_options = launch("attention_delta", architecture, q.dtype)
     delta = torch.empty_like(lse)
     attention_delta_kernel[(triton.cdiv(rows, delta_options["BLOCK_R"]), heads)](

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops.attention_cpu import attention_backward_cpu, attention_forward_cpu
+from cavmae_fast.ops.attention_cpu import (
+    GROUP_BYTES,
+    attention_backward_cpu,
+    attention_forward_cpu,
+    attention_forward_products,
+)
 
 LOG2E = math.log2(math.e)
 
@@ -33,25 +38,32 @@ def _lse_views(lse: Tensor, batch: int, q_lengths: Sequence[int]) -> list[Tensor
     return [s.unflatten(1, (batch, length)).transpose(0, 1) for s, length in streams]
 
 
-def attention_forward_torch(q, kv, batch, q_lengths, lengths, heads):
+def attention_forward_torch(q, kv, batch, q_lengths, lengths, heads, products=False, group_bytes=GROUP_BYTES):
+    """`products`: on a CPU, by batched products, which form no lse: it is NaN, and only a backward that does not read it
+    may follow (`attention_backward_torch` with `products`)."""
     lse = q.new_empty(heads, q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     outputs = []
     parts = zip(operands(q, kv, batch, q_lengths, lengths, heads), _lse_views(lse, batch, q_lengths))
     for (qs, ks, vs), lse_s in parts:
         scale = qs.shape[-1] ** -0.5
-        if q.device.type == "cpu":
+        if q.device.type == "cpu" and products:
+            out_s, sums = attention_forward_products(qs, ks, vs, scale, group_bytes), lse_s.new_tensor(math.nan)
+        elif q.device.type == "cpu":
             out_s, sums = attention_forward_cpu(qs, ks, vs, scale)
         else:
             qs, ks, vs = (t.transpose(1, 2).to(lse.dtype) for t in (qs, ks, vs))
             scores = qs @ ks.mT * scale
             sums = scores.logsumexp(-1)
             out_s = ((scores - sums.unsqueeze(-1)).exp() @ vs).transpose(1, 2)
-        torch.mul(sums, LOG2E, out=lse_s)
+        torch.mul(sums.expand_as(lse_s), LOG2E, out=lse_s)
         outputs.append(out_s.reshape(-1, out_s[0, 0].numel()).to(q.dtype))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0], lse
 
 
-def attention_backward_torch(dout, q, kv, out, lse, batch, q_lengths, lengths, heads):
+def attention_backward_torch(
+    dout, q, kv, out, lse, batch, q_lengths, lengths, heads, products=None, group_bytes=GROUP_BYTES
+):
+    """`products`, `group_bytes`: which backward pass of the CPU (`attention_backward_cpu`)."""
     dq = torch.empty_like(q)
     dkv = q.new_empty(0) if kv is None else torch.empty_like(kv)
     parts = zip(
@@ -64,7 +76,7 @@ def attention_backward_torch(dout, q, kv, out, lse, batch, q_lengths, lengths, h
     for (qs, ks, vs), grads, (dout_s,), (out_s,), lse_s in parts:
         scale, lse_s = qs.shape[-1] ** -0.5, lse_s / LOG2E
         if q.device.type == "cpu":
-            attention_backward_cpu(dout_s, qs, ks, vs, out_s, lse_s, scale, *grads)
+            attention_backward_cpu(dout_s, qs, ks, vs, out_s, lse_s, scale, *grads, products, group_bytes)
             continue
         qs, ks, vs, g, o = (t.transpose(1, 2).to(lse.dtype) for t in (qs, ks, vs, dout_s, out_s))
         p = (qs @ ks.mT * scale - lse_s.unsqueeze(-1)).exp()

@@ -1,8 +1,9 @@
 """How an operator reaches PyTorch, and which of its implementations runs.
 
-Every operator is registered with `torch.library` under the name space `cavmae_fast` with one schema, one fake and up to
-three implementations: `torch` (PyTorch's own kernels, on any device), `triton` (kernels of this package) and `cuda` (those
-of the library built from csrc/). Which one runs is decided for every call by `choose`. What it follows, in this order:
+Every operator is registered with `torch.library` under the name space `cavmae_fast` with one schema, one fake and some
+implementations: `torch` (PyTorch's own kernels, on any device), `triton` (kernels of this package), `cuda` (those of the
+library built from csrc/), and other forms of it by names of their own. Which one runs is decided for every call by
+`choose`. What it follows, in this order:
 
 1. `override(mode)` around the call;
 2. the environment variable `CAVMAE_OPS`, whose values are the modes:
@@ -10,7 +11,7 @@ of the library built from csrc/). Which one runs is decided for every call by `c
    - `triton`: Triton wherever it can run: on CUDA devices, and on the CPU under `TRITON_INTERPRET=1`;
    - `cuda`: the CUDA library where the operator has a kernel there that takes the call, and otherwise as in `auto`;
    - `auto`, the default: what comes next;
-3. the configuration file of the GPU's architecture (`configuration.py`), which lists what was proven there;
+3. the user's own file, which `cavmae-fast tune` writes, then the checked-in file of the architecture (`configuration.py`);
 4. PyTorch.
 
 An implementation that cannot take a call (the operator has none of that kind, the device is a CPU, the dtype is float64,
@@ -23,7 +24,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,8 @@ from cavmae_fast.ops import _triton, configuration, native
 
 NAMESPACE = "cavmae_fast"
 MODES = ("auto", "torch", "triton", "cuda")
+CPU_FORMS: set[str] = set()
+"Names of forms that are for CPUs alone."
 LABELS = {"torch": "PyTorch", "triton": "Triton", "cuda": "CUDA library"}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -43,6 +47,8 @@ operators: dict[str, set[str]] = {}
 "Operator -> the implementations that its forward or its backward has."
 Limit = Callable[[str, torch.dtype, Sequence[int]], str | None]
 _limits: dict[str, Limit] = {}
+_implementations: dict[str, dict[str, Callable]] = {}
+"Name of a registered operator, forward or backward -> implementation -> function."
 
 
 class ModeError(CavmaeError, ValueError):
@@ -59,14 +65,19 @@ class Choice(NamedTuple):
     """What runs, and why."""
 
     implementation: str
-    "'torch', 'triton' or 'cuda'."
+    "'torch', 'triton', 'cuda' or the name of another form."
     reason: str
     "Why, as `cavmae-fast doctor` prints it."
     configuration: str
-    "The architecture whose launch configurations the kernels take."
+    "The target whose launch configurations the kernels take."
 
     def __str__(self) -> str:
-        return f"{LABELS[self.implementation]}: {self.reason}"
+        return f"{label(self.implementation)}: {self.reason}"
+
+
+def label(implementation: str) -> str:
+    """An implementation's name in a sentence."""
+    return LABELS.get(implementation, f"{LABELS['torch']} ({implementation})")
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
@@ -102,13 +113,6 @@ def override(value: str) -> Iterator[None]:
         _override = before
 
 
-@functools.cache
-def architecture(index: int) -> str:
-    """'sm_90' for a Hopper GPU: the name of its configuration file."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
 def interpreting() -> bool:
     """True when Triton kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,11 +121,12 @@ def interpreting() -> bool:
 # ------------------------------------------------------------------------------------------------------------ choice
 
 
-def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = ()) -> Choice:
+def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (), key: str = "") -> Choice:
     """The implementation of `operator` for tensors of `dtype` on `device`, the reason, and whose launches it takes.
 
-    `shape` is what the operator's `limit` looks at (see `register`); empty: any that the kernels take. Raises ModeError
-    for a mode that does not exist, MissingImplementation when one was asked for by name and is not installed.
+    `shape` is what the operator's `limit` looks at (see `register`); empty: any that the kernels take. `key` is what
+    the choice depends on besides (`configuration.implementation`). Raises ModeError for a mode that does not exist,
+    MissingImplementation when one was asked for by name and is not installed.
     """
     asked, source = _mode()
     if asked in operators[operator] and (missing := _missing(asked)):
@@ -129,7 +134,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Seque
     launches = _launches_on(device)
     candidates = [] if asked == "auto" else [(asked, source)]
     if asked in ("auto", "cuda"):
-        candidates.append(_proven(operator, device, dtype))
+        candidates.append(_configured(operator, device, dtype, key))
     refusals = []
     for implementation, reason in candidates:
         refusal = _refusal(operator, implementation, device, dtype, shape)
@@ -139,17 +144,32 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Seque
     return Choice("torch", refusals[0], launches)
 
 
-def _proven(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _configured(operator: str, device: torch.device, dtype: torch.dtype, key: str) -> tuple[str, str]:
     """What the configuration files say: an implementation, and why it is the default."""
-    if operators[operator] == {"torch"}:
-        return "torch", "it has no kernel of this package"
-    if device.type != "cuda":
-        return "torch", "the device is a CPU"
-    here, name = architecture(device.index or 0), configuration.name_of(dtype)
-    implementation = configuration.implementation(here, operator, dtype)
-    if implementation == "torch":
-        return "torch", f"no kernel is proven for {name} on {here}"
-    return implementation, f"proven for {name} on {here}"
+    elsewhere = CPU_FORMS if device.type == "cuda" else set() if interpreting() else set(LABELS)
+    if not operators[operator] - {"torch"} - elsewhere:
+        return "torch", "it has no kernel of this package" if device.type == "cuda" else "it has no other form on a CPU"
+    target, name = configuration.target_of(device), configuration.name_of(dtype)
+    if device.type == "cuda":
+        _advise(target)
+    origin = configuration.origin(target, operator, dtype, key)
+    if origin is None:
+        where = f"on {target}" if device.type == "cuda" else "on this CPU"
+        return "torch", f"nothing is tuned for {name} {where}; `cavmae-fast tune` does it"
+    return configuration.implementation(target, operator, dtype, key), f"{origin} ({name})"
+
+
+@functools.cache
+def _advise(target: str) -> None:
+    """Says, once in a process, what to run where nothing is known of a GPU."""
+    if any(content["implementations"] for _, content in configuration.layers(target)):
+        return
+    stale = configuration.stale_files(target)
+    why = f" ({stale[-1]} was measured with other releases, so it is not used)" if stale else ""
+    warnings.warn(
+        f"cavmae_fast runs PyTorch's operators: its kernels are not tuned for {target}{why}; run `cavmae-fast tune` once",
+        stacklevel=2,
+    )
 
 
 def _refusal(
@@ -159,18 +179,21 @@ def _refusal(
     if implementation == "torch":
         return None
     if implementation not in operators[operator]:
-        return f"it has no kernel for {LABELS[implementation]}"
-    if dtype == torch.float64:
-        return "kernels count in float32, and the call is in float64"
-    if device.type != "cuda" and not (implementation == "triton" and interpreting()):
-        return "the device is a CPU"
+        return f"it has no kernel for {label(implementation)}"
+    if implementation in CPU_FORMS and device.type != "cpu":
+        return "it is a form for CPUs"
+    if implementation in LABELS:  # a kernel of this package
+        if dtype == torch.float64:
+            return "kernels count in float32, and the call is in float64"
+        if device.type != "cuda" and not (implementation == "triton" and interpreting()):
+            return "the device is a CPU"
     limit = _limits.get(operator)
     return _missing(implementation) or (limit(implementation, dtype, shape) if limit and shape else None)
 
 
 def _launches_on(device: torch.device) -> str:
-    """The architecture whose launch configurations kernels take on `device`."""
-    return configuration.nearest(architecture(device.index or 0)) if device.type == "cuda" else configuration.INTERPRETED
+    """The target whose launch configurations kernels take on `device`."""
+    return configuration.target_of(device) if device.type == "cuda" else configuration.INTERPRETED
 
 
 def _missing(implementation: str) -> str | None:
@@ -192,6 +215,8 @@ def register(
     torch: Callable,
     triton: Callable | None = None,
     cuda: Callable | None = None,
+    forms: Mapping[str, Callable] | None = None,
+    elsewhere: Sequence[str] = (),
     fake: Callable,
     limit: Limit | None = None,
     shape: Callable[..., Sequence[int]] | None = None,
@@ -206,21 +231,36 @@ def register(
     Args:
         schema: the part after the name, `(Tensor x, float eps) -> Tensor`.
         torch, triton, cuda: take the schema's arguments and return new tensors that alias no input. `triton` is also
-            given `architecture`, whose launch configurations its kernels take (`configuration.launch`).
+            given `architecture`, the target whose launch configurations its kernels take (`configuration.launch`).
+        forms: other implementations for CPUs by name, from PyTorch's operators, which `cavmae-fast tune` tries too.
+        elsewhere: names of implementations that the caller runs itself when `choose` gives them.
         fake: returns empty tensors of the same shapes and strides.
         limit: (implementation, dtype, shape) -> why the kernels of that implementation cannot take a call, or None.
         shape: arguments -> the shape that `limit` is given. Default: the first tensor's.
         caller_chooses: the schema's last argument is the implementation's name, which the caller had from `choose`:
             one choice for forward and backward. The implementations are not given it.
     """
-    given = {"torch": torch, "triton": triton, "cuda": cuda}
+    given = {"torch": torch, "triton": triton, "cuda": cuda, **(forms or {})}
     implementations = {kind: function for kind, function in given.items() if function is not None}
     operator = name.removesuffix("_backward")
-    operators.setdefault(operator, set()).update(implementations)
+    _implementations[name] = implementations
+    operators.setdefault(operator, set()).update(implementations, elsewhere)
+    CPU_FORMS.update(forms or ())
     if limit is not None:
         _limits[operator] = limit
     run = _runner(operator, implementations, shape or _first_shape, caller_chooses)
     return _bind(name, schema, run, fake)
+
+
+def add_form(operator: str, form: str, *, forward: Callable | None = None, backward: Callable | None = None) -> None:
+    """Adds another implementation to an operator that is registered: for experiments, and for the tuner to try.
+
+    `form`: its name. The functions take what the operator's other implementations take; a missing one is PyTorch's.
+    """
+    operators[operator].add(form)
+    for name, function in ((operator, forward), (f"{operator}_backward", backward)):
+        if function is not None:
+            _implementations[name][form] = function
 
 
 def _runner(

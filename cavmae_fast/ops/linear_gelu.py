@@ -24,8 +24,19 @@ from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.stream_linear import backward_fake, bias_gradient, check_linear, linear_backward, linear_forward
+from cavmae_fast.ops.stream_linear import (
+    backward_fake,
+    bias_gradient,
+    check_linear,
+    linear_backward,
+    linear_forward,
+    onednn_limit,
+)
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
+
+CPU_FORMS = ("onednn", "pieces")
+CPU_ROWS = 256
+"Rows that the form `pieces` takes at once: 3 MB in float32 at width 3072."
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -110,13 +121,15 @@ def _dgelu_bias_cuda(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: t
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
+    if implementation in CPU_FORMS:
+        return onednn_limit(implementation, dtype)
     if implementation == "cuda" and (dtype not in native.DTYPES or shape[1] * dtype.itemsize % 16):
         return f"the CUDA library takes no rows of {shape[1]} values in {dtype}: they must be multiples of 16 bytes"
     return None
 
 
-def _forward_torch(x, weights, biases, rows, keep_pre):
-    pre = linear_forward(x, weights, biases, rows)
+def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False):
+    pre = linear_forward(x, weights, biases, rows, onednn)
     if keep_pre:
         return F.gelu(pre), pre
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
@@ -127,9 +140,20 @@ def _dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: 
     return dpre, bias_gradient(dpre, rows, bias_dtype)
 
 
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, **options):
+def _dgelu_bias_pieces(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same, `CPU_ROWS` rows at a time: the sum over them finds them in the cache."""
+    dpre = torch.empty_like(pre)
+    db = torch.zeros(len(rows), pre.shape[1], dtype=torch.promote_types(pre.dtype, torch.float32), device=pre.device)
+    for dy_s, pre_s, dpre_s, db_s in zip(dy.split(rows), pre.split(rows), dpre.split(rows), db):
+        for piece, pre_piece, to in zip(dy_s.split(CPU_ROWS), pre_s.split(CPU_ROWS), dpre_s.split(CPU_ROWS)):
+            torch.ops.aten.gelu_backward.grad_input(piece, pre_piece, grad_input=to)
+            db_s.add_(to.sum(0, dtype=db.dtype))
+    return dpre, db.to(bias_dtype)
+
+
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, onednn=False, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *linear_backward(dpre, x, weights, rows, needs_dx), db
+    return *linear_backward(dpre, x, weights, rows, needs_dx, onednn), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -144,6 +168,7 @@ _forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
+    forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
 )
 _backward_operator = register(
@@ -153,6 +178,10 @@ _backward_operator = register(
     torch=partial(_backward, _dgelu_bias_torch),
     triton=partial(_backward, _dgelu_bias_triton),
     cuda=partial(_backward, _dgelu_bias_cuda),
+    forms={
+        "onednn": partial(_backward, _dgelu_bias_torch, onednn=True),
+        "pieces": partial(_backward, _dgelu_bias_pieces),
+    },
     limit=_limit,
     fake=lambda dy, pre, *rest: backward_fake(dy, *rest),
 )

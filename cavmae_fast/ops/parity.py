@@ -212,6 +212,60 @@ def baseline_errors(baseline: Callable, reference: Callable, inputs: Sequence, c
     return [error(b, w) for b, w in zip([*base, *base_gradients], [*want, *want_gradients], strict=True)]
 
 
+class Standard:
+    """What results must be on given inputs: computed once, for any number of functions to be held against it.
+
+    Args:
+        reference: plain, differentiable PyTorch, in any dtype.
+        inputs: tensors, lists of tensors and other arguments; gradients are taken of the tensors that require one.
+        baseline: an explicit low-precision implementation (None: `reference` in the inputs' own dtypes).
+        floor: what is allowed beside twice the baseline's error (None: 2 units in the last place of the result's dtype,
+            which is its rounding alone).
+    """
+
+    def __init__(
+        self, reference: Callable, inputs: Sequence, *, baseline: Callable | None = None, floor: float | None = None
+    ) -> None:
+        self.reference, self.inputs, self.baseline, self.floor = reference, inputs, baseline or reference, floor
+        want, want_gradients, self.cotangents = run(reference, in_float64(inputs))
+        self.want, self.outputs = [*want, *want_gradients], len(want)
+        base, base_gradients, _ = run(self.baseline, convert(inputs, torch.clone), self.cotangents)
+        self.allowance = [error(b, w) for b, w in zip([*base, *base_gradients], self.want, strict=True)]
+        self.nearby = 0
+
+    def compare(self, function: Callable) -> list[Result]:
+        """Outputs and gradients of `function(*inputs)`, by the rule above; it gets guarded copies of the inputs, and its
+        allocations are poisoned. Raises AssertionError when a shape or a gradient's dtype is wrong, or when memory
+        outside an output was written."""
+        with poisoned_allocations():
+            got, got_gradients, _ = run(function, convert(self.inputs, guarded), self.cotangents)
+        dtypes, wanted_dtypes = [g.dtype for g in got_gradients], [t.dtype for t in leaves(self.inputs)]
+        if dtypes != wanted_dtypes:
+            raise AssertionError(f"the gradients have dtypes {dtypes}, their inputs {wanted_dtypes}")
+        names = [f"output {i}" for i in range(self.outputs)]
+        names += [f"gradient of input {i}" for i in range(len(self.want) - self.outputs)]
+        errors, floors = [], []
+        for name, value, exact in zip(names, [*got, *got_gradients], self.want, strict=True):
+            if value.shape != exact.shape:
+                raise AssertionError(f"{name}: shape {list(value.shape)}, not {list(exact.shape)}")
+            eps = torch.finfo(value.dtype if value.is_floating_point() else torch.float32).eps
+            errors.append(error(value, exact))
+            floors.append(2 * eps if self.floor is None else self.floor)
+
+        def results() -> list[Result]:
+            allowed = [2 * near + rounding for near, rounding in zip(self.allowance, floors)]
+            return [Result(*row) for row in zip(names, errors, allowed)]
+
+        while self.nearby < NEARBY:
+            if all(result.right or result.error != result.error for result in results()):
+                break  # all are right, or the others NaN, which no allowance lets pass
+            near = nearby(self.inputs, self.nearby)
+            more = baseline_errors(self.baseline, self.reference, near, self.cotangents)
+            self.allowance = [max(pair) for pair in zip(self.allowance, more)]
+            self.nearby += 1
+        return results()
+
+
 def compare(
     function: Callable,
     reference: Callable,
@@ -220,48 +274,8 @@ def compare(
     baseline: Callable | None = None,
     floor: float | None = None,
 ) -> list[Result]:
-    """Outputs and gradients of `function(*inputs)` beside those of `reference` in float64, by the rule above.
-
-    Args:
-        function: what is tested; it gets guarded copies of the inputs, and its allocations are poisoned.
-        reference: the same in plain, differentiable PyTorch, in any dtype.
-        inputs: tensors, lists of tensors and other arguments; gradients are taken of the tensors that require one.
-        baseline: an explicit low-precision implementation (None: `reference` in the inputs' own dtypes).
-        floor: what is allowed beside twice the baseline's error (None: 2 units in the last place of the result's dtype,
-            which is its rounding alone).
-
-    Raises AssertionError when a shape or a gradient's dtype is wrong, or when memory outside an output was written.
-    """
-    baseline = baseline or reference
-    want, want_gradients, cotangents = run(reference, in_float64(inputs))
-    base, base_gradients, _ = run(baseline, convert(inputs, torch.clone), cotangents)
-    allowance = [error(b, w) for b, w in zip([*base, *base_gradients], [*want, *want_gradients], strict=True)]
-    del base, base_gradients
-    with poisoned_allocations():
-        got, got_gradients, _ = run(function, convert(inputs, guarded), cotangents)
-    dtypes, wanted_dtypes = [g.dtype for g in got_gradients], [t.dtype for t in leaves(inputs)]
-    if dtypes != wanted_dtypes:
-        raise AssertionError(f"the gradients have dtypes {dtypes}, their inputs {wanted_dtypes}")
-
-    names = [f"output {i}" for i in range(len(want))] + [f"gradient of input {i}" for i in range(len(want_gradients))]
-    errors, floors = [], []
-    for name, value, exact in zip(names, [*got, *got_gradients], [*want, *want_gradients], strict=True):
-        if value.shape != exact.shape:
-            raise AssertionError(f"{name}: shape {list(value.shape)}, not {list(exact.shape)}")
-        eps = torch.finfo(value.dtype if value.is_floating_point() else torch.float32).eps
-        errors.append(error(value, exact))
-        floors.append(2 * eps if floor is None else floor)
-
-    def results() -> list[Result]:
-        allowed = [2 * near + rounding for near, rounding in zip(allowance, floors)]
-        return [Result(*row) for row in zip(names, errors, allowed)]
-
-    for seed in range(NEARBY):
-        if all(result.right or result.error != result.error for result in results()):
-            break  # all are right, or the others NaN, which no allowance lets pass
-        more = baseline_errors(baseline, reference, nearby(inputs, seed), cotangents)
-        allowance = [max(pair) for pair in zip(allowance, more)]
-    return results()
+    """Outputs and gradients of `function(*inputs)` beside those of `reference` in float64: `Standard`, for one function."""
+    return Standard(reference, inputs, baseline=baseline, floor=floor).compare(function)
 
 
 def assert_parity(

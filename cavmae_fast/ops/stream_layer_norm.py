@@ -15,6 +15,7 @@ differs) in one pass, with partial weight gradients summed by a second small ker
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, t
 
 CPU_ROWS = 1024
 "Rows that PyTorch's kernels take at once on a CPU."
+CPU_FORMS = {"256 rows": 256, "4096 rows": 4096}
+"Other forms on a CPU: the rows taken at once."
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -145,23 +148,23 @@ def _backward_triton(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype, 
     return dx, ddelta, dw, db
 
 
-def _parts(x: Tensor, rows: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def _parts(x: Tensor, rows: Sequence[int], at_once: int = CPU_ROWS) -> Iterator[tuple[int, slice]]:
     """(stream, slice of its rows). On a CPU in pieces whose float32 copies stay in the cache, which takes two thirds of the
     time that whole streams take."""
     first = 0
     for stream, count in enumerate(rows):
-        step = CPU_ROWS if x.device.type == "cpu" else count
+        step = at_once if x.device.type == "cpu" else count
         for start in range(first, first + count, step):
             yield stream, slice(start, min(start + step, first + count))
         first += count
 
 
-def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype):
+def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype, at_once=CPU_ROWS):
     x_new = x.new_empty(0) if delta is None else torch.empty_like(x)
     statistics = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty_like(x, dtype=out_dtype)
     mean, rstd = (torch.empty(x.shape[0], dtype=statistics, device=x.device) for _ in range(2))
-    for stream, part in _parts(x, rows):
+    for stream, part in _parts(x, rows, at_once):
         value = x[part]
         if delta is not None:
             value = x_new[part].copy_(delta[part]).add_(value)
@@ -171,12 +174,12 @@ def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype):
     return x_new, y, mean, rstd
 
 
-def _backward_torch(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype):
+def _backward_torch(dy, dx_new, x_new, mean, rstd, weights, rows, delta_dtype, at_once=CPU_ROWS):
     statistics = mean.dtype
     dx = torch.empty_like(x_new)
     ddelta = torch.empty_like(x_new, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
     dw, db = (torch.zeros(len(rows), x_new.shape[1], dtype=statistics, device=dx.device) for _ in range(2))
-    for stream, part in _parts(x_new, rows):
+    for stream, part in _parts(x_new, rows, at_once):
         # In the statistics' dtype throughout: PyTorch's bf16 weight gradient on the CPU loses a good part of its bits.
         w = weights[stream].to(statistics)
         result, dw_part, db_part = torch.ops.aten.native_layer_norm_backward(
@@ -213,6 +216,7 @@ _forward = register(
     "(Tensor x, Tensor? delta, Tensor[] weights, Tensor[] biases, SymInt[] rows, float eps, ScalarType out_dtype)"
     " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
     torch=_forward_torch,
+    forms={name: partial(_forward_torch, at_once=rows) for name, rows in CPU_FORMS.items()},
     triton=_forward_triton,
     fake=_forward_fake,
 )
@@ -221,6 +225,7 @@ _backward = register(
     "(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
     " ScalarType? delta_dtype) -> (Tensor dx, Tensor ddelta, Tensor dw, Tensor db)",
     torch=_backward_torch,
+    forms={name: partial(_backward_torch, at_once=rows) for name, rows in CPU_FORMS.items()},
     triton=_backward_triton,
     fake=_backward_fake,
 )

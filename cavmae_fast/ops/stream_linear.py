@@ -13,6 +13,7 @@ of one output, so that nothing is concatenated. `linear_gelu` builds on the same
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ from cavmae_fast.ops.layout import StreamLayout
 # ---------------------------------------------------------------------------------------------------------- products
 
 
-def linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`."""
-    if len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and compat.has_fused_bf16_linear():
+def linear_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int], onednn: bool = False
+) -> Tensor:
+    """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`. `onednn`: by its product."""
+    in_bf16 = len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    if onednn or (in_bf16 and compat.has_fused_linear(x.dtype)):
         # oneDNN adds the bias inside its product; addmm first copies the bias into every row of the result, which takes a
-        # fifth of its time.
-        return compat.fused_bf16_linear(x, weights[0], biases[0].to(x.dtype))
+        # fifth of its time in bf16.
+        parts = [compat.fused_linear(x_s, w, b.to(x.dtype)) for x_s, w, b in zip(x.split(rows), weights, biases)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
     out = x.new_empty(x.shape[0], weights[0].shape[0])
     for x_s, out_s, w, b in zip(x.split(rows), out.split(rows), weights, biases):
         torch.addmm(b.to(x.dtype), x_s, w.t(), out=out_s)
@@ -37,10 +42,14 @@ def linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
 
 
 def linear_backward(
-    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool
+    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool, onednn: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`)."""
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`). `onednn`: dx by its product."""
+    if needs_dx and onednn:
+        parts = [compat.fused_linear(dout_s, w.t(), None) for dout_s, w in zip(dout.split(rows), weights)]
+        dx, needs_dx = torch.cat(parts) if len(parts) > 1 else parts[0], False
+    else:
+        dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
     for s, (dout_s, x_s, w) in enumerate(zip(dout.split(rows), x.split(rows), weights)):
         if needs_dx:
@@ -87,8 +96,17 @@ def check_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx):
-    return *linear_backward(dout, x, weights, rows, needs_dx), bias_gradient(dout, rows, bias_dtype)
+def onednn_limit(implementation: str, dtype: torch.dtype) -> str | None:
+    """Why oneDNN's product cannot be had."""
+    return (
+        f"oneDNN has no product in {dtype} here"
+        if implementation == "onednn" and not compat.has_fused_linear(dtype)
+        else None
+    )
+
+
+def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False):
+    return *linear_backward(dout, x, weights, rows, needs_dx, onednn), bias_gradient(dout, rows, bias_dtype)
 
 
 def _forward_fake(x, weights, biases, rows):
@@ -105,6 +123,8 @@ _forward = register(
     "stream_linear",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows) -> Tensor",
     torch=linear_forward,
+    forms={"onednn": partial(linear_forward, onednn=True)},
+    limit=lambda implementation, dtype, shape: onednn_limit(implementation, dtype),
     fake=_forward_fake,
 )
 _backward = register(
@@ -112,6 +132,7 @@ _backward = register(
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
+    forms={"onednn": partial(_backward_torch, onednn=True)},
     fake=backward_fake,
 )
 

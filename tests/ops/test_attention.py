@@ -202,7 +202,7 @@ def test_saved_lse_is_in_base_2():
 
 def test_back_end_choice(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(dispatch, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(configuration, "target_of", lambda device: "sm_90" if device.type == "cuda" else "cpu")
     assert resolve_backend("auto", cpu, torch.float32) == "torch"
     with dispatch.override("triton"):
         assert resolve_backend("auto", cpu, torch.float32) == "triton"
@@ -210,14 +210,30 @@ def test_back_end_choice(monkeypatch):
         assert resolve_backend("auto", cpu, torch.float32, head_width=160) == "torch"
         assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
     assert resolve_backend("auto", cuda, torch.bfloat16) == "sdpa"
-    proven = {("attention", torch.bfloat16), ("attention", torch.float64)}
-    monkeypatch.setattr(configuration, "implementation", lambda here, *which: "triton" if which in proven else "torch")
-    assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
-    assert resolve_backend("auto", cuda, torch.float16) == "sdpa"
-    assert resolve_backend("auto", cuda, torch.float64) == "sdpa"
-    assert resolve_backend("auto", cuda, torch.bfloat16, head_width=160) == "sdpa"
+    chosen = {"bfloat16": "triton", "bfloat16 short 32": "sdpa_cudnn", "bfloat16 long 32": "flash_attn"}
+    with configuration.trial({"implementations": {"attention": chosen}, "launches": {}}):
+        assert resolve_backend("auto", cuda, torch.bfloat16) == "triton"
+        assert resolve_backend("auto", cuda, torch.float16) == "sdpa"
+        assert resolve_backend("auto", cuda, torch.float64) == "sdpa"
+        assert resolve_backend("auto", cuda, torch.bfloat16, head_width=160) == "sdpa"
+        assert resolve_backend("auto", cuda, torch.bfloat16, 64, 708) == "triton"
+        assert resolve_backend("auto", cuda, torch.bfloat16, 32, 128) == "sdpa_cudnn"
+        assert resolve_backend("auto", cuda, torch.bfloat16, 32, 708) == "sdpa"  # the package is not installed
+    chosen = {"float32 short 64": "products", "float32": "flash"}
+    with configuration.trial({"implementations": {"attention": chosen}, "launches": {}}):
+        assert resolve_backend("auto", cpu, torch.float32, 64, 128) == "products"
+        assert resolve_backend("auto", cpu, torch.float32, 64, 708) == "torch"  # in float32 `flash` is what it is anyway
     assert list(available_backends(cuda)) == list(BACKENDS)
     assert available_backends("cpu")["sdpa"] == "available"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["flash", "products", "products in 2 MiB"])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], SHAPES[7], LONG_SHAPES[1]], ids=str)
+def test_forms_on_the_cpu(shape, form, dtype):
+    entries = {"implementations": {"attention": {"float32": form, "bfloat16": form}}, "launches": {}}
+    with configuration.trial(entries), dispatch.override("auto"):
+        assert_parity(ours(shape), oracle(shape), draw(shape, dtype))
 
 
 def test_wide_heads_fall_to_pytorch():

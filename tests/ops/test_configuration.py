@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 
 import pytest
@@ -13,8 +12,8 @@ from cavmae_fast import ops
 from cavmae_fast.ops import configuration, dispatch
 from cavmae_fast.ops.configuration import ConfigurationError
 
-FILES = sorted(configuration.FOLDER.glob("*.json"))
-OPTIONS = {"num_warps", "num_stages", "PEEL"}
+FILES = sorted(configuration.FOLDER.glob("sm_*.json"))
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "PEEL"}
 
 
 @pytest.fixture
@@ -23,14 +22,25 @@ def folder(monkeypatch, tmp_path):
     for path in FILES:
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(configuration, "FOLDER", tmp_path)
-    clear()
+    configuration.forget()
     yield tmp_path
-    clear()
+    configuration.forget()
 
 
-def clear():
-    for cached in (configuration.table, configuration.nearest, configuration.launch):
-        cached.cache_clear()
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """The folder of the user's own files, empty."""
+    monkeypatch.setenv(configuration.VARIABLE, str(tmp_path / "tuned"))
+    (tmp_path / "tuned").mkdir()
+    configuration.forget()
+    yield tmp_path / "tuned"
+    configuration.forget()
+
+
+def prove(folder, architecture: str, entries: dict) -> None:
+    """Ships `entries` as proven on an architecture."""
+    path = folder / f"{architecture}.json"
+    configuration.write(path, {**configuration.read(path), "implementations": entries})
 
 
 def kernels() -> dict[str, set[str]]:
@@ -90,53 +100,100 @@ def test_cases():
     [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_120", "sm_100"), ("sm_75", "sm_80")],
 )
 def test_nearest(folder, here, want):
-    configuration.mark_proven(want, "attention", torch.bfloat16)
+    prove(folder, want, {"attention": {"bfloat16": "triton"}})
     assert configuration.nearest(here) == want
     proven = configuration.implementation(here, "attention", torch.bfloat16)
     assert proven == ("triton" if here == want else "torch")  # never ran there
+    launch = configuration.launch("take_rows", f"{here} some-gpu", torch.bfloat16)
+    assert launch == configuration.launch("take_rows", want, torch.bfloat16)
 
 
-def test_marks_are_by_operator_and_dtype(folder):
-    """One dtype's miss takes no other's mark away."""
-    before = {path.name: path.read_text() for path in folder.iterdir()}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        configuration.mark_proven("sm_90", "attention", dtype)
-    configuration.mark_proven("sm_90", "gather_tokens", torch.bfloat16)
-    configuration.mark_proven("sm_90", "attention", torch.float32, "torch")
-
-    def proven(operator: str) -> list[str]:
-        dtypes = (torch.bfloat16, torch.float16, torch.float32)
-        return [configuration.implementation("sm_90", operator, dtype) for dtype in dtypes]
-
-    assert proven("attention") == ["triton", "triton", "torch"]
-    assert proven("gather_tokens") == ["triton", "torch", "torch"]
-    assert proven("scatter_tokens") == ["torch"] * 3
-    marks = configuration.read(folder / "sm_90.json")
-    assert marks["implementations"]["attention"] == {"bfloat16": "triton", "float16": "triton"}
-    assert marks["launches"] == json.loads(before["sm_90.json"])["launches"]
-    assert {p.name: p.read_text() for p in folder.iterdir() if p.stem != "sm_90"}.items() <= before.items()
-    for operator, dtype in (("attention", torch.bfloat16), ("attention", torch.float16), ("gather_tokens", torch.bfloat16)):
-        configuration.mark_proven("sm_90", operator, dtype, "torch")
-    assert (folder / "sm_90.json").read_text() == before["sm_90.json"]
+TARGET = "sm_90 nvidia-h200"
 
 
-def test_an_architecture_gets_its_file_when_something_is_proven_there(folder):
-    path = configuration.mark_proven("sm_89", "attention", torch.bfloat16)
-    assert path == folder / "sm_89.json"
-    assert configuration.read(path)["launches"] == configuration.read(folder / "sm_80.json")["launches"]
-    assert configuration.nearest("sm_89") == "sm_89"
-    assert configuration.implementation("sm_89", "attention", torch.bfloat16) == "triton"
-    assert configuration.implementation("sm_80", "attention", torch.bfloat16) == "torch"
-
-
-def test_an_earlier_file_wins_entry_by_entry(folder, monkeypatch):
-    own = folder / "own.json"
+def tuned(target: str = TARGET, **changes) -> dict:
+    """The contents of a file of the user's own."""
     launches = {"take_rows": {"any": {"BLOCK_R": 2, "BLOCK_D": 64, "num_warps": 1}}}
-    configuration.write(own, {"implementations": {"attention": {"bfloat16": "triton"}}, "launches": launches})
-    monkeypatch.setattr(configuration, "files", lambda architecture: [own, folder / f"{architecture}.json"])
-    assert configuration.launch("take_rows", "sm_90", torch.float32)["num_warps"] == 1
-    assert configuration.launch("add_position", "sm_90", torch.float32)["num_warps"] == 4
-    assert configuration.implementation("sm_90", "attention", torch.bfloat16) == "triton"
+    content = {"implementations": {"attention": {"bfloat16 long 32": "triton"}}, "launches": launches}
+    return {"made_for": configuration.made_for(target), **content, **changes}
+
+
+def test_the_users_own_file_wins_entry_by_entry(own):
+    configuration.write(configuration.user_file(TARGET), tuned())
+    assert configuration.launch("take_rows", TARGET, torch.float32)["num_warps"] == 1
+    assert configuration.launch("add_position", TARGET, torch.float32)["num_warps"] == 4
+    assert configuration.launch("take_rows", "sm_90", torch.float32)["num_warps"] == 4  # the interpreter takes what ships
+    assert configuration.launch("take_rows", "sm_90 another-gpu", torch.float32)["num_warps"] == 4
+    assert configuration.implementation(TARGET, "attention", torch.bfloat16, "long 32") == "triton"
+    assert configuration.implementation(TARGET, "attention", torch.bfloat16, "short 64") == "torch"
+    assert str(configuration.user_file(TARGET)) in configuration.origin(TARGET, "attention", torch.bfloat16, "long 32")
+    assert configuration.origin(TARGET, "attention", torch.bfloat16) is None
+    with configuration.trial({"implementations": {}, "launches": {}}):  # a candidate is tried without it
+        assert configuration.launch("take_rows", TARGET, torch.float32)["num_warps"] == 4
+
+
+def test_a_shipped_file_after_the_users(own, folder):
+    prove(folder, "sm_90", {"attention": {"bfloat16": "triton", "float32": "triton"}})
+    configuration.write(configuration.user_file(TARGET), tuned(implementations={"attention": {"bfloat16": "sdpa_cudnn"}}))
+    assert configuration.implementation(TARGET, "attention", torch.bfloat16) == "sdpa_cudnn"
+    assert configuration.implementation(TARGET, "attention", torch.float32) == "triton"
+    assert configuration.origin(TARGET, "attention", torch.float32) == "proven on sm_90"
+
+
+def test_a_file_of_another_version_is_not_used_and_named(own):
+    other = {**configuration.made_for(TARGET), "torch": "1.0"}
+    renamed = configuration.user_file(TARGET)
+    configuration.write(renamed, tuned(made_for=other))
+    old = renamed.with_name(renamed.name.replace(torch.__version__, "1.0"))
+    configuration.write(old, tuned(made_for=other))
+    configuration.write(own / f"another-gpu-sm_90-torch{torch.__version__}.json", tuned("sm_90 another-gpu"))
+    assert configuration.implementation(TARGET, "attention", torch.bfloat16, "long 32") == "torch"
+    assert configuration.launch("take_rows", TARGET, torch.float32)["num_warps"] == 4
+    assert set(configuration.stale_files(TARGET)) == {old, renamed}
+
+
+def test_where_the_users_files_lie(monkeypatch, tmp_path):
+    monkeypatch.delenv(configuration.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configuration.user_folder() == tmp_path / "cavmae_fast" / "tuned"
+    name = configuration.user_file(TARGET).name
+    assert name.startswith("nvidia-h200-sm_90-torch2.") and torch.__version__ in name
+    assert configuration.slug("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz") == "intel-xeon-platinum-8488c-cpu-2-40ghz"
+
+
+def test_the_fingerprint_tells_choices_apart(own, monkeypatch):
+    monkeypatch.delenv("CAVMAE_OPS", raising=False)
+    target = configuration.target_of(torch.device("cpu"))
+    assert configuration.fingerprint() == "torch" or torch.cuda.is_available()
+    seen = [configuration.fingerprint("cpu")]
+    for name in ("products", "flash"):
+        configuration.write(configuration.user_file(target), tuned(target, implementations={"attention": {"float32": name}}))
+        seen.append(configuration.fingerprint("cpu"))
+        assert configuration.fingerprint("cpu") == seen[-1]
+    assert seen[0] == "torch" and len(set(seen)) == 3 and all(len(text) < 25 for text in seen)
+    monkeypatch.setenv("CAVMAE_OPS", "torch")
+    assert configuration.fingerprint("cpu") == "torch"
+
+
+def test_the_search_space_fits_the_kernels(own):
+    """Every entry names a kernel, its options are those of the kernel, and something is left to try."""
+    known = kernels()
+    for kernel, patterns in configuration.search_space().items():
+        for words, changes in patterns.items():
+            for change in changes:
+                assert set(change) - OPTIONS <= known[kernel], f"{kernel}, {words}"
+    others = configuration.alternatives("attention_forward", "sm_90", torch.bfloat16, "long 32")
+    present = dict(configuration.launch("attention_forward", "sm_90", torch.bfloat16, "long 32"))
+    assert len(others) >= 5 and present not in others and all(set(present) <= set(other) for other in others)
+    assert {"maxnreg": 168, **present} in others
+    for dtype in (torch.bfloat16, torch.float32):
+        assert configuration.alternatives("stream_layer_norm_forward", "sm_90", dtype)
+
+
+def test_launches_are_recorded():
+    with configuration.recorded_launches() as seen:
+        configuration.launch("take_rows", "sm_90", torch.float32)
+    assert seen == [("take_rows", torch.float32, "")]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +203,8 @@ def test_an_earlier_file_wins_entry_by_entry(folder, monkeypatch):
         ("[]", "must hold 'implementations' and 'launches'"),
         ('{"launches": {}}', "must hold 'implementations' and 'launches'"),
         ('{"implementations": {"attention": {"bf16": "triton"}}, "launches": {}}', "gives attention in bf16"),
-        ('{"implementations": {"attention": {"float32": "fast"}}, "launches": {}}', "the implementation 'fast'"),
+        ('{"implementations": {"attention": {"float32": 3}}, "launches": {}}', "the implementation 3"),
+        ('{"implementations": {}, "launches": {}, "more": {}}', "must hold"),
         ('{"implementations": {"attention": "triton"}, "launches": {}}', "has 'triton' in implementations for attention"),
         ('{"implementations": {}, "launches": {"a": {"any": {"num_warps": "4"}}}}', "launches a, 'any', with"),
         ('{"implementations": {}, "launches": {"a": {"num_warps": 4}}}', "launches a, 'num_warps', with 4"),
@@ -158,10 +216,3 @@ def test_damaged_files(folder, text, words):
     with pytest.raises(ConfigurationError, match=words) as error:
         configuration.launch("take_rows", "sm_90", torch.float32)
     assert "sm_90.json" in str(error.value)
-
-
-def test_what_cannot_be_marked():
-    with pytest.raises(ConfigurationError, match="'fast' in bfloat16 cannot be marked"):
-        configuration.mark_proven("sm_90", "attention", torch.bfloat16, "fast")
-    with pytest.raises(ConfigurationError, match="'triton' in float64 cannot be marked"):
-        configuration.mark_proven("sm_90", "attention", torch.float64)

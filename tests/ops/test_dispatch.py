@@ -16,7 +16,7 @@ from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-PROVEN = {("linear_gelu", torch.bfloat16), ("gather_tokens", torch.float32)}
+PROVEN = {"linear_gelu": {"bfloat16": "triton"}, "gather_tokens": {"float32": "triton"}}
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,11 @@ def hopper(monkeypatch):
 
     for name in ("CAVMAE_OPS", "CAVMAE_NATIVE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(configuration, "target_of", lambda device: "sm_90" if device.type == "cuda" else "cpu")
     monkeypatch.setattr(native, "library", object)
     monkeypatch.setattr(native, "call", refuse)
-    monkeypatch.setattr(configuration, "implementation", lambda here, *which: "triton" if which in PROVEN else "torch")
+    with configuration.trial({"implementations": PROVEN, "launches": {}}):
+        yield
 
 
 def chosen(operator: str, device=CUDA, dtype=torch.bfloat16, shape=()) -> str:
@@ -68,13 +69,13 @@ def test_order_of_precedence(monkeypatch, override, environment, want):
     elif override is None and environment not in (None, "auto"):
         assert choice.reason == f"CAVMAE_OPS={environment}"
     else:
-        assert choice.reason == "proven for bfloat16 on sm_90"
+        assert choice.reason == "on trial (bfloat16)"
 
 
 def test_what_was_not_proven_is_pytorch():
     for dtype in (torch.float16, torch.float32):
         choice = dispatch.choose("linear_gelu", CUDA, dtype)
-        assert str(choice) == f"PyTorch: no kernel is proven for {str(dtype)[6:]} on sm_90"
+        assert str(choice) == f"PyTorch: nothing is tuned for {str(dtype)[6:]} on sm_90; `cavmae-fast tune` does it"
     assert chosen("gather_tokens", dtype=torch.float32) == "triton"
     assert chosen("gather_tokens", dtype=torch.bfloat16) == "torch"
 
@@ -156,8 +157,15 @@ def test_what_kernels_cannot_take():
 
 
 def test_on_the_cpu(monkeypatch):
-    assert str(dispatch.choose("gather_tokens", CPU, torch.float32)) == "PyTorch: the device is a CPU"
-    assert str(dispatch.choose("stream_linear", CPU, torch.float32)) == "PyTorch: it has no kernel of this package"
+    assert str(dispatch.choose("stream_linear", CUDA, torch.float32)) == "PyTorch: it has no kernel of this package"
+    assert chosen("gather_tokens", CPU, torch.float32) == "triton"  # the fixture's, in Triton's interpreter
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert str(dispatch.choose("gather_tokens", CPU, torch.float32)) == "PyTorch: it has no other form on a CPU"
+    assert str(dispatch.choose("linear_gelu", CPU, torch.bfloat16)) == "PyTorch: the device is a CPU"
+    with configuration.trial({"implementations": {}, "launches": {}}):
+        words = "PyTorch: nothing is tuned for float32 on this CPU; `cavmae-fast tune` does it"
+        assert str(dispatch.choose("stream_linear", CPU, torch.float32)) == words
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with dispatch.override("triton"):
         assert chosen("gather_tokens", CPU) == "triton"  # Triton's interpreter
         monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -169,8 +177,11 @@ def test_on_the_cpu(monkeypatch):
 def test_launches_are_those_of_the_nearest_architecture(monkeypatch):
     assert dispatch.choose("attention", CPU, torch.float32).configuration == configuration.INTERPRETED
     for here, want in (("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_70", "sm_80")):
-        monkeypatch.setattr(dispatch, "architecture", lambda index, here=here: here)
-        assert dispatch.choose("attention", CUDA, torch.float32).configuration == want
+        monkeypatch.setattr(configuration, "target_of", lambda device, here=here: f"{here} some-gpu")
+        target = dispatch.choose("attention", CUDA, torch.float32).configuration
+        assert target == f"{here} some-gpu"
+        launch = configuration.launch("attention_forward", target, torch.bfloat16, "long 64")
+        assert launch == configuration.launch("attention_forward", want, torch.bfloat16, "long 64")
 
 
 class Record(TorchDispatchMode):
@@ -200,17 +211,54 @@ def test_attention_is_chosen_once(monkeypatch):
 
 
 def test_an_implementation_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="attention got 'auto'; it has torch, triton"):
+    with pytest.raises(ValueError, match="attention got 'auto'; it has torch, triton, flash, products"):
         torch.ops.cavmae_fast.attention(torch.randn(4, 96), None, 1, [4], [4], 1, "auto")
 
 
+def test_forms_for_cpus_stay_there():
+    content = {"implementations": {"stream_linear": {"float32": "onednn"}}, "launches": {}}
+    with configuration.trial(content):
+        assert chosen("stream_linear", CPU, torch.float32) == "onednn"
+        assert str(dispatch.choose("stream_linear", CUDA, torch.float32)) == "PyTorch: it is a form for CPUs" or (
+            chosen("stream_linear", dtype=torch.float32) == "torch"
+        )
+        assert chosen("stream_linear", CPU, torch.float64) == "torch"
+    with configuration.trial({"implementations": {"stream_linear": {"float32": "no such form"}}, "launches": {}}):
+        choice = dispatch.choose("stream_linear", CPU, torch.float32)
+        assert str(choice) == "PyTorch: it has no kernel for PyTorch (no such form)"
+
+
+def test_keys_take_choices_of_their_own():
+    entries = {"bfloat16 long 32": "triton", "bfloat16": "sdpa_cudnn"}
+    with configuration.trial({"implementations": {"attention": entries}, "launches": {}}):
+        assert dispatch.choose("attention", CUDA, torch.bfloat16, (32,), "long 32").implementation == "triton"
+        assert dispatch.choose("attention", CUDA, torch.bfloat16, (64,), "short 64").implementation == "sdpa_cudnn"
+
+
+def test_advice_where_nothing_is_known_of_a_gpu(monkeypatch, tmp_path):
+    """Once in a process; a file of another version is named."""
+    dispatch._advise.cache_clear()
+    monkeypatch.setenv(configuration.VARIABLE, str(tmp_path))
+    stale = tmp_path / "some-gpu-sm_90-torch1.0-triton1.0-cavmae_fast0.0.json"
+    configuration.write(stale, {"made_for": {"target": "sm_90 some-gpu"}, "implementations": {}, "launches": {}})
+    monkeypatch.setattr(configuration, "target_of", lambda device: "sm_90 some-gpu")
+    with configuration.trial({"implementations": {}, "launches": {}}):
+        with pytest.warns(UserWarning, match="run `cavmae-fast tune` once") as caught:
+            assert chosen("linear_gelu") == "torch"
+            assert chosen("linear_gelu") == "torch"
+        assert len(caught) == 1 and f"{stale} was measured with other releases" in str(caught[0].message)
+    dispatch._advise.cache_clear()
+
+
 def test_doctor_prints_the_choice(monkeypatch):
-    rows = dict(dict(doctor.report())["operators in bf16"])
+    with configuration.trial({"implementations": {}, "launches": {}}):
+        rows = dict(dict(doctor.report())["operators in bf16"])
     assert set(dispatch.operators) <= set(rows)
-    assert rows["linear_gelu"] == "PyTorch: the device is a CPU"
+    assert rows["linear_gelu"] == "PyTorch: nothing is tuned for bfloat16 on this CPU; `cavmae-fast tune` does it"
     monkeypatch.setattr(doctor, "_device", lambda: CUDA)
     rows = dict(doctor._operators())
-    assert rows["linear_gelu"] == "Triton: proven for bfloat16 on sm_90"
-    assert rows["linear_gelu in float32"] == "PyTorch: no kernel is proven for float32 on sm_90"
-    assert rows["gather_tokens in float32"] == "Triton: proven for float32 on sm_90"
+    assert rows["linear_gelu"] == "Triton: on trial (bfloat16)"
+    words = "PyTorch: nothing is tuned for float32 on sm_90; `cavmae-fast tune` does it"
+    assert rows["linear_gelu in float32"] == words
+    assert rows["gather_tokens in float32"] == "Triton: on trial (float32)"
     assert rows["attention='auto'"] == "sdpa"

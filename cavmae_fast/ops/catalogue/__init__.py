@@ -34,6 +34,8 @@ class Sizes:
     decoder_heads: int = 16
     seconds: float = 10.24
     "Of sound, for the features."
+    mask_ratio: float = 0.75
+    "Share of the patches of each modality that is removed."
 
     @property
     def all_a(self) -> int:
@@ -45,11 +47,11 @@ class Sizes:
 
     @property
     def kept_a(self) -> int:
-        return self.all_a // 4
+        return int(self.all_a * (1 - self.mask_ratio))
 
     @property
     def kept_v(self) -> int:
-        return self.all_v // 4
+        return int(self.all_v * (1 - self.mask_ratio))
 
     @property
     def total(self) -> int:

@@ -125,6 +125,7 @@ def attend(name: str, queries: StreamLayout, layout: StreamLayout, width: int, h
         plain=plain,
         forward_flops=sum(4.0 * layout.batch * a * b * width for a, b in zip(queries.lengths, layout.lengths)),
         attention_of=(queries, layout, heads),
+        head_width=width // heads,
     )
 
 

@@ -66,6 +66,8 @@ class Case:
     "Operations of the products: 2 m k n for `[m, k]` and `[k, n]`. The backward pass has twice as many."
     attention_of: tuple[StreamLayout, StreamLayout, int] | None = None
     "For attention: (layout of the queries, layout of keys and values, heads)."
+    head_width: int = 0
+    "For attention: the width of its heads."
     plain: Callable | None = field(default=None, repr=False)
     "What is timed as `eager`, where the reference is not it."
     dtypes: tuple[torch.dtype, ...] = LOW_AND_FULL
