@@ -20,6 +20,8 @@ PACKAGE = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "cavmae_fast.tuning.worker")
 POLL = 0.2
 "Seconds between two looks at what a process has found."
+STARTUP = 120.0
+"Seconds that a process may take until it says something: imports, and the device's first use, on a busy machine."
 MOST_STARTS = 40
 "Processes in a row; more deaths than this are a fault of the machine."
 
@@ -46,11 +48,11 @@ def process(command: Sequence[str], output: object) -> Iterator[subprocess.Popen
 def watch(
     command: Sequence[str], journal: Journal, limit: float, deadline: float, found: Callable[[Row], None]
 ) -> tuple[str, str]:
-    """Runs a worker until it ends, is silent for `limit` seconds, or `deadline` (Unix time) has passed.
+    """Runs a worker until it ends, is silent for `limit` seconds after its first row, or `deadline` (Unix time) is past.
 
     -> ('done', 'crashed', 'timed out' or 'no time'; what is to be said about it). `found` is called with each new row.
     """
-    seen = len(journal.rows)
+    before = seen = len(journal.rows)
     with tempfile.TemporaryFile("w+") as output, process(command, output) as child:
         heard = time.monotonic()
         while True:
@@ -65,8 +67,9 @@ def watch(
                 tail = output.read()[-1000:].strip().splitlines()
                 said = f": {tail[-1]}" if tail else ""
                 return ("done", "") if code == 0 else ("crashed", f"its process ended with exit code {code}{said}")
-            if time.monotonic() - heard > limit:
-                return "timed out", f"it took more than {limit:.0f} s"
+            patience = limit if seen > before else max(limit, STARTUP)
+            if time.monotonic() - heard > patience:
+                return "timed out", f"it took more than {patience:.0f} s"
             if time.time() > deadline:
                 return "no time", "the time was spent"
             time.sleep(POLL)
