@@ -1,11 +1,10 @@
-"""Measures every floor of `cavmae_fast`, and proves its kernels on a GPU. Nothing needs to be installed but torch.
+"""Measures every floor of `cavmae_fast`, and tunes it on a GPU. Nothing needs to be installed but torch.
 
 Programs, run from a checkout:
 
     python benchmarks/throughput.py     a training step: the published model, its obvious improvements, ours
     python benchmarks/data.py           every stage of the data path, and the loaders
     python benchmarks/gpu_suite.py      everything there is to know about a GPU (its sections: suite/)
-    python benchmarks/prove.py          marks operators as proven, from a record of the suite
     python benchmarks/render.py         tables from the records
     pytest benchmarks/bench_operators.py --benchmark-only -p benchmark
 

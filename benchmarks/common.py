@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from cavmae_fast.ops import configuration
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,17 +60,10 @@ def find_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def processor_name() -> str:
-    """The CPU's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def device_name(device: torch.device) -> str:
     """The name of the results' folder: 'nvidia-h200', 'cpu-intel-xeon-processor'."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {processor_name()}"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    name = configuration.device_name(device)
+    return configuration.slug(name if device.type == "cuda" else f"cpu {name}")
 
 
 # ------------------------------------------------------------------------------------------------------ provenance
@@ -104,10 +99,10 @@ def provenance(device: torch.device, command: list[str], commit: str | None = No
         "dirty": None if commit or changes is None else bool(changes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *_without_out(command)]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "device": configuration.device_name(device),
         "driver": gpu["driver"] if gpu else None,
         "clocks": gpu,
-        "cpu": processor_name(),
+        "cpu": configuration.processor_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

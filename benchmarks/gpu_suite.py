@@ -1,12 +1,14 @@
-"""Everything there is to know about a GPU in one command: what is right on it, and how fast.
+"""Everything there is to know about a GPU, in three calls of less than eight minutes: tuned, then measured.
 
-    python benchmarks/gpu_suite.py                       # all sections, less than 9 minutes on an H200
-    python benchmarks/gpu_suite.py --sections parity --write-proven --batch 256
-    python benchmarks/gpu_suite.py --sections parity --write-proven --operators attention,linear_gelu
-    python benchmarks/gpu_suite.py --device cpu --tiny   # a dry run of the code, without a GPU
+    python benchmarks/gpu_suite.py --call 1 --out DIR             # tune; ours at the batch of the target; where time goes
+    python benchmarks/gpu_suite.py --call 2 --out DIR --tuned DIR # attention and operators, beside other people's
+    python benchmarks/gpu_suite.py --call 3 --out DIR --tuned DIR # the published model and its improvements; other batches; tests
+    python benchmarks/gpu_suite.py --device cpu --tiny --call 1   # a rehearsal, without a GPU
 
-Each section is a process of its own, so that a fault of the device in one does not reach the others; it writes
-`results/<device>/<section>.json` as it goes. Needs torch, triton, numpy and pytest. The exit code is 1 when a section
+The most decisive data comes first. Each section is a process of its own, and so is each contender, so that a fault of the
+device in one does not reach the others; it writes `<out>/<device>/<section>.json` as it goes. What `tune` finds lies there
+too: a run that was cut off goes on when it is started with the same folder, and `--tuned` names the folder of an earlier
+call where later ones are to measure what it chose. Needs torch, triton, numpy and pytest. The exit code is 1 when a section
 failed, was wrong or ran out of time.
 """
 
@@ -39,9 +41,9 @@ from benchmarks.common import (
     strip_paths,
     write_json,
 )
-from benchmarks.prove import right_pairs
 from benchmarks.render import render
-from benchmarks.suite.report import Options, Report
+from benchmarks.suite.report import Report
+from cavmae_fast.ops.configuration import VARIABLE
 
 
 def _section(module: str, function: str) -> Callable[[Report], None]:
@@ -54,18 +56,42 @@ def _section(module: str, function: str) -> Callable[[Report], None]:
 
 
 SECTIONS: dict[str, Callable[[Report], None]] = {
-    "parity": _section("parity", "run"),
-    "steps": _section("sections", "steps"),
-    "attention": _section("sections", "attention_backends"),
-    "operators": _section("sections", "operators"),
-    "breakdown": _section("sections", "breakdown"),
-    "pytest": _section("sections", "pytest"),
+    name: _section("sections", function)
+    for name, function in {
+        "tune": "tune",
+        "steps": "steps",
+        "breakdown": "breakdown",
+        "products": "products",
+        "attention": "attention_backends",
+        "operators": "operators",
+        "contenders": "contenders",
+        "pytest": "pytest",
+    }.items()
 }
 "In the order in which they run."
-LIMITS = {"parity": 180.0, "steps": 200.0, "attention": 90.0, "operators": 110.0, "breakdown": 40.0, "pytest": 120.0}
-"Seconds a section may take; the last ones have what is left of the budget."
+CALLS = {
+    "1": ("tune", "steps", "breakdown", "products"),
+    "2": ("attention", "operators"),
+    "3": ("contenders", "pytest"),
+}
+"What is done together, in the time of one call."
+LIMITS = {
+    "tune": 250.0,
+    "steps": 120.0,
+    "breakdown": 45.0,
+    "products": 40.0,
+    "attention": 160.0,
+    "operators": 290.0,
+    "contenders": 320.0,
+    "pytest": 130.0,
+}
+"Seconds that a section may take; those of a call are together within `BUDGET`."
+BUDGET = 460.0
+"Seconds of a call: eight minutes, less what starting and copying takes."
 LEAST, START = 20.0, 10.0
 "Seconds below which a section is not begun; those of its process that go into starting."
+SPARE = 60.0
+"Seconds that a section which ended early leaves to the next one, at most."
 
 
 def run_section(name: str, report: Report) -> bool:
@@ -110,45 +136,46 @@ def supervise(command: list[str], path: Path, seconds: float, environment: dict[
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], torch.device]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--call", choices=CALLS, help="the sections of one call (default: those of --sections)")
+    parser.add_argument("--sections", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small shapes: tries the code, measures nothing")
-    parser.add_argument("--budget", type=float, default=530.0, help="seconds for all sections")
-    parser.add_argument("--write-proven", action="store_true", help="make default, at once, what parity shows to be right")
-    parser.add_argument("--batch", type=int, help="clips per step at which parity proves (default: 256 on CUDA, else 2)")
-    parser.add_argument("--operators", help="those that parity proves (default: all, and the models)")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all sections")
+    parser.add_argument("--batch", type=int, help="clips per step (default: 256 on CUDA, else 2)")
+    parser.add_argument("--operators", help="those to tune (default: all)")
+    parser.add_argument("--tuned", type=Path, help="folder with what an earlier call tuned (default: that of the results)")
     parser.add_argument("--in-process", action="store_true", help="run the sections in this process")
     args = parser.parse_args(arguments)
     device = find_device(parser, args.device)
-    chosen = args.sections.split(",")
+    if args.call and args.sections:
+        parser.error("--call and --sections exclude each other")
+    chosen = list(CALLS[args.call]) if args.call else (args.sections or ",".join(SECTIONS)).split(",")
     for name in chosen:
         if name not in SECTIONS:
             parser.error(f"--sections names {name!r}; it must be of {', '.join(SECTIONS)}")
-    if args.write_proven and ("parity" not in chosen or device.type != "cuda" or args.tiny):
-        parser.error("--write-proven needs the section parity on a CUDA device, without --tiny")
     if args.batch is None:
         args.batch = 256 if device.type == "cuda" else 2
     if args.batch < 1:
         parser.error(f"--batch is {args.batch}; it must be at least 1")
+    if args.tuned is not None and not args.tuned.is_dir():
+        parser.error(f"--tuned is {args.tuned}, which is no folder")
     if args.operators is not None:
         from cavmae_fast.ops import dispatch
 
-        able = [name for name, implementations in dispatch.operators.items() if "triton" in implementations]
+        able = sorted(dispatch.operators)
         for name in args.operators.split(","):
             if name not in able:
                 parser.error(f"--operators names {name!r}; it must be of {', '.join(able)}")
     return args, [name for name in SECTIONS if name in chosen], device
 
 
-def child_command(args: argparse.Namespace, name: str, seconds: float) -> tuple[list[str], dict[str, str]]:
+def child_command(args: argparse.Namespace, name: str, seconds: float, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the process of one section."""
     command = [sys.executable, __file__, "--in-process", "--sections", name, "--budget", f"{seconds:.0f}"]
     command += ["--device", args.device, "--out", str(args.out)]
-    if name == "parity":
-        command += ["--batch", str(args.batch), *(["--operators", args.operators] if args.operators else [])]
-        command += ["--write-proven"] if args.write_proven else []
+    command += ["--batch", str(args.batch), *(["--operators", args.operators] if args.operators else [])]
     command += ["--tiny"] if args.tiny else []
     command += ["--commit", args.commit] if args.commit else []
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {VARIABLE: str(args.tuned or folder)}
     if args.device == "cpu":
         environment.setdefault("TRITON_INTERPRET", "1")
     return command, environment
@@ -158,24 +185,24 @@ def main(arguments: list[str] | None = None) -> int:
     args, chosen, device = parse(arguments)
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
     folder: Path = args.out / device_name(device)
-    options = Options(args.batch, args.operators.split(",") if args.operators else None, args.write_proven)
+    operators = tuple(args.operators.split(",")) if args.operators else ()
     begin, good = time.monotonic(), {}
     for name in chosen:
         left = args.budget - (time.monotonic() - begin)
-        seconds = min(left, LIMITS.get(name, left))
+        seconds = left if args.in_process else min(left, LIMITS.get(name, left) + SPARE)
         path = folder / f"{name}.json"
-        report = Report(path, name, device, args.tiny, seconds, provenance(device, command, args.commit), options)
+        report = Report(
+            path, name, device, args.tiny, seconds, provenance(device, command, args.commit), args.batch, operators
+        )
         if args.in_process:
             good[name] = run_section(name, report)
         elif left < LEAST:
             report.finish("not run", f"the budget of {args.budget:.0f} s was spent")
             good[name] = False
         else:
-            child, environment = child_command(args, name, seconds - START)
+            child, environment = child_command(args, name, seconds - START, folder.resolve())
             good[name] = supervise(child, path, seconds, environment)
             print(_line(path), flush=True)
-    if args.write_proven and not args.in_process:
-        print(f"proven: {', '.join(right_pairs(json.loads((folder / 'parity.json').read_text()))) or 'nothing'}")
     if not args.in_process:
         print(render(folder))
     return 0 if all(good.values()) else 1

@@ -17,17 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: no
 from benchmarks.common import RESULTS, number, percent, table
 
 Record = dict[str, Any]
-ORDER = ("parity", "pytest", "throughput", "steps", "attention", "operators", "breakdown", "data")
+ORDER = ("tune", "pytest", "throughput", "steps", "contenders", "breakdown", "products", "attention", "operators", "data")
 TITLES = {
-    "parity": "Correctness of the operators and models on this device",
+    "tune": "What was chosen on this device",
     "pytest": "Tests on this device",
     "throughput": "Full training step",
-    "steps": "Full training step by batch size",
+    "steps": "Full training step, ours",
+    "contenders": "Full training step by contender and batch size",
     "attention": "Attention",
     "operators": "Operators",
+    "products": "Matrix products of the step",
     "breakdown": "Time by kernel of one step",
     "data": "Data",
 }
+
+
+PASSES = ("forward", "dx", "dw")
 
 
 def step_table(result: Record) -> str:
@@ -74,40 +79,34 @@ def _steps(record: Record) -> str:
     return "\n\n".join(parts)
 
 
-def _parity(record: Record) -> str:
-    """For each operator and dtype the verdict, and the largest error as a share of what is allowed."""
-    dtypes = ["bf16", "fp16", "fp32"]
-    cells: dict[str, dict[str, str]] = {}
-    reasons = []
-    for proof in record.get("proofs", []):
-        if proof["status"] not in ("right", "not tried"):
-            name = proof.get("model") or f"{proof['operator']} in {proof['dtype']}"
-            reasons.append(f"- {name}: {proof['status']}: {proof['reason']}")
-        if "operator" in proof:
-            share = _share(record, proof["operator"], proof["dtype"])
-            words = [] if proof["status"] == "right" else [f"**{proof['status']}**"]
-            words += [] if share is None else [f"{share:.2f}"]
-            cells.setdefault(proof["operator"], {})[proof["dtype"]] = ", ".join(words)
-    rows = [[operator, *(found.get(dtype, "-") for dtype in dtypes)] for operator, found in cells.items()]
-    batch = record.get("settings", {}).get("batch")
-    parts = [f"Largest error of any output or gradient, as a share of what is allowed, at up to {batch} clips per step:"]
-    parts.append(table(["operator", *dtypes], rows))
-    models = []
-    for row in record.get("models", []):
-        if row["right"] is None:
-            models.append([row["model"], row["dtype"], "not tried", "-"])
-        else:
-            models.append([row["model"], row["dtype"], *(f"{row[k]['error']:.1e}" for k in ("loss", "gradient"))])
-    if models:
-        parts.append(table(["model", "dtype", "error of the loss", "of the gradient"], models))
-    return "\n\n".join([*parts, "\n".join(reasons)]).strip()
+def _tune(record: Record) -> str:
+    """For each unit what was chosen, and what became of the others."""
+    rows, notes = [], []
+    for unit in record.get("units", []):
+        before, ms = unit["pytorch_ms"], unit["ms"]
+        gain = "-" if before is None else f"{before / ms:.2f}x"
+        rows.append([unit["unit"], unit["chosen"], _milliseconds(ms), _milliseconds(before), gain])
+        notes += [f"- {unit['unit']}: {c['name']}: {c['status']}: {c['reason']}" for c in _not_right(unit)]
+    headings = ["unit", "chosen", "ms per step", "PyTorch", "gain"]
+    result = record.get("result", "")
+    return "\n\n".join([table(headings, rows), f"{result[:1].upper()}{result[1:]}.", "\n".join(notes)]).strip()
 
 
-def _share(record: Record, operator: str, dtype: str) -> float | None:
-    """The largest error of an operator in a dtype over the error allowed; None when nothing was compared."""
-    rows = [row for row in record.get("operators", []) if (row["operator"], row["dtype"]) == (operator, dtype)]
-    results = [result for row in rows for result in row.get("results", [])]
-    return max((result["error"] / result["allowed"] for result in results), default=None)
+def _not_right(unit: Record) -> list[Record]:
+    return [candidate for candidate in unit["candidates"] if candidate["status"] != "right"]
+
+
+def _milliseconds(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:,.3g}"
+
+
+def _products(record: Record) -> str:
+    """Rates of every product, forward and both backward."""
+    rows = [
+        [f"{r['product']} ({r['rows']:,} x {r['k']:,} x {r['n']:,})", *(number(r["tflops"][k], 1) for k in PASSES)]
+        for r in record.get("products", [])
+    ]
+    return "TFLOP/s:\n\n" + table(["product", *PASSES], rows)
 
 
 def _race(record: Record, key: str) -> str:
@@ -202,7 +201,9 @@ def data_tables(data: Record) -> str:
 
 
 RENDERERS: dict[str, Callable[[Record], str]] = {
-    "parity": _parity,
+    "tune": _tune,
+    "contenders": _steps,
+    "products": _products,
     "pytest": _pytest,
     "throughput": _steps,
     "steps": _steps,

@@ -79,6 +79,12 @@ COMMANDS = {
         "evaluation.commands.convert:run_convert",
         "evaluation.commands.convert:closing",
     ),
+    "tune": Command(
+        "tuning.config:TuneConfig",
+        "tuning.tune:tune",
+        "tuning.tune:closing",
+        "start the same command again to go on with what was found",
+    ),
     "doctor": Command("doctor:DoctorConfig", "doctor:examine"),
 }
 

@@ -15,9 +15,10 @@ from cavmae_fast.errors import CavmaeError
 from cavmae_fast.ops import catalogue, configuration, dispatch
 from cavmae_fast.tuning import plan, search
 from cavmae_fast.tuning import tune as tuning
+from cavmae_fast.tuning.config import TuneConfig
 from cavmae_fast.tuning.journal import Journal
 from cavmae_fast.tuning.plan import Settings, units
-from cavmae_fast.tuning.tune import Lines, TuneConfig, choices, render, tune, verdict
+from cavmae_fast.tuning.tune import Lines, choices, closing, tune, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = (sys.executable, str(ROOT / "tests" / "planted_worker.py"))
@@ -105,7 +106,7 @@ def test_planted_faults(monkeypatch, folder, wins, capsys):
     assert found["file"].parent == folder and content["made_for"] == configuration.made_for(target)
     assert list(folder.iterdir()) == [found["file"]]  # the journal of a run that is done is gone
     assert "e fast" in capsys.readouterr().err
-    assert "(2.00x)" in render(found) and configuration.fingerprint("cpu") in render(found)
+    assert "(2.00x)" in closing(asked(), found) and configuration.fingerprint("cpu") in closing(asked(), found)
     dispatch.operators["gather_tokens"].discard("e fast")
 
 
@@ -153,7 +154,7 @@ def test_time_that_runs_out_is_no_loss(monkeypatch, folder, wins):
     """What is not tried keeps PyTorch, is named, and is taken up by the same command."""
     plant(monkeypatch, "e fast")
     found = tune(asked(minutes=1e-6), worker=PLANTED, progress=Lines)
-    assert found["left"] == [UNIT] and "not tried for lack of time" in render(found)
+    assert found["left"] == [UNIT] and "not tried for lack of time" in closing(asked(), found)
     assert list(folder.glob("*.jsonl"))
     found = tune(asked(), worker=PLANTED, progress=Lines)
     assert found["left"] == [] and found["units"][0]["chosen"] == "e fast"
@@ -179,7 +180,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     [
         ({"batch": "many"}, "batch is 'many'; it must be auto or a number of clips"),
         ({"batch": "0"}, "at least 1"),
-        ({"device": "cuda:7"}, "device is 'cuda:7'; PyTorch finds"),
+        ({"device": "cuda:7"}, "device is 'cuda:7'; it must be"),
         ({"device": "mps"}, "it must be auto, cpu, cuda"),
         ({"operators": ("gather",)}, "operators has 'gather'; allowed: attention,"),
         ({"minutes": 0.0}, "minutes is 0.0; it must be more than 0"),
@@ -257,7 +258,7 @@ def test_only_a_whole_that_wins_is_kept(monkeypatch, folder, fast, tuned, kept):
     target = configuration.target_of(torch.device("cpu"))
     chosen = configuration.implementation(target, "gather_tokens", torch.float32)
     assert found["kept"] == kept and chosen == ("e fast" if kept else "torch")
-    assert ("not kept" in render(found)) != kept
+    assert ("not kept" in closing(asked(), found)) != kept
 
 
 def test_what_was_tuned_for_another_dtype_stays(folder, fast, wins):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,11 @@ import torch
 from benchmarks.common import write_json
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the section `parity` is asked to do."""
-
-    batch: int = 2
-    "Clips per step at which operators are proven."
-    operators: list[str] | None = None
-    "Those to prove (None: all, and the models)."
-    prove: bool = False
-    "Whether what is right becomes the default on this architecture."
-
-
 class Report:
     """What a section finds. `data` is the JSON; `add` appends a row and writes the file.
 
-    `device`, `tiny` (small shapes: a dry run), `limit` (seconds the section has), `options`.
+    `device`, `tiny` (small shapes: a dry run), `limit` (seconds the section has), `batch` (clips per step), `operators`
+    (those to tune; empty: all).
     """
 
     def __init__(
@@ -38,10 +26,11 @@ class Report:
         tiny: bool,
         limit: float,
         provenance: dict[str, Any],
-        options: Options | None = None,
+        batch: int = 2,
+        operators: tuple[str, ...] = (),
     ) -> None:
         self.path, self.device, self.tiny, self.limit = path, device, tiny, limit
-        self.options = options or Options()
+        self.batch, self.operators = batch, operators
         self.begin = time.monotonic()
         self.data: dict[str, Any] = {
             "kind": section,

@@ -1,24 +1,40 @@
-"""Sections of the suite that measure: `operators`, `attention`, `steps`, `breakdown`; and `pytest`, which checks."""
+"""Sections of the suite: `tune`, which chooses; those that measure; and `pytest`, which checks."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import ROOT, BenchmarkError, strip_paths
+from benchmarks.common import DTYPES, ROOT, BenchmarkError, clocks, strip_paths
 from benchmarks.suite.race import Contender, Race, add_floor, draw_batches
 from benchmarks.suite.report import Report
-from benchmarks.throughput import VARIANTS, Settings, Step, exact_float32, make_task, measure, release
-from benchmarks.timing import ceilings, elapsed
-from cavmae_fast.ops import catalogue, dispatch
+from benchmarks.throughput import VARIANTS, Settings, Step, exact_float32, make_task, release
+from benchmarks.timing import ceilings, elapsed, interleave, spin
+from cavmae_fast.ops import catalogue, configuration, dispatch
 from cavmae_fast.ops.attention import attention, available_backends, query_attention
 from cavmae_fast.ops.catalogue import Case
+from cavmae_fast.tuning import processes
+from cavmae_fast.tuning import tune as tuning
+from cavmae_fast.tuning.config import TuneConfig
 
+TUNE_REST = 70.0
+"Seconds of the section `tune` that are left for the whole step and for ending what is under way."
+CONTENDER = 110.0
+"Seconds that one contender of the training step may take, torch.compile included."
+LEAST = 15.0
+"Seconds that must be left for a contender to be started."
+EXPECTED = ("ok", "not available", "out of memory", "not run")
+"States of a contender that are findings; others are faults."
+CONTENDER_COMMAND = (sys.executable, "-m", "benchmarks.suite.contender")
 PUBLISHED_SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -32,7 +48,7 @@ PUBLISHED_SDPA = {
 def operators(report: Report) -> None:
     """Every operator at the models' shapes: our kernels, our PyTorch path, plain PyTorch eager and compiled."""
     device, tiny = report.device, report.tiny
-    batch, sizes = (2, catalogue.TINY) if tiny else (128 if report.on_gpu else 2, catalogue.BASE)
+    batch, sizes = (2, catalogue.TINY) if tiny else (report.batch, catalogue.BASE)
     dtype = "fp32" if tiny else "bf16"
     limits = report.data["ceilings"] = ceilings(device, [dtype], tiny)
     report.data["settings"] = {"batch": batch, "dtype": dtype, "compiled": not tiny}
@@ -71,7 +87,7 @@ def attention_backends(report: Report) -> None:
     limits = report.data["ceilings"] = ceilings(device, [dtype], tiny)
     states = report.data["available"] = available_backends(device)
     report.data["settings"] = {"dtype": dtype}
-    for batch in (2,) if tiny else (64, 256) if report.on_gpu else (2,):
+    for batch in (2,) if tiny else (report.batch,):
         for case in [c for c in catalogue.pretraining(batch, sizes) if c.attention_of is not None]:
             batches = draw_batches(case, dtype, device)
             contenders = {"eager": Contender(case.eager)}
@@ -88,31 +104,137 @@ def attention_backends(report: Report) -> None:
             release(device)
 
 
+# ------------------------------------------------------------------------------------------------------------- tune
+
+
+def tune(report: Report) -> None:
+    """Proves, times and chooses what the operators are computed with; later sections run with it. What is found lies in
+    the section's folder: the user's own file, a journal while it is not done, and the file that may ship."""
+    architecture = configuration.target_of(report.device).partition(" ")[0]
+    config = TuneConfig(
+        model="tiny" if report.tiny else "base",
+        batch="2" if report.tiny else str(report.batch),
+        dtype="float32" if report.tiny else "bfloat16",
+        device=str(report.device),
+        operators=report.operators,
+        minutes=max(0.1, (report.limit - TUNE_REST) / 60),
+        rounds=1 if report.tiny else 7,
+        export=report.path.parent / f"{architecture}.json",
+    )
+    found = tuning.tune(config, progress=tuning.Lines)
+    units = [{k: v for k, v in row.items() if k != "row"} for row in found["units"]]
+    report.data |= {"settings": found["settings"].to_json(), "units": units, "step": found["step"]}
+    report.data |= {"kept": found["kept"], "result": found["reason"], "left": found["left"]}
+    if found["left"]:
+        raise BenchmarkError(f"no time for {', '.join(found['left'])}; the same command goes on with them")
+
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
 def steps(report: Report) -> None:
-    """The full training step at four batch sizes. Compiling takes a minute, so only the batch of the target has it."""
-    device, tiny = report.device, report.tiny
-    batches, ops = ((256, 128, 32, 512), "triton") if report.on_gpu else ((2,), "torch")
-    base = Settings("tiny" if tiny else "base", ops=ops, steps=5 if report.on_gpu else 1, rounds=3)
-    limits = report.data["ceilings"] = ceilings(device, ["bf16", "fp16"] if report.on_gpu else ["bf16"], tiny)
-    bad = []
-    for batch in (2, 4) if tiny else batches:
-        compiled = ("sdpa-compile",) if batch == 256 else ()
-        variants = ("published", *compiled, "fast", "fast-graph")
-        chosen = Settings(base.model, batch, "bf16", variants, base.steps, base.rounds, "default", base.ops)
-        row = report.add("steps", measure(chosen, device, limits))
-        bad += [f"{v['name']} at batch {batch}" for v in row["variants"] if v["status"] in ("wrong", "failed")]
+    """Ours at the batch of the target: with PyTorch's operators, with what was tuned, and that in a CUDA graph."""
+    _race_steps(report, [(name, report.batch) for name in ("fast", "fast-graph", "fast-torch")])
+
+
+def contenders(report: Report) -> None:
+    """The others, and ours, at several batches. Compiling takes a minute, so the target's batch alone has it."""
+    batch = report.batch
+    asked = [("sdpa-compile", batch), ("published", batch), ("published", batch // 2), ("sdpa", batch)]
+    _race_steps(report, [*asked, *((name, n) for n in (32, 2 * batch, 128) for name in ("fast", "fast-graph"))])
+
+
+def _race_steps(report: Report, asked: list[tuple[str, int]]) -> None:
+    """One process for each (variant, batch), so that a crash, a hang or a lack of memory costs that one alone; its row is
+    in the record as soon as it is there."""
+    report.data["ceilings"] = ceilings(report.device, ["bf16", "fp16"] if report.on_gpu else ["bf16"], report.tiny)
+    end, bad = time.monotonic() + report.limit - (time.monotonic() - report.begin), []
+    for name, batch in dict.fromkeys(asked):
+        left = end - time.monotonic()
+        row = _contender(report, name, batch if not report.tiny else min(batch, 4), min(CONTENDER, left))
+        report.add("steps", row)
+        bad += [f"{v['name']} at batch {batch}" for v in row["variants"] if v["status"] not in EXPECTED]
     if bad:
         raise BenchmarkError(f"no time for {', '.join(bad)}")
+
+
+def _contender(report: Report, name: str, batch: int, seconds: float) -> dict[str, Any]:
+    """What the process of a contender writes, or a row that says why it wrote nothing."""
+    settings = {"model": "tiny" if report.tiny else "base", "batch": batch, "dtype": "bf16"}
+    empty = {"settings": settings, "variants": [{"name": name, "compiled": VARIANTS[name].compiled}]}
+
+    def why(status: str, reason: str) -> dict[str, Any]:
+        empty["variants"][0] |= {"status": status, "reason": reason}
+        return empty
+
+    if seconds < LEAST:
+        return why("not run", "the section's time was spent")
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        path = Path(folder) / "row.json"
+        command = [*CONTENDER_COMMAND, "--variant", name, "--model", settings["model"], "--batch", str(batch)]
+        command += ["--dtype", "bf16", "--device", str(report.device), "--row", str(path)]
+        command += ["--steps", "1", "--rounds", "1"] if report.tiny else []
+        command += ["--ceilings", json.dumps(report.data["ceilings"])]
+        with processes.process(command, output) as child:
+            try:
+                code = child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return why("timed out", f"it took more than {seconds:.0f} s")
+        if code == 0 and path.exists():
+            return json.loads(path.read_text())
+        output.seek(0)
+        tail = strip_paths(output.read()[-2000:]).strip().splitlines()
+        return why("crashed", f"its process ended with exit code {code}{': ' + tail[-1] if tail else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def products(report: Report) -> None:
+    """Every product of the step, forward, dX and dW, as PyTorch computes it: time and share of the best rate."""
+    device, batch = report.device, 2 if report.tiny else report.batch
+    sizes = catalogue.TINY if report.tiny else catalogue.BASE
+    dtype = "fp32" if report.tiny else "bf16"
+    report.data["settings"] = {"batch": batch, "dtype": dtype}
+    spin(device)
+    for name, rows, k, n in _product_shapes(batch, sizes):
+        x, w, dy = (torch.randn(*shape, device=device).to(DTYPES[dtype]) for shape in ((rows, k), (n, k), (rows, n)))
+        bias = torch.randn(n, device=device).to(DTYPES[dtype])
+        times = interleave(
+            {
+                "forward": lambda x=x, w=w, bias=bias: torch.nn.functional.linear(x, w, bias),
+                "dx": lambda dy=dy, w=w: dy @ w,
+                "dw": lambda dy=dy, x=x: dy.t() @ x,
+            },
+            device,
+            1 if report.tiny else 5,
+        )
+        tflops = {key: 2e-9 * rows * k * n / ms["median_ms"] for key, ms in times.items()}
+        report.add("products", {"product": name, "rows": rows, "k": k, "n": n, "times": times, "tflops": tflops})
+
+
+def _product_shapes(batch: int, s: catalogue.Sizes) -> list[tuple[str, int, int, int]]:
+    """(name, rows, k, n) of the linear layers of a training step."""
+    found = []
+    streams = {"audio": s.kept_a, "video": s.kept_v, "shared": 2 * s.kept}
+    for name, tokens, width in (
+        *((name, tokens, s.width) for name, tokens in streams.items()),
+        ("decoder", s.total, s.decoder_width),
+    ):
+        shapes = {"qkv": (width, 3 * width), "proj": (width, width), "fc1": (width, 4 * width), "fc2": (4 * width, width)}
+        found += [(f"{name} {layer}", batch * tokens, k, n) for layer, (k, n) in shapes.items()]
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- breakdown
 
 
 def breakdown(report: Report) -> None:
     """Time by kernel of one fast step (the profiler's, GPU time alone), and what share of the step the GPU is busy."""
     device = report.device
-    batch = 256 if report.on_gpu else 2
-    settings = Settings("tiny" if report.tiny else "base", batch, ops="triton" if report.on_gpu else "torch")
+    batch = 2 if report.tiny else report.batch
+    settings = Settings("tiny" if report.tiny else "base", batch)
+    report.data["clocks_before"] = clocks(device)
     report.data["settings"] = {"batch": batch, "dtype": settings.dtype, "variant": "fast"}
     with exact_float32():
         task = make_task(settings, device)
@@ -121,6 +243,7 @@ def breakdown(report: Report) -> None:
         for _ in range(3):
             step.run()
         report.data["step_ms"] = elapsed(step.run, 3, device)
+        report.data["clocks"] = clocks(device)
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU, activity.CUDA] if report.on_gpu else [activity.CPU]
         with torch.profiler.profile(activities=activities) as profile:

@@ -130,6 +130,7 @@ def user_folder() -> Path:
 def user_file(target: str) -> Path:
     """The user's own file for `target` and the releases that are installed. It need not exist."""
     releases = "-".join(f"{package}{version}" for package, version in versions().items())
+    releases = re.sub(r"[^A-Za-z0-9._-]", "-", releases)  # torch 2.13.0+cu130
     return user_folder() / f"{_stem(target)}-{releases}.json"
 
 

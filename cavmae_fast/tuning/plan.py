@@ -10,13 +10,13 @@ import torch
 
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.models import PRESETS
+from cavmae_fast.models.precision import DTYPES
 from cavmae_fast.ops import catalogue
 from cavmae_fast.ops.attention_kernels import launch_key
 from cavmae_fast.ops.catalogue import Case, Sizes, calls
 from cavmae_fast.ops.configuration import name_of
 from cavmae_fast.ops.layout import StreamLayout
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODELS: dict[str, dict[str, Any]] = {
     "base": {"norm_pix_loss": True},
     "small": PRESETS["small"].model,

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.models import CAVMAE
+from cavmae_fast.models.precision import DTYPES
 from cavmae_fast.ops import configuration, dispatch, parity
 from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.tuning.clock import elapsed, spin, summary
 from cavmae_fast.tuning.journal import Journal
-from cavmae_fast.tuning.plan import DTYPES, MASK_RATIOS, MODELS, Settings
+from cavmae_fast.tuning.plan import MASK_RATIOS, MODELS, Settings
+from cavmae_fast.tuning.processes import end_with_parent
 from cavmae_fast.tuning.proof import release
 
 PROOF_CLIPS = 4
@@ -115,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--content", required=True, help="what was chosen, as JSON")
     args = parser.parse_args(arguments)
+    end_with_parent()
     with args.journal.open() as file:
         header = json.loads(file.readline())
     settings, content = Settings.from_json(header["settings"]), json.loads(args.content)

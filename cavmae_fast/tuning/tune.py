@@ -6,17 +6,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from cavmae_fast.models.precision import choose_dtype, find_device
 from cavmae_fast.ops import configuration, dispatch
 from cavmae_fast.ops.configuration import Content
+from cavmae_fast.tuning.config import TuneConfig
 from cavmae_fast.tuning.journal import Journal, Row
-from cavmae_fast.tuning.plan import DTYPES, MODELS, Settings, TuneError, Unit, fitting_batch, units
+from cavmae_fast.tuning.plan import Settings, TuneError, Unit, fitting_batch, units
 from cavmae_fast.tuning.processes import WORKER, compile_ahead, watch, work_off
 from cavmae_fast.tuning.search import PYTORCH
 
@@ -25,32 +26,6 @@ WINS = 0.995
 COMPILE_SHARE = 0.25
 "Of the time that there is, at most, goes into compiling ahead."
 STEP = (sys.executable, "-m", "cavmae_fast.tuning.step")
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Prove and time every operator's implementations on this machine, and keep the fastest right ones for later runs."""
-
-    model: Literal["base", "small", "tiny"] = "base"
-    """The model whose training step is tuned for."""
-    batch: str = "auto"
-    """Clips per step: a number, or auto: 256 or what fits on a GPU, a few on a CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the matrix products; auto: as `pretrain` chooses."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    operators: tuple[str, ...] = ()
-    """Tune these alone; default: all."""
-    minutes: float = 5.0
-    """Time for proving and timing; what does not fit keeps what it has, and the same command goes on with it."""
-    limit: float = 60.0
-    """Seconds after which an attempt counts as hanging."""
-    rounds: int = 7
-    """Turns in which each candidate is timed."""
-    fresh: bool = False
-    """Begin anew instead of going on with a run that was cut short."""
-    export: Path | None = None
-    """Also write what was chosen to this file, in the form of the files in `cavmae_fast/ops/configs`."""
 
 
 class Progress(Protocol):
@@ -102,17 +77,10 @@ class Lines:
 # ------------------------------------------------------------------------------------------------------------- asking
 
 
-def settings_of(config: TuneConfig, auto_dtype: Callable[[torch.device], Sequence[str]]) -> Settings:
+def settings_of(config: TuneConfig) -> Settings:
     """What is asked, with nothing left open. ValueError for what does not exist."""
-    name = config.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {config.device!r}; it must be auto, cpu, cuda or cuda:N")
+    device = find_device(config.device)
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device is {config.device!r}; PyTorch finds {torch.cuda.device_count()} CUDA devices")
         device = torch.device("cuda", device.index or 0)
     if config.batch != "auto" and not (config.batch.isdecimal() and int(config.batch) > 0):
         raise ValueError(f"batch is {config.batch!r}; it must be auto or a number of clips, at least 1")
@@ -123,9 +91,7 @@ def settings_of(config: TuneConfig, auto_dtype: Callable[[torch.device], Sequenc
         if operator not in dispatch.operators:
             raise ValueError(f"operators has {operator!r}; allowed: {', '.join(sorted(dispatch.operators))}")
     batch = fitting_batch(config.model, device) if config.batch == "auto" else int(config.batch)
-    dtype = auto_dtype(device)[0] if config.dtype == "auto" else config.dtype
-    if dtype not in DTYPES or config.model not in MODELS:
-        raise ValueError(f"dtype {dtype!r} or model {config.model!r} is not known: {', '.join((*DTYPES, *MODELS))}")
+    dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
     return Settings(config.model, batch, dtype, str(device), config.operators, config.rounds)
 
 
@@ -149,7 +115,6 @@ def check_folder(path: Path) -> None:
 
 def tune(
     config: TuneConfig,
-    auto_dtype: Callable[[torch.device], Sequence[str]] = lambda device: ("bfloat16",),
     *,
     worker: Sequence[str] = WORKER,
     progress: type[Bar] | type[Lines] = Bar,
@@ -157,13 +122,12 @@ def tune(
     """Tunes, and writes the user's file -> what was found: 'file', 'units' (rows), 'step' (row), 'kept', 'reason', 'left'.
 
     Args:
-        auto_dtype: device -> (name of the dtype, ...), for `--dtype auto`.
         worker: the command of the process in which candidates run; for tests.
         progress: shows how far it is.
 
     Raises ValueError for options that do not exist, TuneError when nothing can be tuned or kept.
     """
-    settings = settings_of(config, auto_dtype)
+    settings = settings_of(config)
     device = torch.device(settings.device)
     target = configuration.target_of(device)
     path = configuration.user_file(target)
@@ -305,7 +269,7 @@ def export(path: Path, target: str) -> None:
     configuration.write(path, content)
 
 
-def render(found: dict[str, Any]) -> str:
+def closing(config: TuneConfig, found: dict[str, Any]) -> str:
     """What `tune` found, for the terminal."""
     settings: Settings = found["settings"]
     lines = [f"tuned for {settings.model}, batch {settings.batch}, {settings.dtype} on {settings.device}:"]

@@ -22,6 +22,7 @@ from cavmae_fast.tuning import search
 from cavmae_fast.tuning.clock import Flush, captured, cold, spin
 from cavmae_fast.tuning.journal import Journal
 from cavmae_fast.tuning.plan import Call, Settings, Unit, units
+from cavmae_fast.tuning.processes import end_with_parent
 from cavmae_fast.tuning.proof import Verdict, first_line, prove, release
 from cavmae_fast.tuning.search import Candidate
 
@@ -202,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=float("inf"), help="no unit is begun after it (Unix time)")
     parser.add_argument("--compile", nargs=3, metavar=("UNIT", "PART", "PARTS"), help="only compile")
     args = parser.parse_args(arguments)
+    end_with_parent()
     with args.journal.open() as file:
         header = json.loads(file.readline())
     settings = Settings.from_json(header["settings"])

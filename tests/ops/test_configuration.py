@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import string
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_file_of_another_version_is_not_used_and_named(own):
     other = {**configuration.made_for(TARGET), "torch": "1.0"}
     renamed = configuration.user_file(TARGET)
     configuration.write(renamed, tuned(made_for=other))
-    old = renamed.with_name(renamed.name.replace(torch.__version__, "1.0"))
+    old = renamed.with_name(renamed.name.replace(torch.__version__.replace("+", "-"), "1.0"))
     configuration.write(old, tuned(made_for=other))
     configuration.write(own / f"another-gpu-sm_90-torch{torch.__version__}.json", tuned("sm_90 another-gpu"))
     assert configuration.implementation(TARGET, "attention", torch.bfloat16, "long 32") == "torch"
@@ -157,7 +158,8 @@ def test_where_the_users_files_lie(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert configuration.user_folder() == tmp_path / "cavmae_fast" / "tuned"
     name = configuration.user_file(TARGET).name
-    assert name.startswith("nvidia-h200-sm_90-torch2.") and torch.__version__ in name
+    assert name.startswith(f"nvidia-h200-sm_90-torch{torch.__version__.replace('+', '-')}-triton")
+    assert set(name) <= set(string.ascii_letters + string.digits + "._-")
     assert configuration.slug("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz") == "intel-xeon-platinum-8488c-cpu-2-40ghz"
 
 

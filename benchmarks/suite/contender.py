@@ -1,0 +1,32 @@
+"""The process of one contender of the training step: `python -m benchmarks.suite.contender`. It writes its row to `--row`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.common import DTYPES, find_device, write_json
+from benchmarks.throughput import MODELS, VARIANTS, Settings, measure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--ceilings", required=True, help="what the machine sustains, as JSON")
+    parser.add_argument("--row", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    settings = Settings(args.model, args.batch, args.dtype, (args.variant,), args.steps, args.rounds)
+    write_json(args.row, measure(settings, find_device(parser, args.device), json.loads(args.ceilings)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
