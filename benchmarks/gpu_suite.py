@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_suite.py --call 1 --out DIR             # tune; ours at the batch of the target; where time goes
     python benchmarks/gpu_suite.py --call 2 --out DIR --tuned DIR # attention and operators, beside other people's
-    python benchmarks/gpu_suite.py --call 3 --out DIR --tuned DIR # the published model and its improvements; other batches; tests
+    python benchmarks/gpu_suite.py --call 3 --out DIR --tuned DIR # the published model and its improvements; batches; tests
     python benchmarks/gpu_suite.py --device cpu --tiny --call 1   # a rehearsal, without a GPU
 
 The most decisive data comes first. Each section is a process of its own, and so is each contender, so that a fault of the
@@ -90,8 +90,6 @@ BUDGET = 460.0
 "Seconds of a call: eight minutes, less what starting and copying takes."
 LEAST, START = 20.0, 10.0
 "Seconds below which a section is not begun; those of its process that go into starting."
-SPARE = 60.0
-"Seconds that a section which ended early leaves to the next one, at most."
 
 
 def run_section(name: str, report: Report) -> bool:
@@ -187,13 +185,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = args.out / device_name(device)
     operators = tuple(args.operators.split(",")) if args.operators else ()
     begin, good = time.monotonic(), {}
-    for name in chosen:
+    for number, name in enumerate(chosen):
         left = args.budget - (time.monotonic() - begin)
-        seconds = left if args.in_process else min(left, LIMITS.get(name, left) + SPARE)
-        path = folder / f"{name}.json"
-        report = Report(
-            path, name, device, args.tiny, seconds, provenance(device, command, args.commit), args.batch, operators
-        )
+        # What earlier sections left over goes to this one, but not what the later ones are given.
+        spare = left - sum(LIMITS.get(later, 0.0) for later in chosen[number:])
+        seconds = left if args.in_process else min(left, LIMITS.get(name, left) + max(0.0, spare))
+        path, origin = folder / f"{name}.json", provenance(device, command, args.commit)
+        report = Report(path, name, device, args.tiny, seconds, origin, args.batch, operators)
         if args.in_process:
             good[name] = run_section(name, report)
         elif left < LEAST:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, gpu_suite, prove, render, retrieval, throughput, timing
-from benchmarks.suite import parity, proof
-from benchmarks.suite.report import Options, Report
+from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing
+from benchmarks.suite import sections
+from benchmarks.suite.report import Report
 from cavmae_fast.models import flops
-from cavmae_fast.ops import catalogue, configuration
+from cavmae_fast.ops import configuration
 from cavmae_fast.reference.cavmae import CAVMAE
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -143,11 +146,11 @@ def test_a_crash_of_one_section_is_recorded_and_the_others_go_on(tmp_path, monke
         report.add("rows", {"before": "the crash"})
         raise ZeroDivisionError("in a section")
 
-    monkeypatch.setattr(gpu_suite, "SECTIONS", {"parity": crash, "steps": lambda report: report.add("rows", {})})
-    arguments = ["--in-process", "--device", "cpu", "--tiny", "--sections", "parity,steps", "--out", str(tmp_path)]
+    monkeypatch.setattr(gpu_suite, "SECTIONS", {"tune": crash, "steps": lambda report: report.add("rows", {})})
+    arguments = ["--in-process", "--device", "cpu", "--tiny", "--sections", "tune,steps", "--out", str(tmp_path)]
     assert gpu_suite.main(arguments) == 1
     (folder,) = tmp_path.iterdir()
-    crashed, good = (json.loads((folder / f"{name}.json").read_text()) for name in ("parity", "steps"))
+    crashed, good = (json.loads((folder / f"{name}.json").read_text()) for name in ("tune", "steps"))
     assert (crashed["status"], crashed["reason"]) == ("failed", "ZeroDivisionError: in a section")
     assert "in crash" in crashed["error"] and crashed["rows"] == [{"before": "the crash"}]
     assert good["status"] == "ok" and good["provenance"].keys() >= PROVENANCE
@@ -182,7 +185,14 @@ def test_one_section_as_a_process_and_its_table(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--sections", "everything"], ["--batch", "0"], ["--operators", "attention,stream_linear"], ["--write-proven"]],
+    [
+        ["--sections", "everything"],
+        ["--batch", "0"],
+        ["--operators", "attention,everything"],
+        ["--call", "4"],
+        ["--call", "1", "--sections", "tune"],
+        ["--tuned", "no-such-folder"],
+    ],
     ids=str,
 )
 def test_suite_usage_errors(arguments):
@@ -191,212 +201,82 @@ def test_suite_usage_errors(arguments):
     assert stopped.value.code == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------------------- the suite's calls
 
-PLANTED = """
-import ctypes, time
-import torch
-from benchmarks.suite import proof
-from cavmae_fast.ops import catalogue, gather_tokens
 
-def wrong_in_fp32(*inputs):
-    y = gather_tokens(*inputs)
-    return y * 1.01 if y.dtype == torch.float32 else y
+def test_the_sections_of_a_call_fit_into_its_time():
+    """All together, at their limits: a section that is not begun is no data."""
+    for names in gpu_suite.CALLS.values():
+        assert sum(gpu_suite.LIMITS[name] for name in names) <= gpu_suite.BUDGET < 480
+    assert [name for names in gpu_suite.CALLS.values() for name in names] == list(gpu_suite.SECTIONS)
+    assert gpu_suite.LIMITS.keys() == gpu_suite.SECTIONS.keys()
 
-def crashes(*inputs):
-    ctypes.string_at(0)
 
-def hangs(*inputs):
+def test_a_section_leaves_time_to_those_after_it(tmp_path, monkeypatch):
+    """A section that could take all that is left does not take what the next ones of its call are given."""
+    seen = {}
+
+    def supervise(command, path, seconds, environment):
+        seen[path.stem] = seconds
+        return True
+
+    monkeypatch.setattr(gpu_suite, "supervise", supervise)
+    monkeypatch.setattr(gpu_suite, "_line", lambda path: "")
+    assert gpu_suite.main(["--device", "cpu", "--tiny", "--call", "1", "--out", str(tmp_path)]) == 0
+    later = sum(gpu_suite.LIMITS[name] for name in ("steps", "breakdown", "products"))
+    assert seen["tune"] <= gpu_suite.BUDGET - later and list(seen) == list(gpu_suite.CALLS["1"])
+
+
+CONTENDER = """
+import json, os, pathlib, sys, time
+from benchmarks.suite import contender
+variant = sys.argv[sys.argv.index("--variant") + 1]
+if variant == "fast":
+    os.kill(os.getpid(), 9)
+if variant == "fast-graph":
     time.sleep(600)
-
-small = catalogue.small()
-faults = {"gather_tokens": wrong_in_fp32, "scatter_tokens": crashes, "contrastive_loss": hangs}
-for case in small:
-    if case.operator in faults:
-        object.__setattr__(case, "ours", faults[case.operator])
-catalogue.small = lambda: small
-raise SystemExit(proof.main())
+sys.exit(contender.main())
 """
-"An operator that is wrong in fp32 alone, one that crashes its process and one that hangs."
+"`fast` is killed, `fast-graph` hangs, `fast-torch` is as it is."
 
 
-@pytest.fixture
-def configurations(tmp_path, monkeypatch):
-    """The configuration files, copied where marks can be written."""
-    folder = tmp_path / "configs"
-    shutil.copytree(configuration.FOLDER, folder)
-    monkeypatch.setattr(configuration, "FOLDER", folder)
-    configuration.table.cache_clear()
-    yield folder
-    configuration.table.cache_clear()
+def test_a_contender_that_is_killed_costs_itself_alone(tmp_path, monkeypatch):
+    path = tmp_path / "contender.py"
+    path.write_text(CONTENDER)
+    monkeypatch.setattr(sections, "CONTENDER_COMMAND", (sys.executable, str(path)))
+    real = sections._contender
+    monkeypatch.setattr(sections, "_contender", lambda r, name, b, s: real(r, name, b, 16.0 if name == "fast-graph" else s))
+    report = Report(tmp_path / "steps.json", "steps", torch.device("cpu"), True, 400.0, {"device": "cpu"})
+    with pytest.raises(common.BenchmarkError, match="no time for fast at batch 2, fast-graph at batch 2"):
+        sections.steps(report)
+    rows = {v["name"]: v for step in json.loads(report.path.read_text())["steps"] for v in step["variants"]}
+    assert rows["fast"]["status"] == "crashed" and "exit code -9" in rows["fast"]["reason"]
+    assert rows["fast-graph"]["status"] == "timed out" and "16 s" in rows["fast-graph"]["reason"]
+    assert rows["fast-torch"]["status"] == "ok" and rows["fast-torch"]["time"]["median_ms"] > 0
+    assert "| fast | crashed |" in render.RENDERERS["steps"](json.loads(report.path.read_text()))
 
 
-def marks(folder: Path) -> dict:
-    return json.loads((folder / "sm_90.json").read_text())["implementations"]
-
-
-@pytest.mark.slow
-def test_one_fault_costs_no_other_operator_its_proof(tmp_path, monkeypatch, configurations):
-    """Four operators, three of them broken: what is right is marked, what is wrong loses its mark, what timed out keeps
-    it; and the section goes on to the end."""
-    for operator in ("gather_tokens", "scatter_tokens", "contrastive_loss"):
-        configuration.mark_proven("sm_90", operator, torch.float32)
-    operators = ["contrastive_loss", "scatter_tokens", "gather_tokens", "stream_layer_norm"]
-    command_of, watch = parity.command_of, parity.watch
-
-    def planted(job, report):
-        return [sys.executable, "-c", PLANTED, *command_of(job, report)[3:]]
-
-    def impatient(command, seconds, found):  # with the one that hangs: on a busy machine the others need their time
-        return watch(command, 4.0 if "contrastive_loss" in command else seconds, found)
-
-    monkeypatch.setattr(parity, "command_of", planted)
-    monkeypatch.setattr(parity, "watch", impatient)
-    monkeypatch.setattr(parity, "architecture_of", lambda device: "sm_90")
-    monkeypatch.setattr(parity, "at_a_time", lambda device: 2)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    options = Options(2, operators, prove=True)
-    report = Report(tmp_path / "parity.json", "parity", torch.device("cpu"), True, 400.0, {}, options)
-    with pytest.raises(common.BenchmarkError, match=r"gather_tokens in fp32 \(wrong\)"):
-        parity.run(report)
-
-    record = json.loads(report.path.read_text())
-    status = {(p["operator"], p["dtype"]): p["status"] for p in record["proofs"]}
-    assert {key: value for key, value in status.items() if key[1] != "bf16"} == {
-        ("stream_layer_norm", "fp16"): "right",
-        ("stream_layer_norm", "fp32"): "right",
-        ("gather_tokens", "fp16"): "right",
-        ("gather_tokens", "fp32"): "wrong",
-        ("scatter_tokens", "fp16"): "crashed",
-        ("scatter_tokens", "fp32"): "crashed",
-        ("contrastive_loss", "fp16"): "timed out",
-        ("contrastive_loss", "fp32"): "timed out",
-    }
-    assert set(status.values()) == {"right", "wrong", "crashed", "timed out", "not tried"}  # bf16, in the interpreter
-    assert marks(configurations) == {
-        "contrastive_loss": {"float32": "triton"},
-        "gather_tokens": {"float16": "triton"},
-        "stream_layer_norm": {"float16": "triton", "float32": "triton"},
-    }
-    reasons = {(p["operator"], p["dtype"]): p.get("reason", "") for p in record["proofs"]}
-    assert "output 0 is off by 1.0e-02" in reasons["gather_tokens", "fp32"]
-    assert "exit code -11" in reasons["scatter_tokens", "fp16"] and "more than" in reasons["contrastive_loss", "fp16"]
-
-
-def test_a_mark_is_written_as_soon_as_its_proof_ends(tmp_path, monkeypatch, configurations):
-    """What comes later, here the death of the whole section, takes nothing back."""
-    seen = []
-
-    def watch(command, seconds, found):
-        dtype = command[command.index("--dtype") + 1]
-        seen.append((dtype, marks(configurations)))
-        if dtype == "fp32":
-            raise KeyboardInterrupt
-        found({"operator": "gather_tokens", "dtype": dtype, "case": "some", "right": True})
-        return 0, ""
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(parity, "watch", watch)
-    monkeypatch.setattr(parity, "architecture_of", lambda device: "sm_90")
-    options = Options(2, ["gather_tokens"], prove=True)
-    report = Report(tmp_path / "parity.json", "parity", torch.device("cpu"), True, 400.0, {}, options)
-    with pytest.raises(KeyboardInterrupt):
-        parity.run(report)
-    bf16 = {"gather_tokens": {"bfloat16": "triton"}}
-    both = {"gather_tokens": {"bfloat16": "triton", "float16": "triton"}}
-    assert seen == [("bf16", {}), ("fp16", bf16), ("fp32", both)]
-    assert marks(configurations) == both
-    assert [p["status"] for p in json.loads(report.path.read_text())["proofs"]] == ["right", "right"]
-
-
-def test_bf16_comes_first_and_models_last():
-    order = parity.jobs()
-    dtypes = [job.dtype for job in order]
-    assert dtypes == sorted(dtypes, key=["bf16", "fp16", "fp32", None].index)
-    assert [job.model for job in order[-2:]] == ["CAVMAE", "CAVMAEFT"]
-    assert parity.Job("log_mel_fbank", "fp32") in order and parity.Job("log_mel_fbank", "bf16") not in order
-
-
-def test_jobs_that_do_not_fit_into_the_time_are_not_run(tmp_path):
-    report = Report(tmp_path / "parity.json", "parity", torch.device("cpu"), True, 1.0, {}, Options(2, ["attention"]))
-    with pytest.raises(common.BenchmarkError, match=r"attention in fp32 \(not run\)"):
-        parity.run(report)
-    assert "operators" not in report.data
-
-
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
-    tried = []
-
-    def compare(ours, reference, inputs, baseline):
-        tried.append(inputs[1].shape[0])
-        if len(tried) < 3:
-            raise torch.OutOfMemoryError("too much")
-        return []
-
-    monkeypatch.setattr(proof.parity, "compare", compare)
-    rows = []
-    monkeypatch.setattr(catalogue, "pretraining", lambda batch: [catalogue.calls.gather("some", batch, 11, 5, 8)])
-    monkeypatch.setattr(catalogue, "variants", lambda batch: [])
-    proof.prove_operator("gather_tokens", "fp16", 64, False, torch.device("cpu"), rows.append)
-    assert [(row["case"], row["batch"], row["right"]) for row in rows] == [("some", 16, True), ("some", None, True)]
-    assert tried == [64, 32, 16, 2]
-    tried.clear()
-    rows.clear()
-    proof.prove_operator("gather_tokens", "fp16", 8, False, torch.device("cpu"), rows.append)
-    assert [(row["right"], row["reason"]) for row in rows] == [(False, "OutOfMemoryError: too much")]
-
-
-def test_pytorch_is_not_proven_in_the_place_of_a_kernel(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rows = []
-    proof.prove_operator("gather_tokens", "fp16", 2, True, torch.device("cpu"), rows.append)
-    assert [(row["right"], row["reason"]) for row in rows] == [(None, "the device is a CPU")]
-    assert parity.verdict(0, 9.0, "", rows) == {"status": "not tried", "reason": "the device is a CPU"}
-
-
-def test_parity_as_a_section_and_its_table(tmp_path):
-    arguments = ["--device", "cpu", "--tiny", "--sections", "parity", "--operators", "gather_tokens"]
+def test_the_tuner_as_a_section_and_its_files(tmp_path):
+    """Cut off in the middle, and gone on with by the same command; few enough files, with names that travel."""
+    arguments = ["--device", "cpu", "--tiny", "--sections", "tune", "--operators", "stream_linear,stream_layer_norm"]
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), *arguments, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as running:
+        while not any('"chosen"' in path.read_text() for path in tmp_path.glob("*/*.jsonl")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGKILL)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    record = only_record(tmp_path)
-    assert {(p["dtype"], p["status"]) for p in record["proofs"]} == {
-        ("bf16", "not tried"),
-        ("fp16", "right"),
-        ("fp32", "right"),
-    }
-    assert record["architecture"] is None and all(row["repeats"] for row in record["operators"])
-    (readme,) = tmp_path.glob("*/README.md")
-    assert "| gather_tokens | **not tried** | 0." in readme.read_text()
-
-
-def test_proven_operators(configurations):
-    configuration.mark_proven("sm_90", "attention", torch.bfloat16)
-    configuration.mark_proven("sm_90", "scatter_tokens", torch.float32)
-    configuration.mark_proven("sm_90", "linear_gelu", torch.bfloat16, "cuda")
-    proofs = [
-        {"operator": "attention", "dtype": "bf16", "status": "crashed"},
-        {"operator": "linear_gelu", "dtype": "bf16", "status": "right"},
-        {"operator": "gather_tokens", "dtype": "fp16", "status": "right"},
-        {"operator": "scatter_tokens", "dtype": "fp32", "status": "timed out"},
-        {"model": "CAVMAE", "status": "right"},
-    ]
-    record = {"kind": "parity", "architecture": "sm_90", "proofs": proofs, "tiny": False}
-    assert prove.update(record) == ["linear_gelu in bf16", "gather_tokens in fp16"]
-    assert marks(configurations) == {
-        "gather_tokens": {"float16": "triton"},
-        "linear_gelu": {"bfloat16": "cuda"},
-        "scatter_tokens": {"float32": "triton"},
-    }
-
-
-@pytest.mark.parametrize("change", [{"architecture": None}, {"tiny": True}, {"kind": "steps"}, {"proofs": []}], ids=str)
-def test_a_dry_run_proves_nothing(configurations, change):
-    proofs = [{"operator": "attention", "dtype": "bf16", "status": "right"}]
-    record = {"kind": "parity", "architecture": "sm_90", "proofs": proofs, "tiny": False}
-    with pytest.raises(common.BenchmarkError, match="proves nothing"):
-        prove.update(record | change)
-    assert marks(configurations) == {}
+    (folder,) = tmp_path.iterdir()
+    record = json.loads((folder / "tune.json").read_text())
+    assert record["status"] == "ok" and record["left"] == []
+    assert [row["unit"].split(",")[0] for row in record["units"]] == ["stream_layer_norm", "stream_linear"]
+    names = [path.name for path in folder.iterdir()]
+    assert not any(name.endswith(".jsonl") for name in names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    others = sum(len(gpu_suite.CALLS[call]) for call in "1") - 1
+    assert len(names) + others <= 8
+    assert "| stream_linear, float32 |" in (folder / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ tools
@@ -411,9 +291,9 @@ def test_interleaved_times():
 
 
 def test_device_names(monkeypatch):
-    monkeypatch.setattr(common, "processor_name", lambda: "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz")
+    monkeypatch.setattr(configuration, "processor_name", lambda: "Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz")
     assert common.device_name(torch.device("cpu")) == "cpu-intel-xeon-platinum-8488c-cpu-2-40ghz"
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(configuration, "_gpu_name", lambda index: "NVIDIA H200")
     assert common.device_name(torch.device("cuda", 0)) == "nvidia-h200"
 
 

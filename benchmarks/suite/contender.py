@@ -1,4 +1,4 @@
-"""The process of one contender of the training step: `python -m benchmarks.suite.contender`. It writes its row to `--row`."""
+"""The process of one contender of the training step, which writes its row: `python -m benchmarks.suite.contender`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ class Journal:
         return found
 
     def add(self, row: Row) -> None:
-        """Appends a row. After a line that was cut short it begins a new one."""
+        """Appends a row, with the time (Unix). After a line that was cut short it begins a new one."""
         with self.path.open("a+b") as file:
             file.seek(0, 2)
             if file.tell():
                 file.seek(-1, 2)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write((json.dumps(row) + "\n").encode())
+            file.write((json.dumps(row | {"at": round(time.time(), 2)}) + "\n").encode())
 
     @property
     def rows(self) -> list[Row]:
