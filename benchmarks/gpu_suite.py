@@ -44,6 +44,7 @@ from benchmarks.common import (
 from benchmarks.render import render
 from benchmarks.suite.report import Report
 from cavmae_fast.ops.configuration import VARIABLE
+from cavmae_fast.tuning.processes import end_with_parent
 
 
 def _section(module: str, function: str) -> Callable[[Report], None]:
@@ -141,6 +142,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], t
     parser.add_argument("--batch", type=int, help="clips per step (default: 256 on CUDA, else 2)")
     parser.add_argument("--operators", help="those to tune (default: all)")
     parser.add_argument("--tuned", type=Path, help="folder with what an earlier call tuned (default: that of the results)")
+    parser.add_argument("--watched", action="store_true", help="end when the program that started this one has ended")
     parser.add_argument("--in-process", action="store_true", help="run the sections in this process")
     args = parser.parse_args(arguments)
     device = find_device(parser, args.device)
@@ -168,7 +170,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str], t
 
 def child_command(args: argparse.Namespace, name: str, seconds: float, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the process of one section."""
-    command = [sys.executable, __file__, "--in-process", "--sections", name, "--budget", f"{seconds:.0f}"]
+    command = [sys.executable, __file__, "--watched", "--in-process", "--sections", name, "--budget", f"{seconds:.0f}"]
     command += ["--device", args.device, "--out", str(args.out)]
     command += ["--batch", str(args.batch), *(["--operators", args.operators] if args.operators else [])]
     command += ["--tiny"] if args.tiny else []
@@ -181,6 +183,8 @@ def child_command(args: argparse.Namespace, name: str, seconds: float, folder: P
 
 def main(arguments: list[str] | None = None) -> int:
     args, chosen, device = parse(arguments)
+    if args.watched:
+        end_with_parent()
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
     folder: Path = args.out / device_name(device)
     operators = tuple(args.operators.split(",")) if args.operators else ()

@@ -122,6 +122,8 @@ def _state(name: str, device: torch.device) -> str:
     package = attention_backends.PACKAGES.get(name)
     if package and not attention_backends.installed(name):
         return f"it is not installed: pip install {package}"
+    if name == "kept":
+        return "available" if device.type == "cpu" else "it is for CPUs: it keeps all probabilities"
     if name in ("torch", "sdpa", *CPU_FORMS) or device.type == "cuda" or (name == "triton" and interpreting()):
         return "available"
     return "it needs a CUDA device" + (" (or TRITON_INTERPRET=1)" if name == "triton" else "")

@@ -1,6 +1,7 @@
-"""Other people's attention behind the packed layout: PyTorch's `scaled_dot_product_attention`, flash-attn, xformers.
+"""Attention behind the packed layout that differentiates itself: PyTorch's `scaled_dot_product_attention`, flash-attn and
+xformers; and `kept`, for CPUs.
 
-Each takes (q, kv, batch, q_lengths, lengths, heads) as the registered operator does, and differentiates itself.
+Each takes (q, kv, batch, q_lengths, lengths, heads) as the registered operator does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend
 
+from cavmae_fast.ops.attention_cpu import KeptProbabilities
 from cavmae_fast.ops.attention_torch import operands
 
 PACKAGES = {"flash_attn": "flash-attn", "xformers": "xformers"}
@@ -32,6 +34,15 @@ def sdpa(q, kv, batch, q_lengths, lengths, heads):
     for parts in operands(q, kv, batch, q_lengths, lengths, heads):
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in parts))
         outputs.append(out.transpose(1, 2).reshape(-1, heads * out.shape[-1]))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def kept(q, kv, batch, q_lengths, lengths, heads):
+    """For CPUs: batched products, the probabilities kept for backward."""
+    outputs = [
+        KeptProbabilities.apply(*parts, parts[0].shape[-1] ** -0.5).flatten(2).flatten(0, 1)
+        for parts in operands(q, kv, batch, q_lengths, lengths, heads)
+    ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -84,6 +95,7 @@ SDPA_KERNELS = {
 }
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": sdpa,
+    "kept": kept,
     **{name: partial(sdpa_with, kernel) for name, kernel in SDPA_KERNELS.items()},
     "flash_attn": flash_attn,
     "xformers": xformers,

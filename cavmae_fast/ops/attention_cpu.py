@@ -19,6 +19,9 @@ GROUP_BYTES = 8 << 20
 `[B, H, Lq, Lk]` result: forward and backward at 4 x 16 x 708 x 708 took 160 ms, most of it page faults; grouped 56.
 Measured flat from 4 to 16 MiB, slower below, on a CPU with AMX; on one with AVX-512, 2 MiB took a tenth less time."""
 
+KEPT_GROUP_BYTES = 2 << 20
+"As `GROUP_BYTES`, where the probabilities are kept."
+
 
 def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q `[B, Lq, H, W]`, k and v `[B, Lk, H, W]`, any strides -> out `[B, Lq, H, W]`, lse `[B, H, Lq]` (natural)."""
@@ -124,3 +127,48 @@ def _group_backward(
     torch.baddbmm(ds, dout, v.mT, beta=0, alpha=scale, out=ds)  # multiplies by the scale of dq and dk at no cost
     compat.softmax_backward_(ds, p)
     return torch.bmm(ds, k), torch.bmm(ds.mT, q), torch.bmm(p.mT, dout)
+
+
+class KeptProbabilities(torch.autograd.Function):
+    """Attention by batched products that keeps the probabilities for backward, as PyTorch's autograd would.
+
+    It takes the memory of all of them, B H Lq Lk numbers, and spares backward a product and a softmax; which is worth it
+    where a CPU has no matrix units.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q `[B, Lq, H, W]`, k and v `[B, Lk, H, W]`, any strides -> out `[B, Lq, H, W]`."""
+        samples, queries, heads, width = q.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+        p = q.new_empty((samples * heads, queries, k.shape[1]))
+        out = q.new_empty((samples * heads, queries, width))
+        for cut in _cuts(p):
+            torch.baddbmm(p[cut], q[cut], k[cut].mT, beta=0, alpha=scale, out=p[cut])
+            torch.softmax(p[cut], -1, out=p[cut])
+            torch.bmm(p[cut], v[cut], out=out[cut])
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale, ctx.heads = scale, heads
+        return out.unflatten(0, (-1, heads)).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        dout = dout.transpose(1, 2).flatten(0, 1).contiguous()
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        cuts = _cuts(p)
+        scratch = p.new_empty(p[cuts[0]].shape)
+        for cut in cuts:
+            ds = scratch[: p[cut].shape[0]]
+            torch.baddbmm(ds, dout[cut], v[cut].mT, beta=0, alpha=ctx.scale, out=ds)
+            compat.softmax_backward_(ds, p[cut])
+            torch.bmm(ds, k[cut], out=dq[cut])
+            torch.bmm(ds.mT, q[cut], out=dk[cut])
+            torch.bmm(p[cut].mT, dout[cut], out=dv[cut])
+        return *(x.unflatten(0, (-1, ctx.heads)).transpose(1, 2) for x in (dq, dk, dv)), None
+
+
+def _cuts(p: Tensor) -> list[slice]:
+    """Groups of the matrices in `p [n, Lq, Lk]` that fit into the cache together."""
+    size = max(1, KEPT_GROUP_BYTES // (p[0].numel() * p.element_size()))
+    return [slice(start, start + size) for start in range(0, p.shape[0], size)]

@@ -228,7 +228,7 @@ def test_back_end_choice(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["flash", "products", "products in 2 MiB"])
+@pytest.mark.parametrize("form", ["flash", "products", "products in 2 MiB", "kept"])
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], SHAPES[7], LONG_SHAPES[1]], ids=str)
 def test_forms_on_the_cpu(shape, form, dtype):
     entries = {"implementations": {"attention": {"float32": form, "bfloat16": form}}, "launches": {}}
