@@ -273,6 +273,19 @@ def test_what_was_tuned_for_another_dtype_stays(folder, fast, wins):
     assert len(configuration.read(path)["measured"]) == 2
 
 
+def test_a_damaged_file_is_made_anew(folder, fast, wins):
+    """Runs that would take it say which file is damaged; tuning writes a whole one."""
+    path = configuration.user_file(configuration.target_of(torch.device("cpu")))
+    folder.mkdir()
+    path.write_text("{")
+    configuration.forget()
+    with pytest.raises(configuration.ConfigurationError, match="cannot be read as JSON") as error:
+        configuration.fingerprint("cpu")
+    assert str(path) in str(error.value)
+    tune(asked(), progress=Lines)
+    assert configuration.read(path)["implementations"] == {"gather_tokens": {"float32": "e fast"}}
+
+
 def test_export_is_what_ships(folder, fast, wins, tmp_path):
     tune(asked(export=tmp_path / "sm_90.json"), progress=Lines)
     content = configuration.read(tmp_path / "sm_90.json")

@@ -116,10 +116,11 @@ def work_off(
     raise TuneError(f"{MOST_STARTS} processes died one after the other")
 
 
-def compile_ahead(journal: Journal, names: Sequence[str], seconds: float, worker: Sequence[str] = WORKER) -> None:
-    """Compiles the candidates of the units `names` with all cores, for `seconds` at most. What is not compiled then is
-    compiled when it is tried."""
+def compile_ahead(journal: Journal, names: Sequence[str], seconds: float, most: int, worker: Sequence[str] = WORKER) -> None:
+    """Compiles the candidates of the units `names` with all cores, but `most` processes, for `seconds` at most. What is not
+    compiled then is compiled when it is tried."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, most)
     parts = {name: max(1, cores // len(names)) for name in names}
     for name in names[: cores % len(names)] if cores > len(names) else ():
         parts[name] += 1  # the first units have the most candidates

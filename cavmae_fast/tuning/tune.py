@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ WINS = 0.995
 "Share of the all-PyTorch step's time below which a tuned step is kept."
 COMPILE_SHARE = 0.25
 "Of the time that there is, at most, goes into compiling ahead."
+MEMORY_OF_PROCESS = 2 << 30
+"Bytes of a GPU that a process takes which compiles: its context, and a small batch."
 STEP = (sys.executable, "-m", "cavmae_fast.tuning.step")
 
 
@@ -153,7 +156,8 @@ def tune(
                 unit.name for unit in wanted if unit.name not in finished and "triton" in dispatch.operators[unit.operator]
             ]
             if names:
-                compile_ahead(journal, names, COMPILE_SHARE * 60 * config.minutes, worker)
+                most = max(1, torch.cuda.get_device_properties(device).total_memory // MEMORY_OF_PROCESS)
+                compile_ahead(journal, names, COMPILE_SHARE * 60 * config.minutes, most, worker)
         work_off(journal, config.limit, deadline, lambda row: report(row, show), worker)
         finished = journal.finished()
         content = choices(wanted, finished)
@@ -237,10 +241,10 @@ def keep(
 ) -> None:
     """Writes the user's file: what it holds for other dtypes and keys stays."""
     before: dict[str, Any] = {}
-    if path.exists():
+    with contextlib.suppress(configuration.ConfigurationError):  # one that is damaged, or not there, has nothing to keep
         before = configuration.read(path)
-        if before.get("made_for") != configuration.made_for(target):
-            before = {}
+    if before.get("made_for") != configuration.made_for(target):
+        before = {}
     merged: dict[str, Any] = {"made_for": configuration.made_for(target), "measured": dict(before.get("measured", {}))}
     merged |= {section: {k: dict(v) for k, v in before.get(section, {}).items()} for section in configuration.SECTIONS}
     configuration.merge(merged, content)

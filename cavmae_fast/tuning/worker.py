@@ -41,6 +41,7 @@ class Work:
         self.journal, self.settings, self.deadline = journal, settings, deadline
         self.device = torch.device(settings.device)
         self.flush = Flush(self.device)
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(self) -> None:
         """All units that are not done, until the deadline (seconds since the epoch)."""
@@ -129,7 +130,7 @@ class Work:
                 run = self.closure(call, candidate, unit)
                 run()
                 if call.case.capture:
-                    run, _ = captured(run, self.device)
+                    run, _ = captured(run, self.device, self.pool)
                 first[candidate.name] = cold(run, self.flush, self.device)
                 runs[candidate.name] = run
             samples = {name: [ms] for name, ms in first.items()}
