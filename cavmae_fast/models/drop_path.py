@@ -15,9 +15,9 @@ def draw_paths(rate: float, depth: int, streams: int, batch: int, device: torch.
     The chance of leaving out rises linearly from 0 in the first block to `rate` in the last. All numbers of a pass are
     drawn at once, so that a pass that computes fewer streams draws the same ones.
     """
-    rates = torch.linspace(0.0 if depth > 1 else rate, rate, depth, device=device).view(-1, 1, 1, 1)
-    kept = torch.rand(depth, 2, streams, batch, device=device) >= rates
-    return kept / (1 - rates)
+    rates = torch.linspace(0.0 if depth > 1 else rate, rate, depth, device=device).view(-1, 1, 1)
+    kept = torch.rand(batch, depth, 2, streams, device=device) >= rates
+    return (kept / (1 - rates)).permute(1, 2, 3, 0)
 
 
 def on_path(delta: Tensor, factors: Tensor | None, layout: StreamLayout) -> Tensor:
