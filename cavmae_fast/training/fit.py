@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.training.accumulation import accumulate
 from cavmae_fast.training.checkpoint import Saver
+from cavmae_fast.training.graph import Step, graphed
 from cavmae_fast.training.guard import Guard, TrainingError, is_out_of_memory
 from cavmae_fast.training.memory import peak_memory
 from cavmae_fast.training.readback import Readback
@@ -45,6 +47,8 @@ def fit(
     epoch_done: Callable[[int], None] = lambda epoch: None,
     saver: Saver | None = None,
     guard: Guard | None = None,
+    cuda_graph: Literal["auto", "on", "off"] = "off",
+    report: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Trains until `total` steps are taken in all.
 
@@ -65,14 +69,17 @@ def fit(
             checkpoint is written.
         saver: writes checkpoints; the rows of the steps before a checkpoint are recorded before it is written.
         guard: is told of steps that were skipped.
+        cuda_graph: replay the step as a CUDA graph, where that computes the same ('auto') or in any case ('on').
+        report: is told whether it is.
 
     Raises:
         TrainingError: too many steps in a row had a loss or gradient that is not finite, or memory ran out; rows up to
-            there were recorded.
+            there were recorded. Or the step cannot be replayed as a CUDA graph, and must be.
         UnusableDataError: clip after clip cannot be used.
     """
     guard = guard or Guard()
     readback = Readback(log_every)
+    step: Step = functools.partial(take_step, task, state)
     begin, waited_before, clips = time.perf_counter(), state.loader.waited, 0
 
     def deliver(wait: bool = False) -> None:
@@ -90,7 +97,9 @@ def fit(
             for batch in batches(state.loader):
                 state.set_learning_rate(batch.epoch, total)
                 try:
-                    numbers = take_step(task, state, batch)
+                    if cuda_graph != "off":
+                        step, cuda_graph = graphed(step, state, batch, cuda_graph == "on", report), "off"
+                    numbers = step(batch)
                 except (RuntimeError, MemoryError) as error:
                     if is_out_of_memory(error):
                         deliver(wait=True)

@@ -154,6 +154,8 @@ def train(
                 epoch_done=epoch_done,
                 saver=saver,
                 guard=Guard(config.max_skipped, skipped.write, tqdm.write, kept),
+                cuda_graph=config.cuda_graph,
+                report=tqdm.write,
             )
         finally:
             writer.wait()

@@ -112,7 +112,7 @@ class RunState:
         """Weights, moments, averages, place in the data and random states; tensors are the run's own, not copies."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "loader": self.loader.state_dict(),
@@ -121,6 +121,14 @@ class RunState:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state as it is without a CUDA graph, so that the run may go on without one."""
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            if isinstance(group["lr"], Tensor):
+                group |= {"lr": self.learning_rate * group["scale"], "capturable": False}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken. ValueError when the data or the order is another."""
