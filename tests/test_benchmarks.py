@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing
+from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing, trainer
 from benchmarks.suite import sections
 from benchmarks.suite.report import Report
 from cavmae_fast.models import flops
@@ -395,3 +395,18 @@ def test_retrieval_that_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(retrieval, "published", lambda queries, candidates: {1: 0.0, 5: 0.0, 10: 0.0})
     assert retrieval.main(["--device", "cpu", "--sizes", "40", "--width", "8", "--out", str(tmp_path)]) == 1
     assert "R@k differ" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_trainers_cost_is_measured_turn_by_turn(tmp_path, monkeypatch, capsys):
+    command = ["benchmarks/trainer.py", "--device", "cpu", "--batch", "2", "--rounds", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    trainer.main()
+    (path,) = tmp_path.rglob("trainer-small-float32.json")
+    result = json.loads(path.read_text())
+    assert [len(turns) for turns in result["turns_ms"].values()] == [3, 3] and result["bare_ms"] > 0
+    assert result["settings"] == {"model": "small", "clips": 2, "dtype": "float32", "steps": 1, "rounds": 3}
+    assert "overhead" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "1"])
+    with pytest.raises(SystemExit):
+        trainer.main()
+    assert "--rounds is 1; it must be above 1" in capsys.readouterr().err

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae_fast import compat
 from cavmae_fast.models import PRESETS, precision
 from cavmae_fast.models.precision import Precision, choose_dtype, find_device
-from cavmae_fast.training.fit import TrainingError, fit
+from cavmae_fast.training.fit import TrainingError, fit, take_step
+from cavmae_fast.training.guard import Guard
 from cavmae_fast.training.readback import Readback
 from cavmae_fast.training.recipes import PRETRAINING, Recipe
-from cavmae_fast.training.schedules import StepDecay
-from cavmae_fast.training.state import RunState
+from cavmae_fast.training.schedules import Cosine, StepDecay, WarmUp
+from cavmae_fast.training.state import SMALLEST_SCALE, RunState
 
 STEPS_PER_EPOCH = 4
 CPU = torch.device("cpu")
@@ -74,10 +79,11 @@ class Regression:
         return {"loss": loss, "half": loss / 2}
 
 
-def start(broken: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32) -> RunState:
+def start(broken: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32, **changes: Any) -> RunState:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     recipe = Recipe(1e-2, batch_size=8, epochs=3, schedule=StepDecay(start=1, every=1, end=3))
+    recipe = replace(recipe, **changes)
     return RunState.start(model, recipe, Numbers(broken), Precision(CPU, dtype))
 
 
@@ -126,24 +132,118 @@ def test_a_run_goes_on_bit_for_bit(before):
     assert all(map(torch.equal, *moments))
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run():
+def test_a_loss_that_is_not_finite_is_skipped_and_the_run_goes_on():
     clean = start()
     fit(Regression(), clean, 5, lambda row: None)
-    state, rows = start(broken=(1, 1)), []
-    with pytest.raises(TrainingError, match=r"step 6: loss, half not finite because the audio of clip 1\.1\.2 is"):
-        fit(Regression(), state, 12, rows.append)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    state, rows, written, said = start(broken=(1, 1)), [], [], []
+    guard = Guard(write=written.append, report=said.append)
+    fit(Regression(), state, 6, rows.append, guard=guard)
     assert all(map(torch.equal, weights(clean), weights(state)))
     assert all(s["step"] == 5 for s in state.optimizer.state.values())
+    assert math.isnan(rows[5]["loss"])
+    (row,) = written
+    assert row["reason"] == "loss, half not finite because the audio of clip 1.1.2 is not finite"
+    assert (row["step"], row["epoch"], row["position"]) == (6, 1, 1)
+    assert row["clips"] == [f"clip 1.1.{number}" for number in range(8)]
+    fit(Regression(), state, 12, rows.append, guard=guard)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["skipped"] for row in rows] == [0] * 5 + [1] * 7
+    assert not torch.equal(weights(clean)[0], weights(state)[0]) and state.skipped_in_a_row == 0
+    assert len(written) == 1 and len(said) == 1 and said[0].startswith("step 6 was skipped: loss, half not finite")
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     clean = start()
     fit(Regression(), clean, 2, lambda row: None)
-    state = start()
-    with pytest.raises(TrainingError, match=r"step 3: the gradient not finite though the inputs are"):
-        fit(Regression(poison=3), state, 9, lambda row: None)
+    state, rows, written = start(), [], []
+    fit(Regression(poison=3), state, 3, rows.append, guard=Guard(write=written.append))
     assert all(map(torch.equal, weights(clean), weights(state)))
+    assert written[0]["reason"].startswith("the gradient not finite though the inputs are")
+    assert math.isfinite(rows[2]["loss"]) and not math.isfinite(rows[2]["grad_norm"])
+
+
+class Hopeless(Regression):
+    """No loss is finite from the third step on, but for the fifth."""
+
+    def losses(self, model: nn.Module, batch: SimpleNamespace) -> dict[str, Tensor]:
+        losses = super().losses(model, batch)
+        return {name: x * float("inf") if self.calls not in (1, 2, 5) else x for name, x in losses.items()}
+
+
+def test_skipped_steps_in_a_row_end_the_run():
+    state, rows, written = start(), [], []
+    guard = Guard(3, written.append, kept=lambda: "the last good checkpoint is step-2.pt")
+    words = r"3 steps in a row were skipped, the last of them step 8: .* not finite .*; the last good checkpoint is step-2"
+    with pytest.raises(TrainingError, match=words):
+        fit(Hopeless(), state, 20, rows.append, guard=guard)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in written] == [3, 4, 6, 7, 8]
+
+
+def test_skipped_steps_are_counted_across_a_stop():
+    state = start()
+    task = Hopeless()
+    fit(task, state, 7, lambda row: None, guard=Guard(3))
+    again = start()
+    again.load_state_dict(copy.deepcopy(state.state_dict()))
+    assert (again.skipped, again.skipped_in_a_row) == (4, 2)
+    with pytest.raises(TrainingError, match="the last of them step 8"):
+        fit(task, again, 20, lambda row: None, guard=Guard(3))
+
+
+class Greedy(Regression):
+    """Memory runs out in the fourth step."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def losses(self, model: nn.Module, batch: SimpleNamespace) -> dict[str, Tensor]:
+        if self.calls == 3:
+            raise self.error
+        return super().losses(model, batch)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("DefaultCPUAllocator: can't allocate")],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_is_one_sentence(error):
+    rows, guard = [], Guard(kept=lambda: "the last good checkpoint is step-2.pt")
+    with pytest.raises(TrainingError) as told:
+        fit(Greedy(error), start(), 9, rows.append, log_every=100, guard=guard)
+    text = str(told.value)
+    assert text.startswith(
+        "out of memory on cpu in step 4, of 8 clips (audio [8, 3], imgs [8, 1]); the last good checkpoint"
+    )
+    assert all(option in text for option in ("--batch-size", "--accumulate", "--dtype")) and "\n" not in text
+    assert len(rows) == 3
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(Greedy(RuntimeError("something else")), start(), 9, lambda row: None)
+
+
+def test_a_step_reads_nothing_from_the_device():
+    """Whatever makes the host wait for a GPU asks for a number: `item`, `bool`, `nonzero`."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            reading = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+            assert function.__name__.split(".")[0] not in reading, f"a step reads from the device: {function}"
+            return function(*arguments, **(options or {}))
+
+    state = start(clip_grad=0.1, ema=0.9, schedule=WarmUp(3, Cosine()))
+    half = start(dtype=torch.float16)
+    with NoReading():
+        for one in (state, half):
+            for batch in one.loader:
+                one.set_learning_rate(batch.epoch, 12)
+                take_step(Regression(), one, batch)
+        with pytest.raises(AssertionError, match="reads from the device"):
+            bool(torch.ones(1) > 0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -171,15 +271,71 @@ def test_rows_are_not_lost_when_the_data_ends_the_run():
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 
 
+def overflow(state: RunState) -> dict[str, Tensor]:
+    """An update whose loss is finite and whose scaled gradient is not."""
+    loss = state.model(torch.full((1, 3), 60000.0)).square().mean() * 1e25
+    state.backward(loss)
+    return state.update(loss)
+
+
 def test_float16_overflow_is_the_scalers_business():
     """The first scaled gradients overflow: the scale is halved, no step is taken, and the run goes on."""
     state = start(dtype=torch.float16)
     assert state.scaler.is_enabled()
     before, scale = weights(state), state.scaler.get_scale()
-    loss = state.model(torch.full((1, 3), 60000.0)).square().mean() * 1e30
-    assert bool(state.update(loss))
+    measured = overflow(state)
+    assert bool(measured["finite"]) and measured["loss_scale"] == scale
     assert state.scaler.get_scale() == scale / 2
     assert all(map(torch.equal, before, weights(state)))
+
+
+class Steep(Regression):
+    """A finite loss whose gradient never is: the slope of the root at 0."""
+
+    def losses(self, model: nn.Module, batch: SimpleNamespace) -> dict[str, Tensor]:
+        loss = super().losses(model, batch)["loss"]
+        return {"loss": loss.detach() + (model.weight * 0).sum().sqrt()}
+
+
+def test_a_loss_scale_that_collapses_ends_the_run():
+    """At the smallest scale an overflow is no longer the scaler's business: the step counts; the reason names the scale."""
+    state, rows, written = start(dtype=torch.float16), [], []
+    with pytest.raises(TrainingError, match=r"2 steps in a row were skipped.* step 18: the gradient .* loss scale of 0\.5"):
+        fit(Steep(), state, 40, rows.append, guard=Guard(2, written.append))
+    assert [row["loss_scale"] for row in rows] == [65536 / 2**step for step in range(18)]
+    assert rows[16]["loss_scale"] == SMALLEST_SCALE and [row["step"] for row in written] == [17, 18]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_clipping(dtype):
+    """Against PyTorch's own, after the scale is taken out; the norm that is recorded is the one before."""
+    state, plain = start(dtype=dtype, clip_grad=0.5), start(dtype=dtype)
+    x = torch.randn(4, 3)
+    for one in (state, plain):
+        loss = one.model(x).square().mean()
+        one.backward(loss)
+    want = torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 0.5 * plain.scaler.get_scale())
+    measured = state.update(loss)
+    assert want > 0.5 * plain.scaler.get_scale()
+    torch.testing.assert_close(measured["grad_norm"], want / plain.scaler.get_scale())
+    plain.update(loss)
+    torch.testing.assert_close(weights(state), weights(plain))
+
+
+def test_clipping_changes_nothing_below_the_norm():
+    runs = []
+    for clip_grad in (0.0, 1e6):
+        state = start(clip_grad=clip_grad)
+        fit(Regression(), state, 5, lambda row: None)
+        runs.append(weights(state))
+    assert all(map(torch.equal, *runs))
+
+
+def test_rows_hold_what_can_be_rendered():
+    rows = []
+    fit(Regression(), start(dtype=torch.float16), 2, rows.append)
+    assert {"grad_norm", "loss_scale", "skipped", "memory", "clips_per_s"} <= rows[0].keys()
+    assert rows[1]["memory"] > 10e6
 
 
 # ------------------------------------------------------------------------------------------------------------ readback

@@ -120,12 +120,64 @@ def test_bad_options(clips, tmp_path, arguments, code, words):
     assert "Traceback" not in run.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
+def test_a_loss_that_is_never_finite_stops_the_run(clips, tmp_path, monkeypatch):
     features = batches.audio_features
     monkeypatch.setattr(batches, "audio_features", lambda *args: features(*args) * float("nan"))
-    config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=2, batch_size=2, device="cpu", out=tmp_path)
-    with pytest.raises(TrainingError, match=r"step 1: loss.* because the audio of .*train"):
+    config = job.PretrainConfig(
+        data=tuple(clips[0][:4]), steps=9, batch_size=2, device="cpu", out=tmp_path, max_skipped=3, save_every=2
+    )
+    words = r"3 steps in a row .* step 3: loss.* because the audio of .*train.*last good checkpoint is .*step-00000002\.pt"
+    with pytest.raises(TrainingError, match=words):
         job.pretrain(config)
+    assert [row["step"] for row in rows(tmp_path / "skipped.jsonl")] == [1, 2, 3]
+    assert [row["loss"] for row in rows(tmp_path / "metrics.jsonl")] == [None] * 3
+
+
+def test_a_skipped_step_is_named_and_the_run_goes_on(clips, tmp_path, monkeypatch, capsys):
+    """Also when it is the last one."""
+    features, calls = batches.audio_features, []
+
+    def sometimes(*args):
+        calls.append(1)
+        return features(*args) * (float("nan") if len(calls) in (2, 3, 7, 8) else 1.0)  # 3 and 8: built again, to be named
+
+    monkeypatch.setattr(batches, "audio_features", sometimes)
+    config = job.PretrainConfig(data=tuple(clips[0][:4]), steps=6, batch_size=2, device="cpu", out=tmp_path, workers=0)
+    summary = job.pretrain(config)
+    recorded, named = rows(tmp_path / "metrics.jsonl"), rows(tmp_path / "skipped.jsonl")
+    assert summary["steps"] == 6 and summary["skipped_steps"] == 2 and summary["loss"] == recorded[4]["loss"] > 0
+    assert [row["loss"] is None for row in recorded] == [False, True, False, False, False, True]
+    assert [row["step"] for row in named] == [2, 6]
+    assert len(named[0]["clips"]) == 2 and "because the audio of" in named[0]["reason"]
+    assert capsys.readouterr().out.count("was skipped") == 1
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_accumulation_average_and_the_rest_by_options(clips, tmp_path):
+    """What is exported is the average of the weights, and the run's own configuration says what was in force."""
+    config = job.PretrainConfig(
+        data=tuple(clips[0][:8]),
+        steps=3,
+        batch_size=4,
+        device="cpu",
+        dtype="float32",
+        out=tmp_path,
+        accumulate=2,
+        ema=0.9,
+        clip_grad=1.0,
+        drop_path=0.1,
+        layer_decay=0.75,
+        optimizer="adamw",
+        schedule="cosine",
+        warmup_steps=2,
+    )
+    job.pretrain(config)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["ema"], written["end_factor"], written["betas"]) == (0.9, 0.0, [0.95, 0.999])
+    saved = torch.load(tmp_path / "checkpoints" / "step-00000003.pt", weights_only=True)
+    exported = CAVMAE.from_pretrained(tmp_path / "model").state_dict()
+    name = "blocks_u.0.mlp.fc1.weight"
+    assert torch.equal(exported[name], saved["average"][name]) and not torch.equal(exported[name], saved["model"][name])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from cavmae_fast.models.cavmae_ft import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.imagenet_mae import load_imagenet_mae
 from cavmae_fast.models.presets import PRESETS, Preset, create_model
 from cavmae_fast.models.weights import PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
-from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput, PretrainParts
 
 __all__ = [
     "CAVMAE",
@@ -18,6 +18,7 @@ __all__ = [
     "InpaintOutput",
     "Preset",
     "PretrainOutput",
+    "PretrainParts",
     "create_model",
     "load_checkpoint",
     "load_imagenet_mae",

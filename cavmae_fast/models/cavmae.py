@@ -23,7 +23,7 @@ from cavmae_fast.reference.cavmae_parameters import CAVMAEParameters
 from cavmae_fast.reference.layers import Block
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.operators import take_tokens
-from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput, PretrainParts
 
 NEGATIVES = ("all", "rank")
 
@@ -113,8 +113,13 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
         mae_loss_weight: float = 1.0,
         contrast_loss_weight: float = 0.01,
         mask_mode: str = "unstructured",
-    ) -> PretrainOutput:
+        *,
+        parts: bool = False,
+    ) -> PretrainOutput | PretrainParts:
         """One pretraining pass: what a loss of weight 0 needs is not computed.
+
+        `parts`: return the embeddings in place of the contrastive loss, which asks for the clips of the whole batch:
+        `contrast` computes it from the embeddings of all parts of a batch.
 
         Raises TypeError or ValueError, naming the argument, for inputs that do not fit, ratios that keep or remove nothing,
         and in training for the weight of a loss that `train_losses` took out of force.
@@ -127,26 +132,46 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
         if reconstruct:
             self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(audio.shape[0], audio.device, mask_ratio_a, mask_ratio_v, mask_mode)
+        paths = self.draw_paths(audio.shape[0], audio.device)
         loss_mae = loss_mae_a = loss_mae_v = loss_c = c_acc = torch.zeros((), device=audio.device)
+        losses, means = (), ()
         if reconstruct or contrast:
-            ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
-            tokens = self.encode({"a": audio, "v": imgs}, ids_keep, single=contrast, joint=reconstruct)
+            losses, means = self.compute(audio, imgs, masking_a, masking_v, paths, reconstruct, contrast)
         if reconstruct:
-            pred_a, pred_v = self.decode_removed(tokens[None], masking_a, masking_v)
-            loss_mae_a = self.removed_loss("a", audio, pred_a, masking_a)
-            loss_mae_v = self.removed_loss("v", imgs, pred_v, masking_v)
+            loss_mae_a, loss_mae_v = losses
             loss_mae = mae_loss_weight * (loss_mae_a + loss_mae_v)
+        if parts:
+            return PretrainParts(loss_mae, loss_mae_a, loss_mae_v, means)
         if contrast:
-            nce, c_acc = self.contrast(tokens["a"], tokens["v"])
+            nce, c_acc = self.contrast(*means)
             loss_c = contrast_loss_weight * nce
         loss = loss_mae + loss_c
         return PretrainOutput(loss, loss_mae, loss_mae_a, loss_mae_v, loss_c, masking_a.mask, masking_v.mask, c_acc)
 
+    def compute(
+        self,
+        audio: Tensor,
+        imgs: Tensor,
+        masking_a: Masking,
+        masking_v: Masking,
+        paths: Tensor | None,
+        reconstruct: bool,
+        contrast: bool,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """All of a pass that is heavy, and neither draws nor checks anything -> both reconstruction losses, and the mean
+        token `[B, D]` of audio and of video seen alone; an empty tuple for what is not asked for."""
+        ids_keep = {"a": masking_a.ids_keep, "v": masking_v.ids_keep}
+        tokens = self.encode({"a": audio, "v": imgs}, ids_keep, single=contrast, joint=reconstruct, paths=paths)
+        losses: tuple[Tensor, ...] = ()
+        if reconstruct:
+            pred_a, pred_v = self.decode_removed(tokens[None], masking_a, masking_v)
+            losses = self.removed_loss("a", audio, pred_a, masking_a), self.removed_loss("v", imgs, pred_v, masking_v)
+        return losses, tuple(self.mean_tokens(tokens[m]) for m in ("a", "v")) if contrast else ()
+
     def contrast(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[B, L, D]` of audio and video seen alone -> the contrastive loss and its accuracy, of all ranks or one."""
-        means = [self.mean_tokens(tokens) for tokens in (a, v)]
-        if self.negatives == "all":
-            means = [gather_rows(mean) for mean in means]
+        """Embeddings `[B, D]` of audio and video, mean tokens of each seen alone -> the contrastive loss and its accuracy,
+        of all ranks or one."""
+        means = [gather_rows(mean) if self.negatives == "all" else mean for mean in (a, v)]
         return contrastive_loss(*means, bidirectional=self.bidirect_contrast)
 
     def forward_inpaint(

@@ -13,7 +13,7 @@ from cavmae_fast.reference.outputs import FeatureOutput
 class CAVMAEFT(Pretrained, PackedEncoder, CAVMAEFTParameters):
     """The classifier. Arguments, modes and state-dict keys are the published ones.
 
-    `depth`, `attention` and `clip` are ours, as in `CAVMAE`.
+    `depth`, `attention`, `clip` and the attribute `drop_path` are ours, as in `CAVMAE`.
     uint8 RGB images are normalized on the way into the patch projection, with the statistics in `clip_spec`.
     `norm_pix_loss` is accepted, as in the published signature, and has no effect.
     """
@@ -26,8 +26,13 @@ class CAVMAEFT(Pretrained, PackedEncoder, CAVMAEFTParameters):
         Raises TypeError or ValueError, naming the argument, for a mode that is not known and inputs that do not fit.
         """
         inputs = self.classifier_inputs(a, v, mode)
+        first = next(iter(inputs.values()))
+        return self.compute(inputs, mode, self.draw_paths(first.shape[0], first.device))
+
+    def compute(self, inputs: dict[str, Tensor], mode: str, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> logits `[B, label_dim]`."""
         missing = mode.startswith("missing")
-        tokens = self.encode(inputs, None, single=mode != "multimodal", joint=missing or mode == "multimodal")
+        tokens = self.encode(inputs, None, single=mode != "multimodal", joint=missing or mode == "multimodal", paths=paths)
         means = [self.mean_tokens(part) for part in tokens.values()]
         mean = (means[0] + means[1]) / 2 if missing else means[0]
         return self.mlp_head(mean.to(self.norm.weight.dtype))
@@ -47,7 +52,11 @@ class CAVMAEFTAudio(Pretrained, PackedEncoder, CAVMAEFTAudioParameters):
     def forward(self, a: Tensor) -> Tensor:
         """Audio `[B, audio_length, 128]` -> normed tokens `[B, La, D]`."""
         self.check_inputs(a=a)
-        return self.features({"a": a})["a"]
+        return self.compute(a, self.draw_paths(a.shape[0], a.device))
+
+    def compute(self, a: Tensor, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> normed tokens `[B, La, D]`."""
+        return self.features({"a": a}, paths)["a"]
 
     def forward_feat(self, a: Tensor, v: Tensor | None = None, mode: str = "a") -> Tensor:
         """As `forward`; `v` and `mode` are there so that code for `CAVMAEFT` runs, and are not used."""

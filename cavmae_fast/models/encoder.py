@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from cavmae_fast.models.drop_path import draw_paths
 from cavmae_fast.models.packed import State, block, normalize
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
@@ -22,6 +25,29 @@ class PackedEncoder(EncoderParameters):
     """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
     attentions = ("auto", *BACKENDS)
+    drop_path = 0.0
+    "Chance that a clip leaves out a branch of the last block in training; it falls linearly to 0 in the first. 0: no drop."
+
+    def draw_paths(self, batch: int, device: torch.device) -> Tensor | None:
+        """What the blocks' updates are multiplied by in a pass over `batch` clips, `[depth, 2, streams, batch]`: the streams
+        are the modalities, each alone, and all of them together. None, and nothing drawn, unless some are left out."""
+        if not (self.training and self.drop_path):
+            return None
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
+        return draw_paths(self.drop_path, self.depth, len(self.modalities) + 1, batch, device)
+
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.blocks_a) + len(self.blocks_u)
+
+    def _paths_of(self, paths: Tensor | None, index: int, modalities: Sequence[str | None]) -> Tensor | None:
+        """The part of `paths` for block `index` and the streams that are computed."""
+        if paths is None:
+            return None
+        places = [len(self.modalities) if m is None else self.modalities.index(m) for m in modalities]
+        return paths[index, :, places]
 
     def embed_kept(self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, dtype: torch.dtype) -> State:
         """Inputs by modality -> packed tokens of their kept patches (None: all), one stream per modality, in order."""
@@ -45,28 +71,38 @@ class PackedEncoder(EncoderParameters):
             lengths.append(embedding.num_patches if ids is None else ids.shape[1])
         return State(torch.cat(tokens), None, StreamLayout(batch, tuple(lengths)))
 
-    def specific_blocks(self, state: State, modalities: list[str], dtype: torch.dtype) -> State:
+    def specific_blocks(self, state: State, modalities: list[str], dtype: torch.dtype, paths: Tensor | None = None) -> State:
         """The modality-specific blocks, all modalities at once."""
         stacks = [getattr(self, f"blocks_{m}") for m in modalities]
-        for blocks in zip(*stacks):
-            state = block(state, blocks, [None] * len(modalities), dtype, self.attention)
+        for index, blocks in enumerate(zip(*stacks)):
+            own = self._paths_of(paths, index, modalities)
+            state = block(state, blocks, [None] * len(modalities), dtype, self.attention, own)
         return state
 
-    def shared_blocks(self, state: State, modalities: list[str | None], dtype: torch.dtype) -> Tensor:
+    def shared_blocks(
+        self, state: State, modalities: list[str | None], dtype: torch.dtype, paths: Tensor | None = None
+    ) -> Tensor:
         """The shared blocks and final norms, all streams at once; `modalities` says whose norms each stream passes."""
-        for shared in self.blocks_u:
-            state = block(state, [shared], modalities, dtype, self.attention)
+        for index, shared in enumerate(self.blocks_u, start=len(self.blocks_a)):
+            own = self._paths_of(paths, index, modalities)
+            state = block(state, [shared], modalities, dtype, self.attention, own)
         norms = [getattr(self, f"norm_{m}" if m else "norm") for m in modalities]
         return normalize(state, norms, dtype)[1]
 
     def encode(
-        self, inputs: dict[str, Tensor], ids_keep: dict[str, Tensor] | None, single: bool, joint: bool
+        self,
+        inputs: dict[str, Tensor],
+        ids_keep: dict[str, Tensor] | None,
+        single: bool,
+        joint: bool,
+        paths: Tensor | None = None,
     ) -> dict[str | None, Tensor]:
         """The whole encoder -> normed tokens `[B, L, D]` by stream: each modality alone (`single`) under its name, all
-        modalities together (`joint`; for one modality, that one with the joint norms) under None."""
+        modalities together (`joint`; for one modality, that one with the joint norms) under None. `paths`: of
+        `draw_paths`."""
         dtype = compute_dtype(self.norm.weight)
         modalities = list(inputs)
-        state = self.specific_blocks(self.embed_kept(inputs, ids_keep, dtype), modalities, dtype)
+        state = self.specific_blocks(self.embed_kept(inputs, ids_keep, dtype), modalities, dtype, paths)
         x, layout = state.value(), state.layout
         parts, lengths, streams = [], [], []
         if single:
@@ -76,12 +112,12 @@ class PackedEncoder(EncoderParameters):
             lengths.append(sum(layout.lengths))
             streams.append(None)
         packed = StreamLayout(layout.batch, tuple(lengths))
-        tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype)
+        tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype, paths)
         return dict(zip(streams, packed.streams(tokens)))
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def features(self, inputs: dict[str, Tensor], paths: Tensor | None = None) -> dict[str, Tensor]:
         """Unmasked inputs by modality -> the normed tokens `[B, L, D]` of each, seen alone."""
-        return self.encode(inputs, None, single=True, joint=False)
+        return self.encode(inputs, None, single=True, joint=False, paths=paths)
 
     def mean_tokens(self, tokens: Tensor) -> Tensor:
         """The mean of each sample's tokens, `[B, L, D]` -> `[B, D]`, in float32 (float64 for a model in float64)."""

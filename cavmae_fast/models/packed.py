@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cavmae_fast.models.drop_path import on_path
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.gather_tokens import gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
@@ -47,16 +48,24 @@ def linear(
 
 
 def block(
-    state: State, blocks: Sequence[Block], modalities: Sequence[str | None], dtype: torch.dtype, backend: str
+    state: State,
+    blocks: Sequence[Block],
+    modalities: Sequence[str | None],
+    dtype: torch.dtype,
+    backend: str,
+    paths: Tensor | None = None,
 ) -> State:
-    """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes."""
+    """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes, `paths`
+    `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing)."""
+    attention_path, mlp_path = (None, None) if paths is None else paths
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
     x, h = normalize(state, norm1s, dtype)
     qkv = linear(h, [b.attn.qkv for b in blocks], layout)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
-    x, h = normalize(State(x, linear(h, [b.attn.proj for b in blocks], layout), layout), norm2s, dtype)
-    return State(x, _mlp(h, blocks, layout), layout)
+    delta = on_path(linear(h, [b.attn.proj for b in blocks], layout), attention_path, layout)
+    x, h = normalize(State(x, delta, layout), norm2s, dtype)
+    return State(x, on_path(_mlp(h, blocks, layout), mlp_path, layout), layout)
 
 
 def block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:

@@ -28,6 +28,19 @@ class PretrainOutput(NamedTuple):
     """scalar: the share of videos whose own audio ranks first among the audio of the batch"""
 
 
+class PretrainParts(NamedTuple):
+    """A pretraining pass over a part of a batch, before its clips are contrasted with those of the other parts."""
+
+    loss_mae: Tensor
+    """the sum of both reconstruction losses, times its weight"""
+    loss_mae_a: Tensor
+    """mean squared error on the removed audio patches, not weighted"""
+    loss_mae_v: Tensor
+    """mean squared error on the removed video patches, not weighted"""
+    embeddings: tuple[Tensor, ...]
+    """of audio and of video, `[B, D]`; empty when the contrastive loss has no weight"""
+
+
 class InpaintOutput(NamedTuple):
     """Predictions for every patch of masked clips, patches of `p x p` pixels in `C` colors."""
 

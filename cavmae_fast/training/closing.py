@@ -19,6 +19,8 @@ def pretrained(config: PretrainConfig, summary: dict[str, Any] | DryRun) -> str:
     ]
     if summary["rejected_clips"]:
         lines.append(f"{summary['rejected_clips']} clips could not be used: see {out / 'rejects.jsonl'}")
+    if summary["skipped_steps"]:
+        lines.append(f"{summary['skipped_steps']} steps were skipped: see {out / 'skipped.jsonl'}")
     if "A->V R@1" in summary:
         count, chance = summary["held_out_clips"], summary["chance R@1"]
         lines.append(f"retrieval among {count} held-out clips (chance R@1 {chance:.1f} %):")

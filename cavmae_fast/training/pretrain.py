@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
-from cavmae_fast.models import CAVMAE, PRESETS, load_checkpoint
+from cavmae_fast.models import CAVMAE, PRESETS, PretrainOutput, PretrainParts, load_checkpoint
 from cavmae_fast.models.flops import forward_macs
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
@@ -27,7 +27,7 @@ from cavmae_fast.training.figures import loss_curve
 from cavmae_fast.training.metrics import JsonLines
 from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
 from cavmae_fast.training.recipes import PRETRAINING
-from cavmae_fast.training.run import open_data, open_loader, precision_of, train
+from cavmae_fast.training.run import last_taken, open_data, open_loader, precision_of, train
 from cavmae_fast.training.run_config import recipe_in_force
 from cavmae_fast.training.run_folder import RunFolder
 
@@ -51,21 +51,41 @@ class PretrainTask:
 
     def losses(self, model: CAVMAE, batch: Batch) -> dict[str, Tensor]:
         """The model's losses, both already weighted, and the share of videos whose own audio ranks first in the batch."""
-        output = model(
-            batch.audio,
-            batch.image,
-            self.mask_ratio,
-            self.mask_ratio,
-            self.mae_loss_weight,
-            self.contrast_loss_weight,
-            self.mask_mode,
-        )
+        output = self._forward(model, batch, self.mae_loss_weight)
         return {name: getattr(output, name) for name in (*LOSSES, "c_acc")}
 
     def step_flops(self, model: CAVMAE) -> float:
         """As the fast model computes it; what a loss of weight 0 would need is not computed."""
         losses = {"reconstruction": self.mae_loss_weight != 0, "contrast": self.contrast_loss_weight != 0}
         return 6 * sum(forward_macs(model, self.mask_ratio, self.mask_ratio, **losses).values())
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether there is a contrastive loss in force."""
+        return self.contrast_loss_weight != 0
+
+    def embed(self, model: CAVMAE, batch: Batch) -> tuple[Tensor, ...]:
+        """The embeddings of audio and video, without reconstruction; masks as in `part`."""
+        return self._forward(model, batch, 0.0, parts=True).embeddings
+
+    def part(self, model: CAVMAE, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The reconstruction losses, and the embeddings of audio and video."""
+        output = self._forward(model, batch, self.mae_loss_weight, parts=True)
+        losses = {name: getattr(output, name) for name in ("loss_mae", "loss_mae_a", "loss_mae_v")}
+        return {"loss": output.loss_mae, **losses}, output.embeddings
+
+    def contrast(self, model: CAVMAE, embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The contrastive loss of a batch's embeddings, weighted, and its accuracy."""
+        nce, c_acc = model.contrast(*embeddings)
+        loss_c = self.contrast_loss_weight * nce
+        return {"loss": loss_c, "loss_c": loss_c, "c_acc": c_acc}
+
+    def _forward(
+        self, model: CAVMAE, batch: Batch, mae_loss_weight: float, **options: Any
+    ) -> PretrainOutput | PretrainParts:
+        ratios = self.mask_ratio, self.mask_ratio
+        weights = mae_loss_weight, self.contrast_loss_weight
+        return model(batch.audio, batch.image, *ratios, *weights, self.mask_mode, **options)
 
     def evaluate(self, model: CAVMAE, batches: Iterable[Batch]) -> dict[str, float]:
         """`held_out_clips`, and recall and median rank of retrieval in both directions."""
@@ -78,7 +98,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | DryRun:
     all that is asked for.
 
     Raises ValueError for a bad option, MediaError (a ValueError) naming the file when no clip can be used, TrainingError
-    when a loss is not finite, CheckpointError for `init`.
+    when no step can be taken any more, CheckpointError for `init`.
     """
     if config.dry_run:
         return _dry_run(config)
@@ -102,12 +122,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | DryRun:
         )
         model.save_pretrained(folder.model)
         loss_curve(rows, folder.losses)
-        summary = {"steps": len(rows), **{k: rows[-1][k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
+        last = last_taken(rows)
+        summary = {"steps": len(rows), **{k: last[k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
         summary |= _judge(config, task, model, train_clips, held_out, rejects, folder.reconstruction)
         if held_out:
             with JsonLines(folder.metrics) as metrics:
                 metrics.write({"step": len(rows), "final": True, **summary})
         summary["rejected_clips"] = rejects.count
+        summary["skipped_steps"] = rows[-1]["skipped"]
     write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     return summary
 

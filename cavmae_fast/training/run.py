@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,11 @@ from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.sets.opening import Clips, open_clips
 from cavmae_fast.models.precision import DTYPES, Precision, product_rate
-from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, read_newest
+from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, checkpoints, read_newest
 from cavmae_fast.training.clips import RejectList, make_loader
+from cavmae_fast.training.compiling import compile_model
 from cavmae_fast.training.fit import fit
+from cavmae_fast.training.guard import Guard
 from cavmae_fast.training.metrics import JsonLines, read_rows, write_rows
 from cavmae_fast.training.preemption import Preemption
 from cavmae_fast.training.progress import Progress
@@ -75,6 +78,7 @@ def train(
     after_epoch: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the model under a progress bar, from the newest checkpoint on where there is one, and closes the loader.
+    Where the recipe averages the weights, the model has the averages for its weights then, and in `after_epoch`.
 
     Args:
         config: resolved.
@@ -93,6 +97,8 @@ def train(
     from tqdm import tqdm
 
     tqdm.write(f"loader {loader.backend}: {loader.reason}")
+    if config.compile:
+        compile_model(model)
     state = RunState.start(model, recipe, loader, precision_of(config))
     total = config.steps or recipe.epochs * len(loader)
     if going_on and (saved := read_newest(folder.checkpoints)) is not None:
@@ -101,6 +107,7 @@ def train(
     recorded = [row for row in read_rows(folder.metrics) if row["step"] <= state.step and not row.get("final")]
     write_rows(folder.metrics, recorded)  # what came after the checkpoint is computed again
     rows = [row for row in recorded if "learning_rate" in row]
+    write_rows(folder.skipped, [row for row in read_rows(folder.skipped) if row["step"] <= state.step])
     flops = task.step_flops(model)
     rate = product_rate(state.precision.device, state.precision.dtype)
 
@@ -113,6 +120,7 @@ def train(
     with (
         Progress(total, state.step, shown) as progress,
         Recorder(JsonLines(folder.metrics), open_trackers(config.track, folder.path, asdict(config), state.step)) as metrics,
+        JsonLines(folder.skipped) as skipped,
         Preemption() as preemption,
     ):
         saver = Saver(writer, total, config.save_every, config.save_minutes, preemption)
@@ -126,7 +134,13 @@ def train(
 
         def epoch_done(epoch: int) -> None:
             if after_epoch is not None:
-                metrics.write({"step": state.step, "epoch": epoch, "evaluation": after_epoch(epoch)})
+                with state.averaged():
+                    metrics.write({"step": state.step, "epoch": epoch, "evaluation": after_epoch(epoch)})
+
+        def kept() -> str:
+            writer.wait()
+            saved = checkpoints(folder.checkpoints)
+            return f"the last good checkpoint is {saved[-1][1]}" if saved else "no checkpoint was written before"
 
         try:
             fit(
@@ -139,9 +153,20 @@ def train(
                 stepped=progress.step,
                 epoch_done=epoch_done,
                 saver=saver,
+                guard=Guard(config.max_skipped, skipped.write, tqdm.write, kept),
+                cuda_graph=config.cuda_graph,
+                report=tqdm.write,
             )
         finally:
             writer.wait()
     writer.close()
     loader.close()
+    if state.average is not None:
+        state.average.give()
     return rows
+
+
+def last_taken(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the last step that was not skipped; the last row where all were."""
+    taken = (row for row in reversed(rows) if row["loss"] is not None and math.isfinite(row["loss"]))
+    return next(taken, rows[-1])

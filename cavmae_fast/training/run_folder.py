@@ -15,6 +15,7 @@ FREE = {
     "save_every",
     "save_minutes",
     "keep_checkpoints",
+    "max_skipped",
     "overwrite",
     "out",
     "track",
@@ -36,13 +37,22 @@ class RunFolder:
         self.path, self.overwrite = path, overwrite
         self.config, self.summary = path / "config.json", path / "summary.json"
         self.metrics, self.rejects = path / "metrics.jsonl", path / "rejects.jsonl"
+        self.skipped = path / "skipped.jsonl"
         self.losses, self.reconstruction = path / "loss.png", path / "reconstruction.png"
         self.checkpoints, self.model = path / "checkpoints", path / "model"
         path.mkdir(parents=True, exist_ok=True)
 
     def _clear(self) -> None:
         # The summary first: a run whose removal is interrupted is no finished one.
-        for file in (self.summary, self.config, self.metrics, self.rejects, self.losses, self.reconstruction):
+        for file in (
+            self.summary,
+            self.config,
+            self.metrics,
+            self.rejects,
+            self.skipped,
+            self.losses,
+            self.reconstruction,
+        ):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.model):
             shutil.rmtree(folder, ignore_errors=True)
@@ -72,7 +82,7 @@ class RunFolder:
         if before is None:
             if self.overwrite:
                 self._clear()
-            for file in (self.metrics, self.rejects):  # what was left without a configuration
+            for file in (self.metrics, self.rejects, self.skipped):  # what was left without a configuration
                 file.unlink(missing_ok=True)
             write_whole(self.config, json.dumps(config, indent=2) + "\n")
             return False

@@ -1,0 +1,28 @@
+"""Drop path (Huang et al., 2016): in training, a clip passes a block by at random, attention and MLP each by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cavmae_fast.ops.layout import StreamLayout
+
+
+def draw_paths(rate: float, depth: int, streams: int, batch: int, device: torch.device) -> Tensor:
+    """What the two branches of every block are multiplied by, `[depth, 2, streams, batch]` float32: 0 where a clip leaves a
+    branch out, else 1 over the chance that it does not, so that the expectation is that of the whole network.
+
+    The chance of leaving out rises linearly from 0 in the first block to `rate` in the last. All numbers of a pass are
+    drawn at once, so that a pass that computes fewer streams draws the same ones.
+    """
+    rates = torch.linspace(0.0 if depth > 1 else rate, rate, depth, device=device).view(-1, 1, 1)
+    kept = torch.rand(batch, depth, 2, streams, device=device) >= rates
+    return (kept / (1 - rates)).permute(1, 2, 3, 0)
+
+
+def on_path(delta: Tensor, factors: Tensor | None, layout: StreamLayout) -> Tensor:
+    """A branch's update `[R, D]`, times the factor `[streams, batch]` of each stream's clips; None leaves it as it is."""
+    if factors is None:
+        return delta
+    rows = [factor.repeat_interleave(length) for factor, length in zip(factors, layout.lengths)]
+    return delta * torch.cat(rows).unsqueeze(1).to(delta.dtype)
