@@ -34,6 +34,12 @@ COMMANDS = {
         "training.closing:pretrained",
         "start the same command again to go on from the newest checkpoint",
     ),
+    "finetune": Command(
+        "training.finetune_config:FinetuneConfig",
+        "training.finetune:finetune",
+        "training.finetune_closing:finetuned",
+        "start the same command again to go on from the newest checkpoint",
+    ),
     "prepare": Command(
         "data.commands.prepare:PrepareConfig",
         "data.commands.prepare:prepare",
@@ -51,6 +57,11 @@ COMMANDS = {
         "evaluation.commands.retrieve:RetrieveConfig",
         "evaluation.commands.retrieve:run",
         "evaluation.commands.retrieve:closing",
+    ),
+    "evaluate": Command(
+        "evaluation.commands.evaluate:EvaluateConfig",
+        "evaluation.commands.evaluate:run",
+        "evaluation.commands.evaluate:closing",
     ),
     "embed": Command(
         "evaluation.commands.embed:EmbedConfig",
