@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.models import hub
+from cavmae_fast.models.positions import Adaptation, adapt
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PRETRAINED_TO_FINE_TUNED = {
@@ -29,17 +31,25 @@ PRETRAINED_TO_FINE_TUNED = {
 "Arguments of `load_checkpoint` that take a pretraining checkpoint into `CAVMAEFT` or `CAVMAEFTAudio`."
 ALWAYS_TOLERATED = "cls_token*"
 "Class tokens: checkpoints of some published versions carry them, and no model ever used them."
+_TABLE = re.compile(r"(decoder_)?pos_embed_[av]")
 
 
 class CheckpointError(CavmaeError, ValueError):
     """A checkpoint that cannot be read or does not fit the model; the message names the file and the keys."""
 
 
-class LoadReport(NamedTuple):
-    """Names that the model has and the checkpoint lacks, and the reverse; empty where everything fitted."""
-
+class _Names(NamedTuple):
     missing: list[str]
     unexpected: list[str]
+
+
+class LoadReport(_Names):
+    """Names that the model has and the checkpoint lacks, and the reverse; empty where everything fitted.
+
+    It unpacks into these two. `adapted` says, a line for each, which tables of positions were brought to the model's size.
+    """
+
+    adapted: tuple[str, ...] = ()
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -89,13 +99,15 @@ def load_checkpoint(
     *,
     allow_missing: str | Iterable[str] = (),
     allow_unexpected: str | Iterable[str] = (),
+    adapt_positions: bool | Adaptation = False,
 ) -> LoadReport:
     """Loads a checkpoint (a path, see `read_state`, or a state dict) into `model`.
 
     Names missing from the checkpoint or unexpected in it are an error unless they match a pattern (as in file names:
     `decoder_*`) of `allow_missing` or `allow_unexpected`, or are unexpected class tokens (`cls_token*`, which no model
-    uses); a shape that differs is always an error. Nothing is loaded when there is an error. Returns what was missing and
-    unexpected. Raises CheckpointError.
+    uses). A shape that differs is an error, but for tables of positions where `adapt_positions` says what to do when audio
+    length or image size are others: True or 'cut', 'center', 'interpolate' (see `models.positions.adapt`). Nothing is loaded
+    when there is an error. Returns what was missing and unexpected, and what was adapted. Raises CheckpointError.
     """
     state, origin = state_of(source)
     own = model.state_dict()
@@ -108,13 +120,37 @@ def load_checkpoint(
         names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
         if names:
             problems.append(f"{kind}: {', '.join(names)} (allow_{kind} takes patterns of names that may be {kind})")
-    for name in sorted(own.keys() & state.keys()):
-        if own[name].shape != state[name].shape:
-            problems.append(f"{name} has shape {list(state[name].shape)}, the model's has {list(own[name].shape)}")
+    other_shape = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    tables = [name for name in other_shape if _TABLE.fullmatch(name) and own[name].shape[::2] == state[name].shape[::2]]
+    if adapt_positions:
+        try:
+            report.adapted = _adapt(model, state, tables, "cut" if adapt_positions is True else adapt_positions)
+        except ValueError as error:
+            raise CheckpointError(f"{origin} does not fit {type(model).__name__}: {error}") from error
+        other_shape = [name for name in other_shape if name not in tables]
+    for name in other_shape:
+        problems.append(f"{name} has shape {list(state[name].shape)}, the model's has {list(own[name].shape)}")
     if problems:
-        raise CheckpointError(f"{origin} does not fit {type(model).__name__}: {'; '.join(problems)}")
+        message = f"{origin} does not fit {type(model).__name__}: {'; '.join(problems)}"
+        if tables and not adapt_positions:
+            message += (
+                " (positions of another audio length or image size can be cut or interpolated: adapt_positions=True, on the "
+                "command line --adapt-positions)"
+            )
+        raise CheckpointError(message)
     model.load_state_dict({name: state[name] for name in own.keys() & state.keys()}, strict=False)
     return report
+
+
+def _adapt(model: nn.Module, state: dict[str, Tensor], tables: list[str], how: Adaptation) -> tuple[str, ...]:
+    """Brings these tables of positions in `state` to the size of the model's; says what was done to each."""
+    said = []
+    for name in tables:
+        modality = name[-1]
+        grid = getattr(model, f"patch_embed_{modality}").grid
+        state[name], words = adapt(name, state[name], grid[0] if modality == "a" else None, grid, how)
+        said.append(words)
+    return tuple(said)
 
 
 def _patterns(allow: str | Iterable[str]) -> list[str]:
@@ -170,6 +206,7 @@ class Pretrained:
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        adapt_positions: bool | Adaptation = False,
         **overrides: Any,
     ) -> Self:
         """Builds the model that `save_pretrained` wrote into `folder`, or `push_to_hub` into a repository `org/name`.
@@ -177,6 +214,7 @@ class Pretrained:
         Args:
             folder: where there is no such folder, `org/name` is a repository of the Hugging Face Hub.
             revision, token, local_files_only: of that repository, as huggingface_hub takes them.
+            adapt_positions: as in `load_checkpoint`, where `overrides` change audio length or image size.
             overrides: constructor arguments to change, such as `attention`.
 
         Raises:
@@ -198,7 +236,7 @@ class Pretrained:
             model = cls(**config | overrides)
         except TypeError as error:
             raise CheckpointError(f"{path} and the overrides do not fit {cls.__name__}: {error}") from error
-        load_checkpoint(model, folder)
+        load_checkpoint(model, folder, adapt_positions=adapt_positions)
         return model
 
 
