@@ -7,6 +7,7 @@ Names and shapes are those of the published checkpoints. `reference.cavmae` comp
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ ONLY_RECONSTRUCTION = re.compile(r"decoder_|mask_token|norm\.|blocks_u\.\d+\.nor
 "Names of the parameters that the reconstruction loss alone trains: the decoder, and the norms of the joint stream."
 ONLY_CONTRAST = re.compile(r"norm_[av]\.|blocks_u\.\d+\.norm[12]_[av]\.")
 "Names of the parameters that the contrastive loss alone trains: the norms of audio and video seen alone."
+OF_MODALITY = {
+    m: re.compile(rf"(patch_embed|modality|pos_embed|blocks|norm)_{m}(\.|$)|blocks_u\.\d+\.norm[12]_{m}\.") for m in "av"
+}
+"Names of the parameters that see one modality alone."
+OF_JOINT = re.compile(r"norm\.|blocks_u\.\d+\.norm[12]\.")
+"Names of the norms of the joint stream."
 
 
 class CAVMAEParameters(EncoderParameters):
@@ -91,31 +98,22 @@ class CAVMAEParameters(EncoderParameters):
         self.bidirect_contrast = bidirect_contrast
         self.config = config | {"norm_eps": self.norm.eps}
         self._trains_reconstruction = self._trains_contrast = True
-        self._frozen_by_losses: list[str] = []
         self.initialize_weights()
         self.freeze_modality_norms(self.blocks_a, self.blocks_v, self.decoder_blocks)
 
     def train_losses(self, *, reconstruction: bool, contrast: bool) -> None:
         """Says which losses are in force: what none of them reaches is frozen, and its gradient dropped.
 
-        Plain DistributedDataParallel would wait for the gradient of such a parameter. What an earlier call froze and a
-        loss now reaches is trained again; what was frozen by anyone else stays as it is. Call it before the optimizer is
-        made and before the model is wrapped. A new model trains both losses.
+        What that means for other calls: `freeze_unreached`. Call it before the optimizer is made and before the model is
+        wrapped. A new model trains both losses.
 
         Raises ValueError when both are False.
         """
         if not (reconstruction or contrast):
             raise ValueError("reconstruction and contrast are both False; at least one loss must be trained")
-        for name in self._frozen_by_losses:
-            self.get_parameter(name).requires_grad_(True)
         self._trains_reconstruction, self._trains_contrast = reconstruction, contrast
-        self._frozen_by_losses = []
-        for name, parameter in self.named_parameters():
-            lost = (ONLY_RECONSTRUCTION.match(name) and not reconstruction) or (ONLY_CONTRAST.match(name) and not contrast)
-            if lost and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                self._frozen_by_losses.append(name)
+        patterns = [ONLY_RECONSTRUCTION] * (not reconstruction) + [ONLY_CONTRAST] * (not contrast)
+        self.freeze_unreached(lambda name: any(pattern.match(name) for pattern in patterns))
 
     def check_losses(self, mae_loss_weight: float, contrast_loss_weight: float) -> None:
         """ValueError when a training step would report a loss that `train_losses` took out of force: the parameters that
@@ -169,6 +167,9 @@ class ClassifierParameters(EncoderParameters):
     `norm_pix_loss` is accepted, as in the published signature, and has no effect.
     """
 
+    modes: ClassVar[tuple[str, ...]] = tuple(MODES)
+    "The input modes that the class has."
+
     def __init__(
         self,
         label_dim: int,
@@ -211,6 +212,21 @@ class ClassifierParameters(EncoderParameters):
         self.initialize_weights()
         self.freeze_modality_norms(*(getattr(self, f"blocks_{m}") for m in self.modalities))
 
+    def train_with(self, mode: str) -> None:
+        """Says in which input mode the classifier is trained: what that does not reach is frozen, see `freeze_unreached`.
+
+        Call it before the optimizer is made and before the model is wrapped. Raises ValueError for a mode that is not known,
+        or that this class does not have.
+        """
+        if mode not in self.modes:
+            raise ValueError(f"mode is {mode!r}; for {type(self).__name__} it must be one of {', '.join(self.modes)}")
+        if mode == "multimodal":
+            patterns = [ONLY_CONTRAST]
+        else:
+            patterns = [pattern for m, pattern in OF_MODALITY.items() if m != MODES[mode]]
+            patterns += [OF_JOINT] * (not mode.startswith("missing"))
+        self.freeze_unreached(lambda name: any(pattern.match(name) for pattern in patterns))
+
 
 class CAVMAEFTParameters(ClassifierParameters):
     """The audio-visual classifier."""
@@ -240,3 +256,4 @@ class CAVMAEFTAudioParameters(ClassifierParameters):
     """The audio branch of the classifier alone. `in_chans` is accepted too, and has no effect."""
 
     modalities = "a"
+    modes = ("audioonly",)

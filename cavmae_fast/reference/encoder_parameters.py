@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ class EncoderParameters(nn.Module):
         clip: ClipSpec | None,
     ) -> None:
         super().__init__()
+        self._frozen_unreached: list[str] = []
         attention = attention or self.attentions[0]
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         for name, value in (("img_size", height), ("img_size", width), ("audio_length", audio_length)):
@@ -99,6 +101,21 @@ class EncoderParameters(nn.Module):
         for stack in stacks:
             for block in stack:
                 block.freeze_modality_norms()
+
+    def freeze_unreached(self, unreached: Callable[[str], object]) -> None:
+        """Freezes the parameters for whose names `unreached` is true, and drops their gradients.
+
+        Plain DistributedDataParallel would wait for the gradient of such a parameter. What an earlier call froze and is now
+        reached is trained again; what was frozen by anyone else stays as it is.
+        """
+        for name in self._frozen_unreached:
+            self.get_parameter(name).requires_grad_(True)
+        self._frozen_unreached = []
+        for name, parameter in self.named_parameters():
+            if unreached(name) and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                self._frozen_unreached.append(name)
 
     @property
     def patch_size(self) -> int:
