@@ -1,4 +1,4 @@
-"""Scores and figures of a classifier: equal to scikit-learn's and the published `calculate_stats`; the undefined is left out."""
+"""Scores and figures of a classifier: equal to scikit-learn's and the published `calculate_stats`; None where undefined."""
 
 from __future__ import annotations
 
