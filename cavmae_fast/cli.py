@@ -34,6 +34,12 @@ COMMANDS = {
         "training.closing:pretrained",
         "start the same command again to go on from the newest checkpoint",
     ),
+    "finetune": Command(
+        "training.finetune_config:FinetuneConfig",
+        "training.finetune:finetune",
+        "training.finetune_closing:finetuned",
+        "start the same command again to go on from the newest checkpoint",
+    ),
     "prepare": Command(
         "data.commands.prepare:PrepareConfig",
         "data.commands.prepare:prepare",

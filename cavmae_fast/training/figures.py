@@ -1,4 +1,4 @@
-"""The figure of a run: its losses over time."""
+"""The figures of a run: its losses over time, and what its epochs reached."""
 
 from __future__ import annotations
 
@@ -23,4 +23,24 @@ def loss_curve(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=f"{title} loss", xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def fine_tuning_curves(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], metric: str, path: Path) -> None:
+    """Plots the losses and learning rates in `rows` (dicts with step, loss, learning_rate), and the figures in `evaluations`
+    (dicts with step and evaluation, a dict that has mAP and accuracy), `metric` thickest, into the PNG `path`."""
+    figure, axes = new_figure(1, 3, (14, 4))
+    steps = [row["step"] for row in rows]
+    for axis, title, key in ((axes[0, 0], "loss", "loss"), (axes[0, 2], "learning rate", "learning_rate")):
+        axis.plot(steps, [row[key] for row in rows], linewidth=1, marker="o" if len(rows) < 10 else None)
+        axis.set(title=title, xlabel="step")
+    axis = axes[0, 1]
+    for name in ("mAP", "accuracy"):
+        known = [(row["step"], row["evaluation"][name]) for row in evaluations if row["evaluation"][name] is not None]
+        if known:
+            axis.plot(*zip(*known), label=name, marker="o", linewidth=2 if name == metric else 1)
+            axis.legend()
+    axis.set(title="held-out clips, after each epoch", xlabel="step")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,0 +1,51 @@
+"""The generated clips with labels: their attributes as classes, in the published files (two lists and a labels CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from cavmae_fast.data.media.synthetic import HUES, MANIFEST, MOTIONS, PITCHES, RHYTHMS, SHAPES, TIMBRES
+from cavmae_fast.data.sets.shards import write_whole
+
+
+class LabeledLists(NamedTuple):
+    """The lists of training and test clips, and the CSV of their classes."""
+
+    train: Path
+    test: Path
+    labels: Path
+
+
+def write_lists(folder: Path) -> LabeledLists:
+    """Writes `train.json`, `test.json` and `labels.csv` into a folder that `generate_clips` filled.
+
+    A clip has three labels of 26: its shape (and timbre), its color (and pitch) and its motion (and rhythm). Each is seen
+    and heard, so that either modality alone suffices. No combination of the test clips occurs in training.
+    """
+    lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]
+    rows = [json.loads(line) for line in lines]
+    lists = LabeledLists(*(folder / name for name in ("train.json", "test.json", "labels.csv")))
+    for path in (lists.train, lists.test):
+        clips = [
+            {
+                "video_id": Path(row["file"]).stem,
+                "video": row["file"],
+                "labels": f"shape/{row['shape']},hue/{row['hue']:g},motion/{row['motion']}",
+            }
+            for row in rows
+            if row["split"] == path.stem
+        ]
+        write_whole(path, json.dumps({"data": clips}, indent=1) + "\n")
+    classes = [(f"shape/{seen}", f"{seen}, {heard}") for seen, heard in zip(SHAPES, TIMBRES)]
+    classes += [(f"hue/{seen:g}", f"hue {seen:g} degrees, {heard:g} Hz") for seen, heard in zip(HUES, PITCHES)]
+    classes += [(f"motion/{seen}", f"{seen}, {heard}") for seen, heard in zip(MOTIONS, RHYTHMS)]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("index", "mid", "display_name"))
+    writer.writerows((index, *row) for index, row in enumerate(classes))
+    write_whole(lists.labels, text.getvalue())
+    return lists

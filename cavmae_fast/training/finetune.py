@@ -1,0 +1,147 @@
+"""The fine-tuning run behind `cavmae-fast finetune`: labeled clips and a checkpoint in, classifier and figures out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.sets.shards import put_whole
+from cavmae_fast.evaluation.classification import Classification, evaluate_scores
+from cavmae_fast.evaluation.predicting import logits, predict
+from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.training.clips import RejectList
+from cavmae_fast.training.finetune_closing import shown_figures
+from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_force, resolve
+from cavmae_fast.training.finetune_folder import FinetuneFolder
+from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
+from cavmae_fast.training.finetune_results import conclude
+from cavmae_fast.training.finetune_setup import LabeledData, check_masks, open_labeled, start_classifier, with_data
+from cavmae_fast.training.optimizers import HEAD
+from cavmae_fast.training.run import open_loader, precision_of, train
+
+
+@dataclass(frozen=True)
+class FineTuneTask:
+    """Classification of clips in one input mode; judged by average precision, AUC, d' and accuracy.
+
+    Attributes:
+        mode: what of a clip the model is given.
+        loss: 'bce' or 'ce', see `finetune_recipes.Loss`.
+        data: gives the classes.
+        frozen_base: train the head alone.
+    """
+
+    mode: str
+    loss: Loss
+    data: LabeledData
+    frozen_base: bool = False
+
+    def prepare(self, model: CAVMAEFT | CAVMAEFTAudio) -> None:
+        """Freezes what the mode does not reach, and everything but the head where the base is frozen."""
+        model.train_with(self.mode)
+        if self.frozen_base:
+            for name, parameter in model.named_parameters():
+                if not name.startswith(HEAD):
+                    parameter.requires_grad_(False)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The loss, as published: over all classes and clips (bce), or over clips, with smoothed and mixed targets (ce)."""
+        function = F.binary_cross_entropy_with_logits if self.loss == "bce" else F.cross_entropy
+        return {"loss": function(logits(model, batch, self.mode).float(), batch.labels)}
+
+    def judge(self, model: nn.Module, batches: Iterable[Batch]) -> Classification:
+        """The figures on these batches, one picture per clip."""
+        found = predict(model, [batches], [self.mode], ACTIVATIONS[self.loss])[self.mode]
+        return evaluate_scores(found.scores, found.targets, self.data.label_set)
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+        """The means over classes, and which classes are left out of them."""
+        return self.judge(model, batches).summary()
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Runs the whole job and returns the summary that is also written to `summary.json`.
+
+    Raises ValueError for a bad option, LabelError and MediaError for data that cannot be used, CheckpointError for `init`,
+    TrainingError when a loss is not finite: all but the last before anything is trained.
+    """
+    from tqdm import tqdm
+
+    folder = FinetuneFolder(config.out, config.overwrite)
+    config = with_data(resolve(config, folder.unfinished()))
+    recipe = fine_tuning_in_force(config)
+    data = open_labeled(config)
+    config = replace(config, batch_size=min(config.batch_size, len(data.train)))
+    torch.manual_seed(config.seed)
+    model, said = start_classifier(config, len(data.label_set))
+    check_masks(config, model)
+    model.to(config.device).train()
+    task = FineTuneTask(config.mode, config.loss, data, config.frozen_base)
+    task.prepare(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for line in said:
+        tqdm.write(line)
+    tqdm.write(
+        f"{config.recipe}, {config.mode}: {len(data.label_set)} classes, {trained / 1e6:.1f} M parameters trained, "
+        f"{config.device}, {config.dtype}; {len(data.train)} clips, batch {config.batch_size}, held out {len(data.held_out)}"
+    )
+    # Only now, when options, data and weights have been found good, may an earlier run be removed.
+    going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
+    with RejectList(folder.rejects) as rejects:
+
+        def passes(frame: int | None) -> Iterator[Batch]:
+            """The held-out clips, each with one of its pictures: the middle one, or a certain one."""
+            options = {"labels": data.label_set, "frame": frame}
+            loader = open_loader(config, data.held_out, model.clip_spec, training=False, **options)
+            try:
+                yield from rejects.watch(loader)
+            finally:
+                loader.close()
+
+        def after_epoch(epoch: int) -> dict[str, Any]:
+            with precision_of(config).autocast():
+                figures = task.evaluate(model, passes(None))
+            first, last = config.average_epochs
+            if first <= epoch + 1 <= last:
+                weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+                put_whole(folder.epoch(epoch), lambda file: file.write(save(weights)))
+            if _better(figures[config.metric], [row["evaluation"][config.metric] for row in folder.evaluations()]):
+                model.save_pretrained(folder.best)
+            tqdm.write(f"epoch {epoch + 1}: {shown_figures(figures, config.metric)}")
+            return figures
+
+        rows = train(
+            config,
+            task,
+            model,
+            recipe.optimization,
+            open_loader(
+                config,
+                data.train,
+                model.clip_spec,
+                training=True,
+                augmentation=recipe.augmentation,
+                labels=data.label_set,
+                weights=data.weights,
+            ),
+            folder,
+            rejects,
+            going_on=going_on,
+            describe=lambda row: f"loss {row['loss']:.4f}",
+            after_epoch=after_epoch,
+        )
+        return conclude(config, model, data, folder, rows, passes, rejects)
+
+
+def _better(figure: float | None, before: list[float | None]) -> bool:
+    """Whether a figure is above all before it. The first counts as the best, whatever it is."""
+    known = [value for value in before if value is not None]
+    return not before or (figure is not None and (not known or figure > max(known)))

@@ -1,0 +1,49 @@
+"""What `cavmae-fast finetune` prints when it is done: what was reached, where it lies, and what to run next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cavmae_fast.training.finetune_config import FinetuneConfig
+
+
+def finetuned(config: FinetuneConfig, summary: dict[str, Any]) -> str:
+    """The text after a fine-tuning run with this summary."""
+    out, metric = config.out, summary["metric"]
+    lines = [f"{summary['steps']} steps, loss {summary['loss']:.4f}, {summary['clips_per_s']:.1f} clips/s"]
+    if summary["rejected_clips"]:
+        lines.append(f"{summary['rejected_clips']} clips could not be used: see {out / 'rejects.jsonl'}")
+    if summary["averaged_epochs"]:
+        epochs = summary["averaged_epochs"]
+        lines.append(f"the model is the average of epochs {epochs[0]} to {epochs[-1]}")
+    else:
+        lines.append("the model is that of the last step: no epoch that the recipe averages was done")
+    lines.append(f"on {summary['clips']} held-out clips, with 1 and with {summary['frames']} pictures of each:")
+    for mode, by_frames in summary["modes"].items():
+        shown = "   and   ".join(shown_figures(figures, metric) for figures in by_frames.values())
+        lines.append(f"  {mode:<17}{shown}{'   (trained in this mode)' if mode == summary['mode'] else ''}")
+    if left_out := summary["classes_without_positives"]:
+        lines.append(f"{len(left_out)} classes have no held-out clip and are left out: see {out / 'classes.csv'}")
+    if summary["best_epoch"]:
+        best = summary["best_epoch"]
+        lines.append(f"the best single epoch was {best['epoch']}, {metric} {_figure(best[metric])}: {out / 'best'}")
+    lines.append(f"checkpoint      {out / 'model'}   (cavmae_fast.models.opening.open_model)")
+    for name, what in (
+        ("metrics.jsonl", "metrics"),
+        ("curves.png", "curves"),
+        ("classes.csv", "each class"),
+        ("classes.png", "classes"),
+        ("summary.json", "summary"),
+    ):
+        lines.append(f"{what:<16}{out / name}")
+    return "\n".join(lines)
+
+
+def shown_figures(figures: dict[str, Any], metric: str) -> str:
+    """The figures that belong to a metric, in one line. (The accuracy of clips with several labels says little.)"""
+    names = ("accuracy", "mAP") if metric == "accuracy" else ("mAP", "AUC", "d_prime")
+    return ", ".join(f"{name} {_figure(figures[name])}" for name in names)
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
