@@ -11,6 +11,7 @@ import torch
 
 from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.loader import Loader
+from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.models import CAVMAE, CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.opening import open_model
@@ -43,8 +44,15 @@ class Running:
         device = find_device(self.device)
         return Precision(device, DTYPES[choose_dtype(device)[0] if self.dtype == "auto" else self.dtype])
 
-    def open_loader(self, clips: Clips, model: Model, device: torch.device, frame: int | None = None) -> Loader:
-        """Every clip once, in order, as `model` takes it; `frame` as in `Loader`."""
+    def open_loader(
+        self,
+        clips: Clips,
+        model: Model,
+        device: torch.device,
+        frame: int | None = None,
+        labels: LabelSet | None = None,
+    ) -> Loader:
+        """Every clip once, in order, as `model` takes it; `frame` and `labels` as in `Loader`."""
         few = choose_backend(self.loader, clips, device, model.clip_spec)[0] == "torch" and len(clips) <= FEW_CLIPS
         return Loader(
             clips,
@@ -54,6 +62,7 @@ class Running:
             device=device,
             workers=0 if self.workers is None and few else self.workers,
             frame=frame,
+            labels=labels,
         )
 
 

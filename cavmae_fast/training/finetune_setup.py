@@ -14,7 +14,7 @@ from torch import nn
 
 from cavmae_fast.data.media.synthetic import MANIFEST, generate_clips
 from cavmae_fast.data.media.synthetic_lists import write_lists
-from cavmae_fast.data.sets.labels import LabelError, LabelSet, balance_weights, class_counts
+from cavmae_fast.data.sets.labels import LabelError, LabelSet, balance_weights, check_labels, class_counts
 from cavmae_fast.data.sets.opening import Clips, clip_labels, clip_weights, labels_of, open_clips
 from cavmae_fast.models import CAVMAE, CAVMAEFT, PRETRAINED_TO_FINE_TUNED, CAVMAEFTAudio, load_checkpoint
 from cavmae_fast.models.opening import open_model
@@ -76,22 +76,6 @@ def open_labeled(config: FinetuneConfig) -> LabeledData:
         given = config.weights is not None
         weights = clip_weights(config.weights, train) if given else balance_weights(found, label_set)
     return LabeledData(train, held_out, label_set, weights)
-
-
-def check_labels(option: str, labels: Sequence[Sequence[str]], label_set: LabelSet) -> None:
-    """LabelError, which names the option, when a clip has a label that is no class, or when no clip has a label."""
-    unknown: dict[str, int] = {}
-    for ids in labels:
-        for mid in label_set.unknown(ids):
-            unknown[mid] = unknown.get(mid, 0) + 1
-    if unknown:
-        names = ", ".join(f"{mid!r}" for mid in list(unknown)[:8]) + ", ..." * (len(unknown) > 8)
-        raise LabelError(
-            f"{option}: {len(unknown)} labels are not among the {len(label_set)} classes of the labels CSV: {names}; "
-            "every label must be one of them"
-        )
-    if not any(labels):
-        raise LabelError(f"{option}: none of the {len(labels)} clips has a label; name a list with labels, or shards of one")
 
 
 class Start(NamedTuple):

@@ -180,6 +180,22 @@ def foreign_labels(clip: object, unknown: Iterable[str]) -> str:
     return f"{clip}: its labels {', '.join(unknown)} are not in the CSV of the classes"
 
 
+def check_labels(what: str, labels: Sequence[Sequence[str]], label_set: LabelSet) -> None:
+    """LabelError, which begins with `what` these clips are, when one has a label that is no class, or none has a label."""
+    unknown: dict[str, int] = {}
+    for ids in labels:
+        for mid in label_set.unknown(ids):
+            unknown[mid] = unknown.get(mid, 0) + 1
+    if unknown:
+        names = ", ".join(f"{mid!r}" for mid in list(unknown)[:8]) + ", ..." * (len(unknown) > 8)
+        raise LabelError(
+            f"{what}: {len(unknown)} labels are not among the {len(label_set)} classes of the labels CSV: {names}; "
+            "every label must be one of them"
+        )
+    if not any(labels):
+        raise LabelError(f"{what}: none of the {len(labels)} clips has a label; name a list with labels, or shards of one")
+
+
 def class_counts(labels: Sequence[Sequence[str]], label_set: LabelSet) -> np.ndarray:
     """How often each class occurs among the labels of all clips: `[K]` int64.
 
