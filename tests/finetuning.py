@@ -56,10 +56,9 @@ class Job(NamedTuple):
 
 def make_job(folder: Path, **model: Any) -> Job:
     """14 training clips and 9 others, 0.7 s long, and a tiny model with random weights."""
-    clips = folder / "clips"
-    generate_clips(clips, num_train=14, num_test=9, seconds=0.7, size=64)
-    lists = write_lists(clips)
-    shapes = clips / "shapes.csv"
+    generate_clips(folder / "clips", num_train=14, num_test=9, seconds=0.7, size=64)
+    lists = write_lists(folder / "clips", folder / "lists")
+    shapes = folder / "lists" / "shapes.csv"
     shapes.write_text("".join(lists.labels.read_text().splitlines(keepends=True)[:6]))
     single = []
     for path in (lists.train, lists.test):

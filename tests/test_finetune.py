@@ -152,11 +152,11 @@ def test_what_a_run_leaves(job, tmp_path):
 
 
 def test_other_losses_metrics_and_sampling(job, tmp_path):
-    options = {"loss": "ce", "metric": "mAP", "mixup": 0.0, "noise": False, "label_smoothing": 0.0, "steps": 3}
-    summary = finetune(job.single(tmp_path, balanced=False, **options))
+    options = {"loss": "ce", "metric": "mAP", "mixup": 0.0, "noise": "off", "label_smoothing": 0.0, "steps": 3}
+    summary = finetune(job.single(tmp_path, balanced="off", **options))
     assert summary["metric"] == "mAP" and 0 < summary["mAP"] <= 1 and 0 <= summary["accuracy"] <= 1
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["loss"] == "ce" and written["balanced"] is False and written["mixup"] == 0.0
+    assert written["loss"] == "ce" and written["balanced"] == "off" and written["mixup"] == 0.0
 
 
 def test_weights_from_a_file_are_the_computed_ones(job, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cavmae_fast.data.batches import Batch
+from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import logits, predict
 from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.training.clips import RejectList
+from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
 from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_force, resolve
 from cavmae_fast.training.finetune_folder import FinetuneFolder
@@ -57,6 +61,9 @@ class FineTuneTask:
         function = F.binary_cross_entropy_with_logits if self.loss == "bce" else F.cross_entropy
         return {"loss": function(logits(model, batch, self.mode).float(), batch.labels)}
 
+    def step_flops(self, model: nn.Module) -> None:
+        """Not counted."""
+
     def judge(self, model: nn.Module, batches: Iterable[Batch]) -> Classification:
         """The figures on these batches, one picture per clip."""
         found = predict(model, [batches], [self.mode], ACTIVATIONS[self.loss])[self.mode]
@@ -67,32 +74,21 @@ class FineTuneTask:
         return self.judge(model, batches).summary()
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Runs the whole job and returns the summary that is also written to `summary.json`.
+def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
+    """Runs the whole job and returns the summary that is also written to `summary.json`; or what it would take, if that is
+    all that is asked for.
 
     Raises ValueError for a bad option, LabelError and MediaError for data that cannot be used, CheckpointError for `init`,
     TrainingError when a loss is not finite: all but the last before anything is trained.
     """
     from tqdm import tqdm
 
+    if config.dry_run:
+        return _dry_run(config)
     folder = FinetuneFolder(config.out, config.overwrite)
-    config = with_data(resolve(config, folder.unfinished()))
-    recipe = fine_tuning_in_force(config)
-    data = open_labeled(config)
-    config = replace(config, batch_size=min(config.batch_size, len(data.train)))
-    torch.manual_seed(config.seed)
-    model, said = start_classifier(config, len(data.label_set))
-    check_masks(config, model)
-    model.to(config.device).train()
-    task = FineTuneTask(config.mode, config.loss, data, config.frozen_base)
-    task.prepare(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for line in said:
-        tqdm.write(line)
-    tqdm.write(
-        f"{config.recipe}, {config.mode}: {len(data.label_set)} classes, {trained / 1e6:.1f} M parameters trained, "
-        f"{config.device}, {config.dtype}; {len(data.train)} clips, batch {config.batch_size}, held out {len(data.held_out)}"
-    )
+    config = with_data(resolve(config, folder.unfinished()), config.out)
+    config, task, model = _prepared(config)
+    data = task.data
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
     going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
     with RejectList(folder.rejects) as rejects:
@@ -122,16 +118,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             config,
             task,
             model,
-            recipe.optimization,
-            open_loader(
-                config,
-                data.train,
-                model.clip_spec,
-                training=True,
-                augmentation=recipe.augmentation,
-                labels=data.label_set,
-                weights=data.weights,
-            ),
+            fine_tuning_in_force(config).optimization,
+            _training_loader(config, task, model),
             folder,
             rejects,
             going_on=going_on,
@@ -139,6 +127,43 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             after_epoch=after_epoch,
         )
         return conclude(config, model, data, folder, rows, passes, rejects)
+
+
+def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAVMAEFT | CAVMAEFTAudio]:
+    """The model with its weights, on its device, and what it is trained for; no batch is larger than the data."""
+    from tqdm import tqdm
+
+    recipe = fine_tuning_in_force(config)
+    data = open_labeled(config)
+    config = replace(config, batch_size=min(config.batch_size, len(data.train)))
+    torch.manual_seed(config.seed)
+    model, said = start_classifier(config, len(data.label_set))
+    check_masks(config, model)
+    model.to(config.device).train()
+    task = FineTuneTask(config.mode, config.loss, data, recipe.frozen_base)
+    task.prepare(model)
+    for line in said:
+        tqdm.write(line)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tqdm.write(
+        f"{config.recipe}, {config.mode}: {len(data.label_set)} classes, {trained / 1e6:.1f} M parameters trained, "
+        f"{config.device}, {config.dtype}; {len(data.train)} clips, batch {config.batch_size}, held out {len(data.held_out)}"
+    )
+    return config, task, model
+
+
+def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: CAVMAEFT | CAVMAEFTAudio) -> Loader:
+    augmentation = fine_tuning_in_force(config).augmentation
+    options = {"augmentation": augmentation, "labels": task.data.label_set, "weights": task.data.weights}
+    return open_loader(config, task.data.train, model.clip_spec, training=True, **options)
+
+
+def _dry_run(config: FinetuneConfig) -> DryRun:
+    """What the run would take; what has to be generated for it is removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, task, model = _prepared(with_data(resolve(config), Path(folder)))
+        loader = _training_loader(config, task, model)
+        return dry_run(config, task, model, loader, precision_of(config), config.epochs)
 
 
 def _better(figure: float | None, before: list[float | None]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from cavmae_fast.training.dry_run import DryRun
 from cavmae_fast.training.finetune_config import FinetuneConfig
 
 
-def finetuned(config: FinetuneConfig, summary: dict[str, Any]) -> str:
-    """The text after a fine-tuning run with this summary."""
+def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
+    """The text after a fine-tuning run with this summary, or after a dry run."""
+    if isinstance(summary, DryRun):
+        return summary.render()
     out, metric = config.out, summary["metric"]
     lines = [f"{summary['steps']} steps, loss {summary['loss']:.4f}, {summary['clips_per_s']:.1f} clips/s"]
     if summary["rejected_clips"]:
@@ -36,6 +39,10 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any]) -> str:
         ("summary.json", "summary"),
     ):
         lines.append(f"{what:<16}{out / name}")
+    if not config.data:
+        lists = out / "lists"
+        judged = f"--data {lists / 'test.json'} --labels {lists / 'labels.csv'} --frames 10"
+        lines.append(f"next:  cavmae-fast evaluate {out / 'model'} {judged}")
     return "\n".join(lines)
 
 

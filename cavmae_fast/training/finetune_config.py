@@ -15,6 +15,8 @@ PRETRAINED = Path("runs/pretrain/model")
 _AUGMENTATION = ("mixup", "freq_mask", "time_mask", "noise", "label_smoothing")
 _OF_RECIPE = ("loss", "metric", "balanced", "average_epochs", "frozen_base")
 "The options that are named like the fields of `FineTuning`."
+_SWITCHES = ("balanced", "noise", "frozen_base")
+"Those of them that are on or off: an option that is not given is neither."
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class FinetuneConfig(RunConfig):
     """bce: any number of labels per clip; ce: one. Default: the recipe's."""
     metric: Literal["mAP", "accuracy"] | None = None
     """By which the best epoch is chosen. Default: the recipe's."""
-    balanced: bool | None = None
+    balanced: Literal["on", "off"] | None = None
     """Draw clips of rare classes more often. Default: the recipe's."""
     weights: Path | None = None
     """File of one sampling weight per clip, for balanced sampling. Default: computed from the labels, as published."""
@@ -47,11 +49,11 @@ class FinetuneConfig(RunConfig):
     """Most mel bins that are masked (SpecAugment); 0: none. Default: the recipe's."""
     time_mask: int | None = None
     """Most spectrogram frames that are masked (SpecAugment); 0: none. Default: the recipe's."""
-    noise: bool | None = None
+    noise: Literal["on", "off"] | None = None
     """Add noise to the spectrogram, and roll it in time. Default: the recipe's."""
     label_smoothing: float | None = None
     """Default: the recipe's."""
-    frozen_base: bool | None = None
+    frozen_base: Literal["on", "off"] | None = None
     """Train the head alone. Default: the recipe's."""
     average_epochs: tuple[int, int] | None = None
     """First and last epoch, from 1, whose weights are averaged in the end. Default: the recipe's."""
@@ -59,8 +61,6 @@ class FinetuneConfig(RunConfig):
     """Spectrogram frames of 10 ms that the model takes; default: as many as the checkpoint's."""
     image_size: int | None = None
     """Height and width of the pictures; default: the checkpoint's."""
-    adapt_positions: bool = False
-    """Cut or interpolate the checkpoint's positions where --audio-length or --image-size differ from it."""
     new_head: bool = False
     """Leave the head of a checkpoint that is already fine-tuned, for other classes."""
 
@@ -85,13 +85,14 @@ def resolve(config: FinetuneConfig, begun: dict[str, Any] | None = None) -> Fine
     recipe = FINE_TUNING[config.recipe]
     defaults = {option: getattr(recipe, option) for option in _OF_RECIPE}
     defaults |= {option: getattr(recipe.augmentation, option) for option in _AUGMENTATION}
+    defaults |= {option: "on" if defaults[option] else "off" for option in _SWITCHES}
     chosen = {option: value for option, value in defaults.items() if getattr(config, option) is None}
     config = resolve_run(replace(config, **chosen), recipe.optimization, begun)
     first, last = config.average_epochs
     if not 1 <= first <= last:
         raise ValueError(f"--average-epochs is {first} {last}; it must be two epochs from 1 on, the first not the later")
-    if config.weights is not None and not config.balanced:
-        raise ValueError("--weights is given, but sampling is not balanced; add --balanced True")
+    if config.weights is not None and config.balanced == "off":
+        raise ValueError("--weights is given, but sampling is not balanced; add --balanced on")
     for option in ("audio_length", "image_size"):
         value = getattr(config, option)
         if value is not None and value < 1:
@@ -102,9 +103,11 @@ def resolve(config: FinetuneConfig, begun: dict[str, Any] | None = None) -> Fine
 def fine_tuning_in_force(config: FinetuneConfig) -> FineTuning:
     """The recipe with what the (resolved) configuration changes. ValueError names what is out of range."""
     recipe = FINE_TUNING[config.recipe]
+    values = {option: getattr(config, option) for option in (*_AUGMENTATION, *_OF_RECIPE)}
+    values |= {option: values[option] == "on" for option in _SWITCHES}
     return replace(
         recipe,
         optimization=recipe_in_force(config, recipe.optimization),
-        augmentation=Augmentation(**{option: getattr(config, option) for option in _AUGMENTATION}),
-        **{option: getattr(config, option) for option in _OF_RECIPE},
+        augmentation=Augmentation(**{option: values[option] for option in _AUGMENTATION}),
+        **{option: values[option] for option in _OF_RECIPE},
     )

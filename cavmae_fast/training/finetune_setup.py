@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,20 +33,21 @@ class LabeledData(NamedTuple):
     weights: np.ndarray | None
 
 
-def with_data(config: FinetuneConfig) -> FinetuneConfig:
-    """`config` with the generated clips, and their classes, as its data where none is named.
+def with_data(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """`config` with generated clips, and their classes, as its data where none is named.
 
-    They are those that pretraining left beside the checkpoint, where they are there; else they are made.
+    They are those that pretraining left beside the checkpoint, where they are there; else they are made in `folder`, where
+    their lists and classes are written in any case.
     """
     from tqdm import tqdm
 
     if config.data:
         return config
     beside = config.init.parent / "clips"
-    folder = beside if (beside / MANIFEST).is_file() else config.out / "clips"
-    tqdm.write(f"no --data: generated clips in {folder}; what they show and play are the classes")
-    generate_clips(folder, seed=0)
-    lists = write_lists(folder)
+    clips = beside if (beside / MANIFEST).is_file() else folder / "clips"
+    tqdm.write(f"no --data: generated clips in {clips}; what they show and play are the classes")
+    generate_clips(clips, seed=0)
+    lists = write_lists(clips, folder / "lists")
     return replace(config, data=(lists.train,), eval_data=(lists.test,), labels=config.labels or lists.labels)
 
 
@@ -72,7 +74,7 @@ def open_labeled(config: FinetuneConfig) -> LabeledData:
         names = ", ".join(empty[:8]) + ", ..." * (len(empty) > 8)
         tqdm.write(f"{len(empty)} of {len(label_set)} classes have no training clip and will not be learned: {names}")
     weights = None
-    if config.balanced:
+    if config.balanced == "on":
         given = config.weights is not None
         weights = clip_weights(config.weights, train) if given else balance_weights(found, label_set)
     return LabeledData(train, held_out, label_set, weights)

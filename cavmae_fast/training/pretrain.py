@@ -120,7 +120,8 @@ def _prepared(config: PretrainConfig, train_clips: Clips, held_out: Clips) -> tu
     torch.manual_seed(config.seed)
     model = PRESETS[config.model].create()
     if config.init is not None:
-        load_checkpoint(model, config.init)
+        for line in load_checkpoint(model, config.init, adapt_positions=config.adapt_positions).adapted:
+            tqdm.write(f"adapted {line}")
     model.to(config.device).train()
     tqdm.write(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.device}, "

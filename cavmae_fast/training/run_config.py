@@ -35,6 +35,8 @@ class RunConfig:
     """Default: the recipe's."""
     init: Path | None = None
     """Checkpoint to start from: .pth, .safetensors or a folder written by save_pretrained."""
+    adapt_positions: bool = False
+    """Cut or interpolate the positions of --init where the model takes another audio length or image size."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,26 +21,29 @@ class LabeledLists(NamedTuple):
     labels: Path
 
 
-def write_lists(folder: Path) -> LabeledLists:
-    """Writes `train.json`, `test.json` and `labels.csv` into a folder that `generate_clips` filled.
+def write_lists(clips: Path, folder: Path) -> LabeledLists:
+    """Writes `train.json`, `test.json` and `labels.csv` of the clips that `generate_clips` put into `clips` into `folder`,
+    which is made if absent.
 
     A clip has three labels of 26: its shape (and timbre), its color (and pitch) and its motion (and rhythm). Each is seen
     and heard, so that either modality alone suffices. No combination of the test clips occurs in training.
     """
-    lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]
+    folder.mkdir(parents=True, exist_ok=True)
+    to_clips = Path(os.path.relpath(clips.resolve(), folder.resolve()))  # paths in a list start at the list
+    lines = (clips / MANIFEST).read_text(encoding="utf-8").splitlines()[1:]
     rows = [json.loads(line) for line in lines]
     lists = LabeledLists(*(folder / name for name in ("train.json", "test.json", "labels.csv")))
     for path in (lists.train, lists.test):
-        clips = [
+        listed = [
             {
                 "video_id": Path(row["file"]).stem,
-                "video": row["file"],
+                "video": (to_clips / row["file"]).as_posix(),
                 "labels": f"shape/{row['shape']},hue/{row['hue']:g},motion/{row['motion']}",
             }
             for row in rows
             if row["split"] == path.stem
         ]
-        write_whole(path, json.dumps({"data": clips}, indent=1) + "\n")
+        write_whole(path, json.dumps({"data": listed}, indent=1) + "\n")
     classes = [(f"shape/{seen}", f"{seen}, {heard}") for seen, heard in zip(SHAPES, TIMBRES)]
     classes += [(f"hue/{seen:g}", f"hue {seen:g} degrees, {heard:g} Hz") for seen, heard in zip(HUES, PITCHES)]
     classes += [(f"motion/{seen}", f"{seen}, {heard}") for seen, heard in zip(MOTIONS, RHYTHMS)]
