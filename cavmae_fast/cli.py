@@ -57,6 +57,7 @@ COMMANDS = {
         "evaluation.commands.retrieve:RetrieveConfig",
         "evaluation.commands.retrieve:run",
         "evaluation.commands.retrieve:closing",
+    ),
     "evaluate": Command(
         "evaluation.commands.evaluate:EvaluateConfig",
         "evaluation.commands.evaluate:run",

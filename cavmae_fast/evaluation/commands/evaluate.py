@@ -95,7 +95,7 @@ def closing(config: EvaluateConfig, report: dict[str, Any]) -> str:
         lines.append(f"{len(report['rejects'])} clips could not be used; the first: {report['rejects'][0]['reason']}")
     lines.append(f"report          {config.out / 'evaluation.json'}")
     lines.append(f"each class      {config.out / f'classes-{first}.csv'}, {config.out / f'classes-{first}.png'}")
-    return printable("\n".join(lines))
+    return printable(lines)
 
 
 def _figure(value: float | None) -> str:
