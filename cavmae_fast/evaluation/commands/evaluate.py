@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.class_figures import draw_classes
 from cavmae_fast.evaluation.classification import write_classes
-from cavmae_fast.evaluation.classify import classify
+from cavmae_fast.evaluation.classifying import classify
 from cavmae_fast.evaluation.commands.options import data_of, printable
 from cavmae_fast.evaluation.running import Running
 from cavmae_fast.models.opening import open_model
