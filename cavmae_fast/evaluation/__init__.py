@@ -1,4 +1,4 @@
-"""What a trained model is for: retrieval, embeddings, search, inpainting. Nothing here prints; results are typed.
+"""What a trained model is for: classification, retrieval, embeddings, search, inpainting. Nothing prints; all is typed.
 
     from cavmae_fast.evaluation import embed, search
 
@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cavmae_fast.evaluation.classifying import classify
     from cavmae_fast.evaluation.converting import average, convert
     from cavmae_fast.evaluation.embedding import embed
     from cavmae_fast.evaluation.index import Index
@@ -27,13 +28,14 @@ _PLACES = {
     "Index": "index",
     "Running": "running",
     "average": "converting",
+    "classify": "classifying",
     "convert": "converting",
     "embed": "embedding",
     "inpaint": "inpainting",
     "retrieve": "retrieving",
     "search": "searching",
 }
-__all__ = ["Index", "Running", "average", "convert", "embed", "inpaint", "retrieve", "search"]
+__all__ = ["Index", "Running", "average", "classify", "convert", "embed", "inpaint", "retrieve", "search"]
 
 
 def __getattr__(name: str) -> object:

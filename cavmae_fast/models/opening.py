@@ -53,15 +53,14 @@ def open_model(path: str | os.PathLike, **overrides: Any) -> CAVMAE | CAVMAEFT |
 
 def class_of(folder: Path) -> type[CAVMAE] | type[CAVMAEFT] | type[CAVMAEFTAudio]:
     """The class that a folder's configuration names. CheckpointError when there is none or it is another."""
-    file = folder / CONFIG_FILE
+    file, inside = folder / CONFIG_FILE, folder / "model"
+    hint = f"; the model of this run lies in {inside}" if (inside / CONFIG_FILE).is_file() else ""
     if not file.is_file():
-        inside = folder / "model"
-        hint = f"; the model of this run lies in {inside}" if (inside / CONFIG_FILE).is_file() else ""
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}, which save_pretrained writes{hint}")
     try:
         name = json.loads(file.read_text())["class"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read as the configuration of a model: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a run's own configuration, for one
+        raise CheckpointError(f"{file} cannot be read as the configuration of a model: {error!r}{hint}") from error
     if name not in CLASSES:
         raise CheckpointError(f"{file} describes a {name}; allowed: {', '.join(CLASSES)}")
     return CLASSES[name]

@@ -67,12 +67,12 @@ FINE_TUNING = {
     ),
     "linear-probe": replace(_AS20K, frozen_base=True),
     "small": FineTuning(
-        Recipe(4e-4, batch_size=32, epochs=10, schedule=StepDecay(5, 1, NO_END), head_lr_factor=10),
+        Recipe(4e-4, batch_size=32, epochs=6, schedule=StepDecay(3, 1, NO_END), head_lr_factor=10),
         loss="bce",
         metric="mAP",
         balanced=False,
         augmentation=Augmentation(freq_mask=16, time_mask=32, label_smoothing=0.1, noise=True),
-        average_epochs=(6, 10),
+        average_epochs=(4, 6),
     ),
 }
 """Recipe by name. `small` is for the generated clips and two CPU cores. The settings of `linear-probe` are those of `as20k`,
