@@ -199,3 +199,27 @@ def test_what_cannot_be_predicted(model):
     with pytest.raises(ValueError, match="have no labels"):
         predict(model, [bare])
     assert model.training  # also after an error
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def _predict_on_rank(rank: int, address: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = tiny.randomize(CAVMAEFT(4, **tiny.ENCODER)).double()
+    everything = batches(0, clips=5, size=1)
+    found = predict(model, [everything[rank::2]])["multimodal"]  # three clips here, two there
+    torch.save((found.ids, found.scores.tolist(), found.targets.tolist()), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_clip_counts_once_whatever_the_world_size(model, tmp_path):
+    address = f"file://{tmp_path}/rendezvous"
+    torch.multiprocessing.spawn(_predict_on_rank, (address, str(tmp_path)), nprocs=2)
+    alone = predict(model, [batches(0)])["multimodal"]
+    for rank in range(2):
+        ids, scores, targets = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert ids == alone.ids and targets == alone.targets.tolist()
+        np.testing.assert_allclose(scores, alone.scores, rtol=1e-12)
