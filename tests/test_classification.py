@@ -18,7 +18,7 @@ from cavmae_fast import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.evaluation.classification import d_prime, evaluate_scores, write_classes
-from cavmae_fast.evaluation.predicting import predict
+from cavmae_fast.evaluation.predicting import logits, predict
 from cavmae_fast.reference.cavmae_parameters import MODES
 
 
@@ -210,6 +210,15 @@ def _predict_on_rank(rank: int, address: str, results: str) -> None:
     model = tiny.randomize(CAVMAEFT(4, **tiny.ENCODER)).double()
     everything = batches(0, clips=5, size=1)
     found = predict(model, [everything[rank::2]])["multimodal"]  # three clips here, two there
+    for one, mode in ((model, "multimodal"), (CAVMAEFTAudio(4, **tiny.ENCODER).double(), "audioonly")):
+        one.train_with(mode)
+        parallel = torch.nn.parallel.DistributedDataParallel(one)
+        torch.testing.assert_close(logits(parallel, everything[0], mode), logits(one, everything[0], mode))
+        logits(parallel, everything[rank], mode).sum().backward()
+        sums = [p.grad.sum() for p in one.parameters() if p.requires_grad]  # no gradient is missing
+        both = [torch.zeros(len(sums)).double() for _ in range(2)]
+        torch.distributed.all_gather(both, torch.stack(sums))
+        torch.testing.assert_close(both[0], both[1])
     torch.save((found.ids, found.scores.tolist(), found.targets.tolist()), f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

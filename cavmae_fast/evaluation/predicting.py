@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
@@ -32,12 +32,14 @@ class Predictions(NamedTuple):
     targets: np.ndarray
 
 
-def logits(model: CAVMAEFT | CAVMAEFTAudio, batch: Batch, mode: str) -> Tensor:
-    """Logits `[B, classes]` of a batch. ValueError for a mode that the model does not have."""
-    if mode not in model.modes:
-        raise ValueError(f"mode is {mode!r}; for {type(model).__name__} it must be one of {', '.join(model.modes)}")
-    if isinstance(model, CAVMAEFTAudio):
-        return model.forward_pred(batch.audio)
+def logits(model: nn.Module, batch: Batch, mode: str) -> Tensor:
+    """Logits `[B, classes]` of a batch; `model` is a classifier, or one in DistributedDataParallel. ValueError for a mode
+    that it does not have."""
+    own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if mode not in own.modes:
+        raise ValueError(f"mode is {mode!r}; for {type(own).__name__} it must be one of {', '.join(own.modes)}")
+    if isinstance(own, CAVMAEFTAudio):  # whose forward, which DistributedDataParallel has to see, gives tokens
+        return own.mlp_head(model(batch.audio).mean(dim=1))
     return model(batch.audio, batch.image, mode)
 
 
