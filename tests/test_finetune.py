@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from media_sets import write_shards
 from safetensors.torch import load_file
 from sklearn import metrics
 from tiny import one_thread  # noqa: F401
@@ -23,6 +24,7 @@ from tiny import one_thread  # noqa: F401
 from cavmae_fast import CAVMAEFT, Augmentation, CAVMAEFTAudio, Loader
 from cavmae_fast.data.sets.labels import LabelSet, balance_weights
 from cavmae_fast.data.sets.opening import labels_of, open_clips
+from cavmae_fast.evaluation import Running, classify
 from cavmae_fast.models.opening import open_model
 from cavmae_fast.reference.cavmae_parameters import MODES
 from cavmae_fast.training.finetune import finetune
@@ -157,6 +159,19 @@ def test_other_losses_metrics_and_sampling(job, tmp_path):
     assert summary["metric"] == "mAP" and 0 < summary["mAP"] <= 1 and 0 <= summary["accuracy"] <= 1
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["loss"] == "ce" and written["balanced"] == "off" and written["mixup"] == 0.0
+
+
+def test_shards_bring_their_classes_along(job, tmp_path):
+    places = [
+        write_shards(tmp_path / name, source, labels=job.shapes)
+        for name, source in (("train", job.train_shapes), ("test", job.test_shapes))
+    ]
+    options = {"data": (places[0],), "eval_data": (places[1],), "labels": None, "steps": 3}
+    summary = finetune(job.single(tmp_path / "out", **options))
+    assert summary["clips"] == 9 and summary["rejected_clips"] == 0 and summary["frames"] == 10
+    again = classify(tmp_path / "out" / "model", places[1], running=Running(device="cpu", dtype="float32", batch_size=4))
+    assert again.activation == "softmax"
+    assert again.results["multimodal"].accuracy == summary["modes"]["multimodal"]["1"]["accuracy"]
 
 
 def test_weights_from_a_file_are_the_computed_ones(job, tmp_path):

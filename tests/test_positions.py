@@ -7,10 +7,13 @@ import tiny
 import torch
 from tiny import one_thread  # noqa: F401
 
-from cavmae_fast import CAVMAE, CAVMAEFT, PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
+from cavmae_fast import CAVMAE, CAVMAEFT, PRESETS, PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
+from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.models.positions import adapt
 from cavmae_fast.models.weights import LoadReport
 from cavmae_fast.reference.positions import sincos_positions
+from cavmae_fast.training.pretrain import pretrain
+from cavmae_fast.training.pretrain_config import PretrainConfig
 
 ROWS = 8  # 128 mel bins, patches of 16
 
@@ -101,6 +104,17 @@ def test_what_cannot_be_adapted():
             load_checkpoint(model, state | {name: torch.zeros(shape)}, adapt_positions=True)
     with pytest.raises(CheckpointError, match="adapt_positions is 'stretch'; it must be one of True, False, cut, cent"):
         load_checkpoint(model, state | {"pos_embed_a": torch.zeros(1, 16, 48)}, adapt_positions="stretch")
+
+
+def test_pretraining_goes_on_from_shorter_sound(tmp_path, capfd):
+    clips, _ = generate_clips(tmp_path / "clips", num_train=4, num_test=0, seconds=0.7, size=64)
+    PRESETS["small"].create(audio_length=96).save_pretrained(tmp_path / "short")
+    options = {"data": tuple(clips), "init": tmp_path / "short", "out": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(CheckpointError, match="--adapt-positions"):
+        pretrain(PretrainConfig(steps=1, **options))
+    summary = pretrain(PretrainConfig(steps=1, adapt_positions=True, **options))
+    assert summary["steps"] == 1
+    assert "adapted pos_embed_a: 8 x 6 -> 8 x 12, interpolated (bilinear)" in "".join(capfd.readouterr())
 
 
 def test_pretrained_to_fine_tuned_on_shorter_sound():
