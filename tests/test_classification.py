@@ -58,6 +58,14 @@ def test_equal_to_scikit_learn_and_to_the_published_figures(seed):
     assert [row.clips for row in result.classes] == targets.sum(axis=0).tolist()
 
 
+def test_chance_is_what_random_scores_reach():
+    _, targets = some(clips=4000)
+    targets[:, 2] = False
+    result = evaluate_scores(np.random.default_rng(0).random(targets.shape), targets, classes(7))
+    assert result.map == pytest.approx(result.chance, rel=0.05)
+    assert result.chance == pytest.approx(targets.mean(axis=0)[[0, 1, 3, 4, 5, 6]].mean())
+
+
 def test_a_class_without_positives_is_named_and_left_out():
     scores, targets = some()
     targets[:, 2] = False

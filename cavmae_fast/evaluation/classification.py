@@ -53,13 +53,20 @@ class Classification:
         """Labels of the classes that no clip has; they are left out of the means."""
         return tuple(row.mid for row in self.classes if not row.clips)
 
+    @property
+    def chance(self) -> float | None:
+        """The mAP that random scores reach on many clips: the mean share of the clips that have a class, over the classes
+        that have an average precision."""
+        return _mean(row.clips / self.clips if row.clips else None for row in self.classes)
+
     def figures(self) -> dict[str, float | None]:
         """The means by the names that reports use: mAP, AUC, d_prime, accuracy."""
         return {"mAP": self.map, "AUC": self.auc, "d_prime": self.d_prime, "accuracy": self.accuracy}
 
     def summary(self) -> dict[str, Any]:
         """The figures, the number of clips, and the names of the classes that were left out, for a JSON file."""
-        return {"clips": self.clips, **self.figures(), "classes_without_positives": list(self.without_positives)}
+        left_out = list(self.without_positives)
+        return {"clips": self.clips, **self.figures(), "chance_mAP": self.chance, "classes_without_positives": left_out}
 
 
 def evaluate_scores(scores: np.ndarray, targets: np.ndarray, label_set: LabelSet) -> Classification:

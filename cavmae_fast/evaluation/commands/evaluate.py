@@ -80,7 +80,8 @@ def closing(config: EvaluateConfig, report: dict[str, Any]) -> str:
     """The figures, the best and worst classes, what was left out, and where everything lies."""
     first, summary = next(iter(report["modes"].items()))
     pictures = "1 picture" if report["frames"] == 1 else f"{report['frames']} pictures"
-    lines = [f"{summary['clips']} clips, {pictures} of each, {report['activation']} of the logits:"]
+    chance = f"chance mAP {_figure(summary['chance_mAP'])}"
+    lines = [f"{summary['clips']} clips, {pictures} of each, {report['activation']} of the logits ({chance}):"]
     for mode, figures in report["modes"].items():
         shown = ", ".join(f"{name} {_figure(figures[name])}" for name in ("mAP", "AUC", "d_prime", "accuracy"))
         lines.append(f"  {mode:<17}{shown}")
