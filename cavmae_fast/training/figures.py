@@ -28,14 +28,14 @@ def loss_curve(rows: list[dict[str, Any]], path: Path) -> None:
 
 def fine_tuning_curves(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], metric: str, path: Path) -> None:
     """Plots the losses and learning rates in `rows` (dicts with step, loss, learning_rate), and the figures in `evaluations`
-    (dicts with step and evaluation, a dict that has mAP and accuracy), `metric` thickest, into the PNG `path`."""
+    (dicts with step and evaluation, a dict of figures) that belong to `metric`, into the PNG `path`."""
     figure, axes = new_figure(1, 3, (14, 4))
     steps = [row["step"] for row in rows]
     for axis, title, key in ((axes[0, 0], "loss", "loss"), (axes[0, 2], "learning rate", "learning_rate")):
         axis.plot(steps, [row[key] for row in rows], linewidth=1, marker="o" if len(rows) < 10 else None)
         axis.set(title=title, xlabel="step")
     axis = axes[0, 1]
-    for name in ("mAP", "accuracy"):
+    for name in ("accuracy", "mAP") if metric == "accuracy" else ("mAP", "AUC"):
         known = [(row["step"], row["evaluation"][name]) for row in evaluations if row["evaluation"][name] is not None]
         if known:
             axis.plot(*zip(*known), label=name, marker="o", linewidth=2 if name == metric else 1)

@@ -64,7 +64,7 @@ class Run:
         """The last loss, and what the run was judged by, if it was."""
         parts = [f"loss {self.rows[-1]['loss']:.4g}"] if self.rows and self.rows[-1].get("loss") is not None else []
         judged = self.summary or (self.evaluations[-1].get("evaluation", {}) if self.evaluations else {})
-        for name in ("A->V R@1", "V->A R@1", "mAP", "accuracy", "d'"):
+        for name in ("A->V R@1", "V->A R@1", "mAP", "accuracy", "d_prime"):
             value = judged.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 parts.append(f"{name} {value:.4g}")
