@@ -13,6 +13,7 @@ from cavmae_fast.data.loader import Loader
 from cavmae_fast.models.precision import Precision
 from cavmae_fast.training.optimizers import make_optimizer
 from cavmae_fast.training.recipes import Recipe
+from cavmae_fast.training.sharding import whole
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ class RunState:
             self.scaler.update()
         else:
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
+            finite = finite & whole(nn.utils.get_total_norm(gradients)).isfinite()
             compat.step_unless(self.optimizer, ~finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
