@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -232,8 +234,8 @@ def _join(device: str) -> tuple[Ranks, Watchdog]:
     if _on_gpu(device) and _device_problem(device) is None:
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=PATIENCE)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     ranks = Ranks(rank, world_size, local_rank, local_world_size, group)
     attempt = ranks.from_first(lambda: uuid.uuid4().hex)  # the store may outlive an attempt, and its keys with it
@@ -245,7 +247,10 @@ def _join(device: str) -> tuple[Ranks, Watchdog]:
 
 def _ended(error: BaseException, watchdog: Watchdog) -> BaseException:
     """What this process raises when `error` ended it: the error itself, or who else failed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once to those who are about to say why
     if _of_a_collective(error):  # the other end has failed, and says why or is missed
+        watchdog.hurry()
         failure = watchdog.wait(SILENCE + 10) or watchdog.fail(_sentence(error), 1)
     else:
         failure = watchdog.fail(_sentence(error), _exit_code(error))

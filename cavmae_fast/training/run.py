@@ -127,6 +127,7 @@ def train(
         saver = Saver(writer, total, config.save_every, config.save_minutes, preemption, ranks)
 
         def record(row: dict[str, Any]) -> None:
+            row["clips_per_s"] *= ranks.world_size  # `fit` counts this rank's
             if flops is not None:
                 row["product_share"] = flops * row["clips_per_s"] / rate
             rows.append(row)

@@ -114,6 +114,8 @@ class _Unpickler(pickle.Unpickler):
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
         *(
             ("torch.distributed.checkpoint.metadata", name)
             for name in (
