@@ -56,17 +56,17 @@ def errors(run: Run) -> list[str]:
 
 @pytest.mark.parametrize("options", [(), ("--shard",)], ids=["ddp", "shards"])
 def test_a_rank_fails(clips, tmp_path, options):
-    run = fail(clips, tmp_path, AT_STEP_2.format(trouble="raise OSError('the disk is on fire')"), 3, *options)
+    run = fail(clips, tmp_path, AT_STEP_2.format(trouble="raise OSError('the disk is on fire')"), 4, *options)
     (error,) = errors(run)
     assert error.startswith("cavmae-fast: error: rank 1 on ") and error.endswith(": the disk is on fire")
-    assert error in run.texts[1] and run.codes == [1, 1, 1]
+    assert error in run.texts[1] and run.codes == [1, 1, 1, 1]
 
 
 def test_a_rank_is_killed(clips, tmp_path):
-    run = fail(clips, tmp_path, AT_STEP_2.format(trouble="os.kill(os.getpid(), signal.SIGKILL)"), 3)
+    run = fail(clips, tmp_path, AT_STEP_2.format(trouble="os.kill(os.getpid(), signal.SIGKILL)"), 4)
     (error,) = errors(run)
     assert "rank 1 on" in error and "no sign of life" in error and error in run.texts[0]
-    assert run.codes == [1, -signal.SIGKILL, 1]
+    assert run.codes == [1, -signal.SIGKILL, 1, 1]
 
 
 def test_a_rank_stops_without_a_word(clips, tmp_path):

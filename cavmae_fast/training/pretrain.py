@@ -26,9 +26,10 @@ from cavmae_fast.models.flops import forward_macs
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.figures import loss_curve
+from cavmae_fast.training.joining import joined
 from cavmae_fast.training.metrics import JsonLines
 from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
-from cavmae_fast.training.ranks import Ranks, current, joined
+from cavmae_fast.training.ranks import Ranks, current
 from cavmae_fast.training.recipes import PRETRAINING
 from cavmae_fast.training.run import open_data, open_loader, precision_of, train
 from cavmae_fast.training.run_config import recipe_in_force
