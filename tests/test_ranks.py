@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ranks_run import started
 from safetensors.torch import load_file
 
 from cavmae_fast.data.media.synthetic import generate_clips
-from cavmae_fast.training.checkpoint import read
+from cavmae_fast.training.checkpoint import SaveError, read, read_newest
 
 STEPS, BATCH = 6, 8
 
@@ -122,3 +123,28 @@ def test_shards_are_on_the_disk_only(runs):
     state, whole = read(folder / "step-00000006"), weights(runs(2, "--shard"))
     assert all(torch.equal(state["model"][name], weight) for name, weight in whole.items())
     assert len(state["optimizer"]["state"]) == len(state["optimizer"]["param_groups"][0]["params"])
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_a_checkpoint_of_shards_cannot_run_code(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "step-00000006"
+    shutil.copytree(runs(2, "--shard") / "checkpoints" / "step-00000006", folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(SaveError, match=r"none of the 1 checkpoints can be read.*which no checkpoint needs"):
+        read_newest(tmp_path)
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("missing", [".metadata", "__1_0.distcp", "state.pt"])
+def test_a_damaged_checkpoint_of_shards_is_passed_over(runs, tmp_path, missing):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(runs(2, "--shard") / "checkpoints", folder)
+    (folder / "step-00000006" / missing).unlink()
+    assert read_newest(folder)["step"] == 3
+    shutil.copytree(folder / "step-00000003", folder / ".step-00000009.part")
+    assert read_newest(folder)["step"] == 3

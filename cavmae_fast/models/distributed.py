@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cavmae_fast import compat
 
-PATIENCE = timedelta(seconds=10)
-"How long a rank whose number of rows has changed waits for the others to say that theirs has, too."
+FIRST, LATER = timedelta(hours=1), timedelta(minutes=1)
+"How long a rank whose number of rows is new waits for the others to say theirs: the first time, when all do, and later."
 
 
 class _GatherRows(torch.autograd.Function):
@@ -53,8 +53,8 @@ class _RowCheck:
         before, self.shape = self.shape, shape
         keys = [f"gather_rows/{self.calls}/{rank}" for rank in range(dist.get_world_size())]
         store.set(keys[dist.get_rank()], str(list(shape)))
-        with contextlib.suppress(dist.DistError):
-            store.wait(keys, PATIENCE)
+        with contextlib.suppress(RuntimeError):  # not all have said so in time
+            store.wait(keys, FIRST if before is None else LATER)
         shapes = [store.get(key).decode() if store.check([key]) else str(list(before or ())) for key in keys]
         if len(set(shapes)) > 1:
             raise ValueError(

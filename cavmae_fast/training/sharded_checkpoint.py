@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,7 +67,9 @@ def read(folder: Path) -> dict[str, Any]:
         for key, entry in described.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # which say that it reads alone
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return _put_together(rest, tensors)
 
 
