@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def build(kind: type = CAVMAE, mae: float = 1.0, contrast: float = 0.5) -> torch
     return model
 
 
+@functools.cache
 def masks() -> tuple[Masking, Masking]:
-    """The masks of the whole batch; each rank takes its rows."""
+    """The masks of the whole batch; each rank takes its rows. To be called first while nothing is distributed."""
     torch.manual_seed(11)
     device = torch.device("cpu")
     return tuple(random_masking(RANKS * PER_RANK, grid, 0.75, device) for grid in ((8, 4), (2, 2)))
@@ -55,6 +57,7 @@ def refusal(x: torch.Tensor) -> str:
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    masks()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
         results = {}
