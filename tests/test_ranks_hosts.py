@@ -15,6 +15,7 @@ import pytest
 from test_ranks import arguments, assert_same_training, clips, runs  # noqa: F401
 
 # ruff: noqa: F811 (fixtures of another file)
+from cavmae_fast.training.checkpoint import read_newest
 
 LIMIT = 30
 "Seconds in which both ends have to end after the link was cut."
@@ -123,6 +124,7 @@ def test_a_link_that_is_cut(clips, hosts, tmp_path):
         time.sleep(7)
         texts = [(tmp_path / f"host{number}.log").read_text() for number in range(2)]
         assert len(said) == 2 and max(said.values()) < LIMIT, texts
-        print(said, [[l for l in t.splitlines() if "error" in l] for t in texts])
+        assert "rank 1 on host1: no sign of life for" in texts[0] and "the other ranks could not be reached" in texts[1]
+        assert read_newest(tmp_path / "run" / "checkpoints")["step"] >= 3
     finally:
         kill(started)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,28 @@ class RanksTask:
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The means over the ranks; a gradient of one reaches this rank's part of it."""
         return self._ranks.mean(self.task.losses(self._parallel, batch))
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the task has a contrastive loss that can be computed apart, as for batches in parts."""
+        return getattr(self.task, "contrasts", False)
+
+    def embed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """What this rank's clips are contrasted by."""
+        return self.task.embed(self._parallel, batch)
+
+    def part(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The losses that are means over clips, as in `losses`, and this rank's embeddings."""
+        losses, embeddings = self.task.part(self._parallel, batch)
+        return self._ranks.mean(losses), embeddings
+
+    def contrast(self, model: nn.Module, embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The contrastive losses of all ranks' embeddings, or their mean where each rank has its own."""
+        return self._ranks.mean(self.task.contrast(model, embeddings))
+
+    def step_flops(self, model: nn.Module) -> float | None:
+        """As the task's own."""
+        return self.task.step_flops(model)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
         """As the task's own."""
