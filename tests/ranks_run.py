@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -35,6 +36,12 @@ def processes() -> multiprocessing.context.ForkServerContext:
     """Starts processes in milliseconds: they are forked from one that has imported the package."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cavmae_fast.training.pretrain", "torch.distributed.checkpoint", "tyro", "tqdm"])
+    root, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = root  # it imports this checkout, wherever it is started
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return context
 
 

@@ -148,3 +148,27 @@ def test_a_damaged_checkpoint_of_shards_is_passed_over(runs, tmp_path, missing):
     assert read_newest(folder)["step"] == 3
     shutil.copytree(folder / "step-00000003", folder / ".step-00000009.part")
     assert read_newest(folder)["step"] == 3
+
+
+NO_ROOM = """
+import errno, os
+from torch.distributed.checkpoint import FileSystemWriter
+write, times = FileSystemWriter.write_data, []
+def full(self, *args):
+    times.append(1)
+    if os.environ["RANK"] == "1" and len(times) == {when}:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return write(self, *args)
+FileSystemWriter.write_data = full
+"""
+
+
+def test_a_rank_without_room_for_its_shards(clips, runs, tmp_path):
+    """The run says so and goes on; a later checkpoint makes up for it, and without one the run ends with an error."""
+    text = train(clips, tmp_path / "first", 2, "--shard", before=NO_ROOM.format(when=1))
+    assert "step-00000003 could not be written: rank 1: " in text and "No space left on device" in text
+    assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["step-00000006"]
+    with started(2, tmp_path / "logs", arguments(clips, tmp_path / "last", "--shard"), NO_ROOM.format(when=2)) as run:
+        run.finish()
+    assert run.codes == [1, 1] and "No space left on device" in run.texts[0] + run.texts[1]
+    assert [path.name for path in (tmp_path / "last" / "checkpoints").iterdir()] == ["step-00000003"]

@@ -7,9 +7,11 @@ run code: tensors are read with `weights_only=True`, and `.metadata`, a pickle, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,7 +54,8 @@ def write(folder: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None
     and all of them raise when one cannot write."""
     shards: dict[str, Tensor] = {}
     rest = _taken_apart(state, "", shards)
-    dcp.save(shards, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+    with _ordinary_errors():
+        dcp.save(shards, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     if dist.get_rank(group) == 0:
         put_whole(folder / STATE_FILE, lambda file: torch.save(rest, file))
 
@@ -67,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
         for key, entry in described.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():  # which say that it reads alone
+    with _ordinary_errors(), warnings.catch_warnings():  # which say that it reads alone
         warnings.simplefilter("ignore", UserWarning)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return _put_together(rest, tensors)
@@ -93,6 +96,16 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_put_together(item, tensors) for item in value)
     return value
+
+
+@contextlib.contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """What went wrong on one rank or more, which PyTorch raises as an exception that `except Exception` passes by."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (reason, _) = min(error.failures.items())
+        raise OSError(f"rank {rank}: {reason}") from error
 
 
 class _Reader(dcp.FileSystemReader):
