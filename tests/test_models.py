@@ -29,7 +29,6 @@ from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.reference.blocks import block as plain_block
 from cavmae_fast.reference.cavmae_parameters import MODES
 from cavmae_fast.reference.layers import Block, ModalityBlock
-from cavmae_fast.reference.layers import Block
 from cavmae_fast.reference.masking import random_masking
 
 CONFIGS = {
