@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage (an option, a file that is n
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -118,7 +119,8 @@ def main() -> None:
     command = next(COMMANDS[name] for name, kind in configs.items() if type(config) is kind)
     job = _load(command.job)
     result = _run(lambda: job(config), command.interrupted)
-    print(_load(command.closing)(config, result) if command.closing else result)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process shows what all have done
+        print(_load(command.closing)(config, result) if command.closing else result)
     sys.exit(0 if command.passed(result) else 1)
 
 
@@ -145,5 +147,6 @@ def _run(job: Callable[[], Any], interrupted: str) -> Any:
 
 
 def _stop(code: int, message: str) -> NoReturn:
-    print(f"cavmae-fast: error: {message}", file=sys.stderr)
+    if message:  # else another process shows it
+        print(f"cavmae-fast: error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -61,6 +61,13 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         del optimizer.found_inf
 
 
+def rank_store() -> torch.distributed.Store | None:
+    """The key-value store that the ranks of `torch.distributed`'s default group met in. Private:
+    `distributed_c10d._get_default_store`; without it None, and what is told through it is not checked."""
+    get = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()
+
+
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 

@@ -184,13 +184,13 @@ def test_a_run_in_parts_goes_on_bit_for_bit():
 
 def rank_gradients(rank: int, world: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     model = model_of()
     audio, imgs = inputs(batch=8)
     per_rank = 8 // world
     own = slice(rank * per_rank, (rank + 1) * per_rank)
     torch.manual_seed(5)
-    whole = model.draw_masks(8, CPU, 0.5, 0.5, "unstructured")
+    whole = model.draw_masks(8, CPU, 0.5, 0.5, "unstructured")  # of all ranks; among ranks it would give this one's
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     place = [0]
 
     def draw(count: int, *_) -> tuple[Masking, Masking]:

@@ -21,6 +21,7 @@ BELOW = {
     "evaluation": {"models", "data", "ops", "reference"},
     "tuning": {"models", "ops", "reference"},
     "doctor": {"training", "models", "data", "ops", "reference"},
+    "__main__": {"cli"},
     "cli": {"doctor", "tuning", "training", "evaluation", "models", "data", "ops", "reference"},
 }
 "What each floor may import, besides itself. `data` is a wing of its own."

@@ -451,11 +451,23 @@ def test_noise_and_roll_clip_by_clip(device, shape):
     shift = rng.integers(-shape[1], shape[1], shape[0])
     shift[0] = -shape[1]
     result = noise_and_roll(features, level, shift, generator_for(device, 1, 2, 3))
-    field = torch.rand(shape, generator=generator_for(device, 1, 2, 3), device=device)
+    generator = generator_for(device, 1, 2, 3)
+    field = torch.stack([torch.rand(shape[1:], generator=generator, device=device) for _ in range(shape[0])])
     for row in range(shape[0]):
         expected = torch.roll(features[row] + field[row] * float(level[row]), int(shift[row]), 0)
         torch.testing.assert_close(result[row], expected, rtol=0, atol=ROUNDINGS)
     assert torch.equal(features, before) and result.dtype == torch.float32
+
+
+@DEVICES
+@pytest.mark.parametrize("rows", [[0, 1, 2], [3, 4, 5], [5], [1, 4]], ids=str)
+def test_noise_depends_on_the_row_of_the_step(device, rows):
+    """Whichever rank has it, and whatever other rows it has."""
+    features = torch.randn(6, 20, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    level, shift = np.full(6, 0.1), np.arange(6)
+    whole = noise_and_roll(features, level, shift, generator_for(device, 0, 0, 0))
+    part = noise_and_roll(features[rows], level[rows], shift[rows], generator_for(device, 0, 0, 0), np.array(rows))
+    assert torch.equal(part, whole[rows])
 
 
 def test_no_noise_and_no_shift_change_nothing():

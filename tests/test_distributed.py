@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch.multiprocessing
 from tiny import TINY, gradients, inputs, one_thread, randomize  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
-from cavmae_fast.models import CAVMAE, PretrainOutput
+from cavmae_fast.models import CAVMAE, PretrainOutput, distributed
 from cavmae_fast.models.distributed import gather_rows
 from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.reference.masking import Masking, random_masking
@@ -27,8 +29,9 @@ def build(kind: type = CAVMAE, mae: float = 1.0, contrast: float = 0.5) -> torch
     return model
 
 
+@functools.cache
 def masks() -> tuple[Masking, Masking]:
-    """The masks of the whole batch; each rank takes its rows."""
+    """The masks of the whole batch; each rank takes its rows. To be called first while nothing is distributed."""
     torch.manual_seed(11)
     device = torch.device("cpu")
     return tuple(random_masking(RANKS * PER_RANK, grid, 0.75, device) for grid in ((8, 4), (2, 2)))
@@ -45,8 +48,16 @@ def step(model: torch.nn.Module, part: slice, mae: float = 1.0, contrast: float 
     return [x.detach() for x in out], gradients(model)
 
 
+def refusal(x: torch.Tensor) -> str:
+    """How `gather_rows` refuses."""
+    with pytest.raises(ValueError) as error:
+        gather_rows(x)
+    return str(error.value)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    masks()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
         results = {}
@@ -61,6 +72,18 @@ def work(rank: int, folder: str) -> None:
             step(model, part, mae, contrast, lambda _, wrapped=wrapped: wrapped)
         gathered = gather_rows(torch.full((2, 3), float(rank), requires_grad=True))
         results["gathered"] = gathered.detach()
+        distributed.LATER = timedelta(seconds=2)
+        results["unequal"] = [refusal(torch.zeros(3 + rank, 3))]  # both ranks' rows have changed in number
+        if rank == 0:  # and now one rank's alone; the other would go on into the collective operation
+            results["unequal"].append(refusal(torch.zeros(7, 3)))
+        else:
+            distributed._check_rows.calls += 1
+        dist.barrier()
+        gathered = gather_rows(torch.full((5, 3), float(rank)))  # equal again
+        results["equal again"] = gathered.shape
+        torch.manual_seed(5)
+        results["own rows"] = random_masking(PER_RANK, (4, 4), 0.75, torch.device("cpu"), "tf")
+        results["random state"] = torch.get_rng_state()
         torch.save(results, Path(folder) / f"{rank}.pt")
         dist.barrier()
     finally:
@@ -116,6 +139,25 @@ def test_the_two_kinds_of_negatives_differ(ranks):
 def test_rows_come_rank_after_rank(ranks):
     want = torch.tensor([0.0, 0.0, 1.0, 1.0]).unsqueeze(1).expand(4, 3)
     assert all(torch.equal(result["gathered"], want) for result in ranks)
+
+
+def test_unequal_rows_are_an_error(ranks):
+    """On every rank whose number of rows has changed, before any of them are sent."""
+    assert ranks[0]["unequal"][0] == ranks[1]["unequal"][0]
+    assert (
+        "the ranks hold rows of shapes [3, 3], [4, 3], in the order of the ranks; they must be equal"
+        in (ranks[0]["unequal"][0])
+    )
+    assert "[7, 3], [3, 3]" in ranks[0]["unequal"][1]  # the other rank is taken to hold what both held
+    assert all(result["equal again"] == (RANKS * 5, 3) for result in ranks)
+
+
+def test_masks_do_not_depend_on_the_number_of_ranks(ranks):
+    torch.manual_seed(5)
+    whole = random_masking(RANKS * PER_RANK, (4, 4), 0.75, torch.device("cpu"), "tf")
+    for field, together in zip(whole, zip(*(result["own rows"] for result in ranks), strict=True), strict=True):
+        assert torch.equal(field, torch.cat(together))
+    assert all(torch.equal(result["random state"], torch.get_rng_state()) for result in ranks)
 
 
 def test_alone_nothing_is_gathered():

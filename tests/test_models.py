@@ -871,7 +871,8 @@ def test_no_forward_of_the_reference_is_reachable_on_a_fast_model(kind):
         assert methods(fast)[name].startswith("cavmae_fast.models."), name
     for module in fast.modules():
         own = type(module).__module__.startswith("cavmae_fast") and module is not fast
-        assert not own or type(module).forward is nn.Module.forward, type(module)
+        none = (nn.Module.forward, Block.forward)  # that of a block runs what it is given
+        assert not own or type(module).forward in none, type(module)
 
 
 def test_a_plain_block_has_two_norms():

@@ -109,7 +109,11 @@ def mask_spectrogram(
 
 @torch.no_grad()
 def noise_and_roll(
-    features: Tensor, level: Tensor | np.ndarray, shift: Tensor | np.ndarray, generator: torch.Generator
+    features: Tensor,
+    level: Tensor | np.ndarray,
+    shift: Tensor | np.ndarray,
+    generator: torch.Generator,
+    rows: np.ndarray | None = None,
 ) -> Tensor:
     """Add noise, uniform in [0, 1) times `level`, then roll by `shift` frames: what leaves one end enters at the other.
 
@@ -117,7 +121,9 @@ def noise_and_roll(
         features: `[batch, frames, mel bins]`, floating point, normalized.
         level: `[batch]`, the noise's upper end.
         shift: `[batch]` integers, frames towards the end.
-        generator: of the noise, on the features' device; see `generator_for`.
+        generator: of the step's noise, on the features' device; see `generator_for`.
+        rows: `[batch]` integers, rising: which rows of the step these are, whose other rows lie on other ranks; default:
+            the first ones.
 
     Returns:
         `[batch, frames, mel bins]` in the dtype of `features`.
@@ -128,12 +134,39 @@ def noise_and_roll(
     _check_features(features)
     if generator.device.type != features.device.type:
         raise ValueError(f"generator is on {generator.device}; allowed: {features.device}, where features is")
-    field = torch.rand(features.shape, generator=generator, device=features.device, dtype=features.dtype)
+    field = _noise(features, generator, np.arange(len(features)) if rows is None else rows)
     noisy = field.mul_(_rows("level", level, features, features.dtype)[:, :, None]).add_(features)
     batch, frames, _ = features.shape
     clip = torch.arange(batch, device=features.device)[:, None]
     source = (torch.arange(frames, device=features.device) - _rows("shift", shift, features, torch.int64)) % frames
     return noisy[clip, source]
+
+
+def _noise(like: Tensor, generator: torch.Generator, rows: np.ndarray) -> Tensor:
+    """Uniform numbers in [0, 1) of the shape and dtype of `like`: these rows of a field that `generator` fills row by row.
+
+    So a row's numbers depend on its place in the step and not on which rank has it. A GPU's generator counts, and what comes
+    before a row is passed over at no cost; a CPU's has to be run through it.
+    """
+    field = torch.empty_like(like, memory_format=torch.contiguous_format)
+    at = 0  # the row that the generator stands before
+    for place, row in zip(field, rows.tolist(), strict=True):
+        if row > at:
+            _pass_over(row - at, generator, place)
+        torch.rand(place.shape, generator=generator, out=place)
+        at = row + 1
+    return field
+
+
+def _pass_over(count: int, generator: torch.Generator, row: Tensor) -> None:
+    """Lets `generator` stand behind as many more rows, without their numbers; `row` is written over."""
+    if row.device.type == "cuda":
+        before = generator.get_offset()
+        torch.rand(row.shape, generator=generator, out=row)
+        generator.set_offset(before + count * (generator.get_offset() - before))
+    else:
+        for _ in range(count):
+            torch.rand(row.shape, generator=generator, out=row)
 
 
 def _check_features(features: Tensor) -> None:

@@ -79,8 +79,9 @@ class BatchBuilder:
         if self.augmentation.freq_mask or self.augmentation.time_mask:
             audio = mask_spectrogram(audio, draws.freq, draws.time, -clip.audio_mean / clip.audio_std)
         if self.augmentation.noise and len(draws):
-            generator = generator_for(self.device, self.seed, step.epoch, step.wants[0].position)
-            audio = noise_and_roll(audio, draws.level, draws.shift, generator)
+            generator = generator_for(self.device, self.seed, step.epoch, step.position)
+            rows = np.array([step.wants[place].position - step.position for place in used[: len(draws)]], np.int64)
+            audio = noise_and_roll(audio, draws.level, draws.shift, generator, rows)
         ids = [info.id for info in infos[: len(draws)]]
         labels = self._labels(infos, draws)
         return Batch(ids, audio, image, labels, clips[: len(draws)], step.epoch, step.position, decoded.rejects)

@@ -172,9 +172,9 @@ def draw(
 
 
 def generator_for(device: torch.device | str, seed: int, epoch: int, position: int) -> torch.Generator:
-    """A generator on `device` for the noise field of the batch whose first row has this position.
+    """A generator on `device` for the noise field of the step that begins at this position, on all ranks together.
 
-    Its field depends on the kind of device and on the batch's shape too; `draw` does not.
+    Its field depends on the kind of device and on how the epoch is cut into steps, too; `draw` does not.
     """
     import torch
 

@@ -35,7 +35,7 @@ class Loader:
 
     `for batch in loader` runs to the end of the epoch; the next loop is the next epoch. Clips, frames and all decisions of
     the augmentation depend on (seed, epoch, position in the epoch) alone: not on the back end, the workers, the ranks. (The
-    noise field, drawn for a whole batch, depends on how the epoch is cut into batches, and on the kind of device.)
+    noise field, drawn for a whole step, depends on how the epoch is cut into steps, and on the kind of device.)
 
     A clip that cannot be used is named in the batch's `rejects` and in `loader.rejects`; in training another clip, drawn by
     the same rule, takes its place, so that all ranks take as many full steps; in evaluation it is left out.

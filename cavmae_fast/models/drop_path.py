@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.reference.own_rows import own_rows
 
 
 def draw_paths(rate: float, depth: int, streams: int, batch: int, device: torch.device) -> Tensor:
@@ -16,7 +17,8 @@ def draw_paths(rate: float, depth: int, streams: int, batch: int, device: torch.
     drawn at once, so that a pass that computes fewer streams draws the same ones.
     """
     rates = torch.linspace(0.0 if depth > 1 else rate, rate, depth, device=device).view(-1, 1, 1)
-    kept = torch.rand(batch, depth, 2, streams, device=device) >= rates
+    drawn = own_rows(lambda clips: torch.rand(clips, depth, 2, streams, device=device), batch)
+    kept = drawn >= rates
     return (kept / (1 - rates)).permute(1, 2, 3, 0)
 
 

@@ -5,8 +5,9 @@ A `State` is the residual stream with its last update not yet added: the additio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,24 @@ def block(
 ) -> State:
     """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes, `paths`
     `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing)."""
+    return _called(_block, blocks, state, blocks, modalities, dtype, backend, paths)
+
+
+def _called(compute: Callable[..., State], blocks: Sequence[Block], *args: Any) -> State:
+    """`compute(*args)` inside a call of each of `blocks`, whose parameters it uses (`Block.forward` says why)."""
+    for one in blocks:
+        compute = functools.partial(one, compute)
+    return compute(*args)
+
+
+def _block(
+    state: State,
+    blocks: Sequence[Block],
+    modalities: Sequence[str | None],
+    dtype: torch.dtype,
+    backend: str,
+    paths: Tensor | None,
+) -> State:
     attention_path, mlp_path = (None, None) if paths is None else paths
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
@@ -70,6 +89,10 @@ def block(
 
 def block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
     """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
+    return _called(_block_for_tokens, [one], state, one, ids, dtype, backend)
+
+
+def _block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
     layout = state.layout
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
     x, h = normalize(state, [one.norm1], dtype)

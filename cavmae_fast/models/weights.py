@@ -162,15 +162,15 @@ class Pretrained:
     """`save_pretrained`, `push_to_hub` and `from_pretrained`: a folder, or a repository of the Hugging Face Hub, with
     `config.json` and `model.safetensors`."""
 
-    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike, weights: Mapping[str, Tensor] | None = None) -> Path:
         """Writes constructor arguments and weights into `folder` (made if absent). Files that are there are replaced only
-        once both new ones are whole."""
+        once both new ones are whole. `weights` take the place of the model's own, which may lie in shards."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"class": type(self).__name__, **self.config}
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = {name: value.detach().cpu().contiguous() for name, value in (weights or self.state_dict()).items()}
         partial = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
         try:
             save_file(state, partial[WEIGHTS_FILE])

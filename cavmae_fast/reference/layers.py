@@ -1,13 +1,13 @@
 """The parameters of a vision transformer's layers: their names, shapes and order, and nothing about how they are computed.
 
-None of these modules has a forward pass, because the reference and the fast models share the parameters and not the
-computation: `reference.blocks` computes with them in plain PyTorch, `models.packed` on packed streams.
+None of these modules has a forward pass of its own, because the reference and the fast models share the parameters and not
+the computation: `reference.blocks` computes with them in plain PyTorch, `models.packed` on packed streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -61,6 +61,14 @@ class Block(nn.Module):
     def _add_norms(self, name: str, dim: int, norm_layer: NormLayer) -> None:
         for stream in self.streams:
             self.add_module(_of_stream(name, stream), norm_layer(dim))
+
+    def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """`compute(*args)`, a function that uses this block's parameters.
+
+        A block computes nothing itself, but what uses it calls it, because that is how PyTorch's tools learn when its
+        parameters are needed: FSDP gathers the shards before and drops them after, in both passes.
+        """
+        return compute(*args)
 
     def norms(self, stream: str | None = None) -> tuple[nn.LayerNorm, nn.LayerNorm]:
         """The two norms that the token stream `stream` passes, one of `streams`."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cavmae_fast.reference.own_rows import own_rows
+
 MASK_MODES = ("unstructured", "time", "freq", "tf")
 
 
@@ -45,13 +47,14 @@ def random_masking(
 
     'unstructured' draws one uniform number per patch from torch's generator of `device` and removes the largest, exactly
     as the published code does, so the same seed gives the same mask. 'time' first marks `int(columns * ratio)` whole
-    columns for removal, 'freq' as many rows, 'tf' 0.7 times as many of both; unstructured noise fills up the rest.
+    columns for removal, 'freq' as many rows, 'tf' 0.7 times as many of both; unstructured noise fills up the rest. Under
+    several ranks `batch` is this rank's, and the masks are its rows of those of all (`own_rows`).
     """
     if mode not in MASK_MODES:
         raise ValueError(f"mask_mode is {mode!r}; it must be one of {', '.join(MASK_MODES)}")
     rows, columns = grid
     keep = kept_tokens(rows * columns, ratio, name)
-    noise = torch.rand(batch, rows * columns, device=device)
+    noise = own_rows(lambda samples: torch.rand(samples, rows * columns, device=device), batch)
     if mode != "unstructured":
         factor = 0.7 if mode == "tf" else 1.0
         noise = noise.view(batch, rows, columns)
@@ -70,5 +73,5 @@ def random_masking(
 
 def _choose(batch: int, count: int, chosen: int, device: torch.device) -> Tensor:
     """`[batch, count]` bool with `chosen` random entries of each row set."""
-    order = torch.rand(batch, count, device=device).argsort(dim=1)
+    order = own_rows(lambda samples: torch.rand(samples, count, device=device), batch).argsort(dim=1)
     return order.argsort(dim=1) < chosen

@@ -16,6 +16,7 @@ from cavmae_fast.data.decode.workers import default_count
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.training.metrics import JsonLines, read_rows
+from cavmae_fast.training.ranks import Ranks, current
 
 CACHED_CLIPS = 2000
 "Up to this many training clips stay decoded in memory when this process decodes them itself."
@@ -23,11 +24,17 @@ CACHED_CLIPS = 2000
 
 class RejectList:
     """`rejects.jsonl`: each clip that cannot be used, once, with the reason. What the file holds already counts. Use as a
-    context manager."""
+    context manager.
 
-    def __init__(self, path: Path) -> None:
+    Under several ranks the first writes what it meets; what others meet is written at the end of an epoch (`share`), and by
+    themselves when it ends the run.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks | None = None) -> None:
+        self._path, self._ranks = path, ranks or Ranks()
         self._named = {row["path"] for row in read_rows(path)}
-        self._lines = JsonLines(path)
+        self._waiting: dict[str, Reject] = {}
+        self._lines = JsonLines(path, writes=self._ranks.first)
 
     @property
     def count(self) -> int:
@@ -38,7 +45,14 @@ class RejectList:
         for reject in rejects:
             if reject.path not in self._named:
                 self._named.add(reject.path)
+                self._waiting[reject.path] = reject
                 self._lines.write({"path": reject.path, "reason": reject.reason})
+
+    def share(self) -> None:
+        """Writes what other ranks met; every rank has to call it."""
+        for waiting in self._ranks.gather(self._waiting):
+            self.add(waiting.values())
+        self._waiting = {}
 
     def watch(self, loader: Loader) -> Iterator[Batch]:
         """One epoch of `loader`, whose rejects are written before the batch that met them is given out."""
@@ -47,6 +61,10 @@ class RejectList:
                 self.add(loader.rejects.values())
                 yield batch
         except UnusableDataError as error:
+            if not self._ranks.first:
+                self._lines = JsonLines(self._path)
+                for reject in self._waiting.values():
+                    self._lines.write({"path": reject.path, "reason": reject.reason})
             self.add(error.rejects)
             raise
         finally:
@@ -73,17 +91,20 @@ def make_loader(
 ) -> Loader:
     """A loader of `clips` for a model that takes `spec`; `options` are further arguments of `Loader`.
 
-    A few clips are decoded once, by this process, and kept; more of them by one worker process per core, or as many as
-    `workers` says.
-    """
-    from tqdm import tqdm
+    `batch_size` is that of all ranks together; in training it must be a multiple of their number, else ValueError.
 
+    A few clips are decoded once, by this process, and kept; more of them by one worker process per core (shared by the
+    processes of the machine), or as many as `workers` says.
+    """
+    ranks = current()
+    batch_size = min(batch_size, len(clips))
+    rows = ranks.share(batch_size) if training else max(1, batch_size // ranks.world_size)
     few = choose_backend(backend, clips, device, spec)[0] == "torch" and len(clips) <= CACHED_CLIPS
     if workers is None:
-        workers = 0 if few else default_count()
+        workers = 0 if few else max(1, default_count() // ranks.local_world_size)
     return Loader(
         clips,
-        min(batch_size, len(clips)),
+        rows,
         spec,
         training=training,
         backend=backend,
@@ -91,6 +112,6 @@ def make_loader(
         workers=workers,
         seed=seed,
         keep=training and few and not workers,
-        report=tqdm.write,
+        report=ranks.report,
         **options,
     )

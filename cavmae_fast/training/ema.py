@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class MovingAverage:
@@ -25,8 +26,8 @@ class MovingAverage:
         """Moves the averages towards the weights; not at all where `taken`, a scalar on the device, is false."""
         share = (1 - self.decay) * taken
         for name, weight in self._weights.items():
-            average = self._averages[name]
-            average.lerp_(weight.to(average.dtype), share.to(average.dtype))
+            average = _own_part(self._averages[name])
+            average.lerp_(_own_part(weight).to(average.dtype), share.to(average.dtype))
 
     @torch.no_grad()
     def give(self) -> None:
@@ -55,3 +56,8 @@ class MovingAverage:
         """Takes the averages over."""
         for name, average in self._averages.items():
             average.copy_(state[name])
+
+
+def _own_part(x: Tensor) -> Tensor:
+    """`x`, or this rank's shard of it."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class JsonLines:
-    """Appends objects to a JSON-lines file, each flushed when written. Use as a context manager."""
+    """Appends objects to a JSON-lines file, each flushed when written. Use as a context manager.
 
-    def __init__(self, path: Path) -> None:
+    `writes`: whether this process is the one that writes; another one's objects go nowhere.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = (path if writes else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one object; a float that is not finite becomes null (JSON has no NaN)."""

@@ -18,11 +18,11 @@ class Preempted(CavmaeError):
 
 
 class Preemption:
-    """While it is entered, SIGTERM and SIGUSR1 set `asked` instead of ending the process. (In the main thread alone: Python
-    delivers signals to no other.)"""
+    """While it is entered, SIGTERM and SIGUSR1 set `asked`, the signal's number, instead of ending the process. (In the main
+    thread alone: Python delivers signals to no other.)"""
 
     def __init__(self) -> None:
-        self.asked: str | None = None
+        self.asked: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
@@ -31,7 +31,7 @@ class Preemption:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.asked = signal.Signals(number).name
+        self.asked = number
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -21,15 +21,21 @@ class Progress:
         total, done: steps of the whole run, and those behind it.
         describe: the text for a row.
         terminal: whether there is one to draw on; default: whether standard error is one.
+        silent: show nothing, as a rank whose numbers another one shows.
     """
 
     def __init__(
-        self, total: int, done: int, describe: Callable[[dict[str, Any]], str], terminal: bool | None = None
+        self,
+        total: int,
+        done: int,
+        describe: Callable[[dict[str, Any]], str],
+        terminal: bool | None = None,
+        silent: bool = False,
     ) -> None:
         from tqdm import tqdm
 
-        self.total, self.describe = total, describe
-        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+        self.total, self.describe, self.silent = total, describe, silent
+        self.terminal = (sys.stderr.isatty() if terminal is None else terminal) and not silent
         self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self.terminal)
         self._first, self._begin = done, time.monotonic()
         self._next_line = 0.0
@@ -40,6 +46,8 @@ class Progress:
 
     def show(self, row: dict[str, Any]) -> None:
         """The numbers of a step have arrived."""
+        if self.silent:
+            return
         if self.terminal:
             self._bar.set_postfix_str(self.describe(row), refresh=False)
             return

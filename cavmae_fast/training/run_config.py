@@ -93,6 +93,8 @@ class RunConfig:
     """Write a checkpoint when so many minutes have passed since the last one."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    shard: bool = False
+    """Under torchrun: keep a shard of parameters and moments on each process (FSDP2) instead of all on each (DDP)."""
     overwrite: bool = False
     """Begin anew in a folder that holds a run, which is removed."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()

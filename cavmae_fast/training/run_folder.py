@@ -21,6 +21,7 @@ FREE = {
     "track",
     "config",
     "dry_run",
+    "shard",
 }
 "Options that change no result: a run may go on with others."
 

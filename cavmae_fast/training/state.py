@@ -16,6 +16,7 @@ from cavmae_fast.training.ema import MovingAverage
 from cavmae_fast.training.optimizers import make_optimizer
 from cavmae_fast.training.random_state import random_state, set_random_state
 from cavmae_fast.training.recipes import Recipe
+from cavmae_fast.training.sharding import whole
 
 SMALLEST_SCALE = 1.0
 """In float16 the loss is scaled up, against gradients that vanish. At this scale it is not: gradients that still overflow do
@@ -87,15 +88,16 @@ class RunState:
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        whole = loss.detach().isfinite()
-        taken = whole & norm.isfinite()
+        parts_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = whole(parts_norm)
+        computed = loss.detach().isfinite()
+        taken = computed & norm.isfinite()
         measured = {"finite": taken, "grad_norm": norm}
         if self.scaler.is_enabled():
             scale = self.scaler.scale(torch.ones_like(norm))
-            measured |= {"finite": whole & (taken | (scale > SMALLEST_SCALE)), "loss_scale": scale}
+            measured |= {"finite": computed & (taken | (scale > SMALLEST_SCALE)), "loss_scale": scale}
         if self.recipe.clip_grad:
-            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_grad, parts_norm)
         compat.step_unless(self.optimizer, ~taken)
         self.scaler.update()
         if self.average is not None:
