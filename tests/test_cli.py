@@ -16,9 +16,9 @@ def test_each_line_of_the_table_names_what_exists(name):
     command = cli.COMMANDS[name]
     config = cli._load(command.config)
     assert dataclasses.is_dataclass(config) and inspect.getdoc(config)
-    assert len(inspect.signature(cli._load(command.job)).parameters) == 1
+    inspect.signature(cli._load(command.job)).bind("configuration")
     if command.closing:
-        assert len(inspect.signature(cli._load(command.closing)).parameters) == 2
+        inspect.signature(cli._load(command.closing)).bind("configuration", "result")
 
 
 def test_configurations_tell_the_commands_apart():
