@@ -40,7 +40,8 @@ def take_patches_kernel(
     patches,  # [B * K, C * T * P * P]
     rows, kept, grid_height, grid_width, stride_b, stride_c, stride_f, stride_h, stride_w,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    WIDTH: tl.constexpr, T: tl.constexpr, P: tl.constexpr, DEEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
+    WIDTH: tl.constexpr, T: tl.constexpr, P: tl.constexpr, DEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -142,9 +142,7 @@ def _forward_triton(pred, images, ids, patch_size, tubelet_size, norm_pix_loss, 
     return partial.mean(), mean, rstd
 
 
-def _backward_triton(
-    dloss, pred, images, ids, mean, rstd, patch_size, tubelet_size, norm_pix_loss, colors, architecture
-):
+def _backward_triton(dloss, pred, images, ids, mean, rstd, patch_size, tubelet_size, norm_pix_loss, colors, architecture):
     dpred = torch.empty_like(pred)
     shape = (images, ids, patch_size, tubelet_size, colors, architecture)
     grid, numbers, options = _launch("masked_patch_mse_backward", *shape)
@@ -239,8 +237,9 @@ def masked_patch_mse(
     pred `[B, M, t * p * p * C]` for the patches `ids_removed [B, M]` (int64 in 0..L-1; not checked: that would wait for the
     device), t = `tubelet_size` frames deep, of images `[B, C, H, W]` (t is 1) or clips `[B, C, F, H, W]` with any strides:
     floating-point, taken as they are, or uint8 RGB, which is normalized as `(x / 255 - image_mean) / image_std` by color
-    -> a float32 scalar (float64 for a float64 pred). With `norm_pix_loss` each true patch is normalized: minus its mean, over the root of (its unbiased variance + 1e-6).
-    There is no gradient to the images. Raises ValueError or TypeError when a shape or dtype does not fit.
+    -> a float32 scalar (float64 for a float64 pred). With `norm_pix_loss` each true patch is normalized: minus its mean,
+    over the root of (its unbiased variance + 1e-6). There is no gradient to the images. Raises ValueError or TypeError when
+    a shape or dtype does not fit.
     """
     check_images(images, patch_size, tubelet_size)
     check_ids("ids_removed", ids_removed, images.shape[0])

@@ -73,12 +73,14 @@ def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int]
 def normalize_images(
     images: Tensor, dtype: torch.dtype, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
 ) -> Tensor:
-    """uint8 RGB images `[B, 3, ..., H, W]` -> `(x / 255 - mean) / std` by color, computed in float32 (float64 for float64) and
-    rounded to `dtype`. Images of any other dtype are returned as they are."""
+    """uint8 RGB images `[B, 3, ..., H, W]` -> `(x / 255 - mean) / std` by color, computed in float32 (float64 for float64)
+    and rounded to `dtype`. Images of any other dtype are returned as they are."""
     if images.dtype != torch.uint8:
         return images
     exact = torch.promote_types(dtype, torch.float32)
-    means, stds = (torch.tensor(v, dtype=exact, device=images.device).view(3, *[1] * (images.dim() - 2)) for v in (mean, std))
+    means, stds = (
+        torch.tensor(v, dtype=exact, device=images.device).view(3, *[1] * (images.dim() - 2)) for v in (mean, std)
+    )
     return ((images.to(exact) / 255 - means) / stds).to(dtype)
 
 
@@ -164,8 +166,8 @@ def masked_patch_mse(
     """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]` (uint8: normalized first, as
-    images); for clips `[B, C, F, H, W]` and patches of t = `tubelet_size` frames, `[B, M, t * p * p * C]`. With `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased
-    variance + 1e-6).
+    images); for clips `[B, C, F, H, W]` and patches of t = `tubelet_size` frames, `[B, M, t * p * p * C]`. With
+    `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased variance + 1e-6).
     """
     images = normalize_images(images, torch.promote_types(pred.dtype, torch.float32), image_mean, image_std)
     target = take_tokens(patchify(images, patch_size, tubelet_size), ids_removed)

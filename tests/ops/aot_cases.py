@@ -109,9 +109,7 @@ def _tokens(dtype: torch.dtype, length: int, kept: int, width: int, architecture
             scatter_tokens._backward_triton(dout, places, kept, dtype, sums, architecture)
 
 
-def _patches(
-    dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, *more
-) -> None:
+def _patches(dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, *more) -> None:
     """`more`: frames of a clip, and of a tubelet, where it is one; the architecture."""
     *clip, architecture = more
     frames, t = clip or (1, 1)
@@ -147,7 +145,9 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32, torch.float32)
     CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.float32)
     for _kind, _pixels in (("clips", torch.float32), ("clips-bytes", torch.uint8)):
-        CASES[f"patches-{_kind}-{_name}"] = partial(_patches, _dtype, 3, 224, 224, 156, 768, 16, torch.float32, _pixels, 8, 2)
+        CASES[f"patches-{_kind}-{_name}"] = partial(
+            _patches, _dtype, 3, 224, 224, 156, 768, 16, torch.float32, _pixels, 8, 2
+        )
     CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype, torch.float32)
     for _both in (False, True):
         CASES[f"contrastive-{1 + _both}-{_name}"] = partial(_contrastive, _dtype, 256, 768, _both)

@@ -40,7 +40,9 @@ def inputs(case, dtype, shift=0.0):
     images = torch.randn(batch, channels, *frames, height, width, generator=generator) + shift
     length = (frames[0] // 2 if frames else 1) * (height // p) * (width // p)
     ids = torch.rand(batch, length, generator=generator).argsort(1)[:, :removed]
-    pred = torch.randn(batch, removed, p * p * channels * tubelet_size(images), generator=generator).to(dtype).requires_grad_()
+    pred = (
+        torch.randn(batch, removed, p * p * channels * tubelet_size(images), generator=generator).to(dtype).requires_grad_()
+    )
     return [pred, images, ids]
 
 
@@ -84,7 +86,9 @@ def test_bytes_are_normalized(mode, case, layout, dtype, norm_pix_loss):
 
     def operator(pred, images, ids):
         last = layout == "channels last"
-        return masked_patch_mse(pred, images.movedim(1, -1).contiguous().movedim(-1, 1) if last else images, ids, p, norm_pix_loss)
+        return masked_patch_mse(
+            pred, images.movedim(1, -1).contiguous().movedim(-1, 1) if last else images, ids, p, norm_pix_loss
+        )
 
     with dispatch.override(mode):
         assert_parity(
