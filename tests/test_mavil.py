@@ -36,9 +36,9 @@ CONFIGS = {
     "bottleneck": {"fusion": "bottleneck", "bottleneck_tokens": 3},
     "one-fusion-block": {"fusion_depth": 1},
     "one-decoder-block": {"decoder_depth": 1},
-    "one-frame": {"frames": 1, "tubelet_size": 1},
+    "one-frame": {"frames": 1, "img_size": 48},
     "frame-by-frame": {"tubelet_size": 1},
-    "one-tubelet": {"frames": 2},
+    "one-tubelet": {"frames": 2, "img_size": 48},
     "patch-8": {"patch_size": 8, "img_size": 16, "audio_length": 16},
     "class-token-pooled": {"pool_class_token": True},
     "normalized-targets": {"normalize_targets": True},
@@ -86,7 +86,7 @@ def test_step_equals_reference(name):
     assert_same_step(fast, plain, config, **LOSSES["all"])
 
 
-@pytest.mark.parametrize("ratios", [(0.5, 0.9), (0.8, 0.3)])
+@pytest.mark.parametrize("ratios", [(0.5, 0.6), (0.8, 0.3)])
 def test_mask_ratios(ratios):
     fast, plain = pair(MAViL, reference.MAViL, **MAVIL)
     assert_same_step(fast, plain, MAVIL, mask_ratio_a=ratios[0], mask_ratio_v=ratios[1], **LOSSES["all"])
@@ -197,7 +197,7 @@ def test_a_teacher_gets_no_gradient_and_does_not_change():
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(output.loss_regression))
+        losses.append(float(output.loss_regression.detach()))
     assert losses[-1] < losses[0]
     assert not gradients(teacher)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
