@@ -22,7 +22,8 @@ from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference.encoder_parameters import chosen
 from cavmae_fast.reference.masking import Masking
-from cavmae_fast.reference.mavil_parameters import MAViLEncoderParameters, MAViLFTParameters, MAViLParameters
+from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
+from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
 from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput
 

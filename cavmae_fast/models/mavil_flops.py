@@ -7,7 +7,8 @@ from torch import nn
 
 from cavmae_fast.models.flops import block_macs
 from cavmae_fast.reference.masking import kept_tokens
-from cavmae_fast.reference.mavil_parameters import MAViLEncoderParameters, MAViLParameters
+from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
+from cavmae_fast.reference.mavil_parameters import MAViLParameters
 from cavmae_fast.reference.tower import Tower
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cavmae_fast.models.imagenet_mae import load_places
 from cavmae_fast.models.weights import CheckpointError, LoadReport, load_checkpoint, state_of
-from cavmae_fast.reference.mavil_parameters import MAViLEncoderParameters
+from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.tower import Tower
 
 TOWERS_TO_FINE_TUNED = {

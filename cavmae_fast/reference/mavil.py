@@ -14,7 +14,8 @@ from cavmae_fast.reference import operators
 from cavmae_fast.reference.blocks import block
 from cavmae_fast.reference.mae import decode, encode, reconstruction_loss
 from cavmae_fast.reference.masking import Masking
-from cavmae_fast.reference.mavil_parameters import MAViLEncoderParameters, MAViLFTParameters, MAViLParameters
+from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
+from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
 from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput
 
 
