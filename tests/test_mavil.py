@@ -380,3 +380,30 @@ def test_kernels_give_the_reference():
     losses, steps = (float(word) for word in run.stdout.split())
     # float32 through some twenty layers: 1e-5 and less per layer, as for the other kernels against float32 references.
     assert losses < 1e-5 and steps < 1e-3
+
+
+def test_compiles_whole():
+    """Without a graph break, and to the same numbers."""
+    torch.compiler.reset()
+    model, _ = pair(MAViL, reference.MAViL, **MAVIL)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for one in (compiled, model):
+        torch.manual_seed(0)
+        outputs.append(one(*clips(), random_targets(model), **LOSSES["all"]))
+    assert all(relative(one, other) < 1e-10 for one, other in zip(*outputs, strict=True))
+
+
+def test_pictures_of_the_loader(tmp_path):
+    """Eight pictures of a four-second crop as uint8, and the sound from where it begins."""
+    from cavmae_fast.data.loader import Loader
+    from cavmae_fast.data.media.synthetic import generate_clips
+
+    config = TOWER | {"frames": 8, "decoder_embed_dim": 32, "decoder_num_heads": 4, "decoder_depth": 1, "fusion_depth": 1}
+    model = MAViL(**config)
+    train, _ = generate_clips(tmp_path, num_train=2, num_test=1, seconds=4.5, size=48)
+    batch = next(iter(Loader(train, batch_size=2, clip=model.clip_spec, training=True, workers=0)))
+    assert batch.image.shape == (2, 8, 3, 32, 32) and batch.image.dtype == torch.uint8
+    output = model(batch.audio, batch.image)
+    output.loss.backward()
+    assert output.loss.isfinite()
