@@ -32,7 +32,8 @@ def step(stage: str, ranks: slice, wrap=lambda model: model):
     audio, imgs = (x[ranks] for x in clips(batch=RANKS * PER_RANK))
     targets = randomize(MAViL(**MAVIL), seed=1).double().targets(audio, imgs)
     weights = {"raw_loss_weight": raw, "inter_loss_weight": 0.5, "intra_loss_weight": 0.3}
-    output = wrap(model)(audio, imgs, targets, regression_loss_weight=regression, **weights)
+    wrapped = wrap(model)  # DDP works for as long as somebody holds it
+    output = wrapped(audio, imgs, targets, regression_loss_weight=regression, **weights)
     output.loss.backward()
     return [x.detach() for x in output], {name: gradient.clone() for name, gradient in gradients(model).items()}
 
