@@ -35,8 +35,8 @@ class LossesInForce(Freezing):
     _out_of_force: frozenset[str] = frozenset()
 
     def put_in_force(self, in_force: dict[str, bool], unreached: Callable[[str], object]) -> None:
-        """Puts the losses of `in_force` into force or out of it, and freezes what is `unreached` (`freeze_unreached`). Raises
-        ValueError when no loss is left."""
+        """Puts the losses of `in_force` into force or out of it, and freezes what is `unreached`, see `freeze_unreached`.
+        Raises ValueError when no loss is left."""
         if not any(in_force.values()):
             *names, last = in_force
             all_of_them = "both" if len(in_force) == 2 else "all"
