@@ -133,6 +133,17 @@ def test_other_passes_equal_the_reference(fusion):
             assert relative(one, other) < 1e-10, method
 
 
+def test_features_of_one_modality():
+    """As evaluation asks for them: by name, and only those that are given."""
+    model, _ = pair(MAViL, reference.MAViL, **MAVIL)
+    audio, imgs = clips()
+    both = model.forward_feat(audio, imgs)
+    model.check_inputs(v=imgs)
+    assert model.modalities == "av" and model.features({"v": imgs}).keys() == {"v"}
+    assert relative(model.features({"v": imgs})["v"], both.video) < 1e-12
+    assert relative(model.features({"a": audio})["a"], both.audio) < 1e-12
+
+
 @pytest.mark.parametrize("fusion", ["joint", "bottleneck"])
 def test_classifier_equals_the_reference(fusion):
     fast, plain = pair(MAViLFT, reference.MAViLFT, 7, **TOWER, fusion=fusion)

@@ -22,9 +22,19 @@ class PackedTower(Tower):
     def forward_feat(self, x: Tensor) -> Tensor:
         """Unmasked inputs -> the normed tokens of all patches, `[B, L, D]`."""
         self.check_input("x", x)
+        return self.features({self.modality: x})[self.modality]
+
+    def check_inputs(self, **inputs: Tensor) -> None:
+        """TypeError or ValueError, naming the argument, unless each of `inputs` is one of this tower."""
+        for name, x in inputs.items():
+            self.check_input(name, x)
+
+    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `MAViL.features`, of this modality."""
         dtype = compute_dtype(self.norm.weight)
-        _, (tokens,) = towers.normed([self], towers.whole([self], [x], self.clip_spec, dtype, self.attention), dtype)
-        return tokens[:, 1:]
+        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention)
+        _, (tokens,) = towers.normed([self], state, dtype)
+        return {self.modality: tokens[:, 1:]}
 
 
 class MAE(Pretrained, PackedTower, MAEParameters):

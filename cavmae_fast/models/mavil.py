@@ -57,6 +57,15 @@ class PackedMAViL(MAViLEncoderParameters):
         packed = towers.pack(streams)
         return packed.layout.streams(normalize(packed, [self.fusion.norm] * 2, dtype)[1])
 
+    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unmasked inputs by modality ('a', 'v', or both) -> the normed tokens `[B, L, D]` of each, seen alone."""
+        dtype = compute_dtype(self.fusion.norm.weight)
+        chosen_towers = [tower for tower in self.towers if tower.modality in inputs]
+        given = [inputs[tower.modality] for tower in chosen_towers]
+        state = towers.whole(chosen_towers, given, self.clip_spec, dtype, self.attention)
+        _, tokens = towers.normed(chosen_towers, state, dtype)
+        return {tower.modality: part[:, 1:] for tower, part in zip(chosen_towers, tokens)}
+
     def fused(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
         """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`."""
         dtype = compute_dtype(self.fusion.norm.weight)
@@ -118,7 +127,7 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         nothing or leave nothing to reconstruct, and in training for the weight of a loss that is out of force.
         """
         weights = LossWeights(raw_loss_weight, inter_loss_weight, intra_loss_weight, regression_loss_weight)
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         self.check_losses(*weights)
         # With nothing to reconstruct there is nothing to regress either: a loss of 0, which is right and not an error.
         if weights.raw != 0 or (weights.regression != 0 and (mask_ratio_a, mask_ratio_v) != (0, 0)):
@@ -201,14 +210,14 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
     def targets(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
         """What a student regresses when this model is its teacher: the fused tokens of all patches of whole clips, audio
         `[B, La, D]` and video `[B, Lv, D]`, without gradient. No decoder is run."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         return self.fused(audio, imgs)
 
     def forward_inpaint(
         self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.8, mask_ratio_v: float = 0.8
     ) -> InpaintOutput:
         """Predictions for every patch of masked clips. Raises as `forward` does for what does not fit."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         self.check_removed(mask_ratio_a, mask_ratio_v)
         maskings = self.draw_masks(len(audio), 1, audio.device, mask_ratio_a, mask_ratio_v)
         dtype = compute_dtype(self.fusion.norm.weight)
@@ -225,11 +234,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
 
     def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
         """Whole clips -> normed tokens of all patches of each modality seen alone, `[B, La, D]` and `[B, Lv, D]`."""
-        self.check_inputs(a, v)
-        dtype = compute_dtype(self.fusion.norm.weight)
-        state = towers.whole(self.towers, [a, v], self.clip_spec, dtype, self.attention)
-        _, (audio, video) = towers.normed(self.towers, state, dtype)
-        return FeatureOutput(audio[:, 1:], video[:, 1:])
+        self.check_inputs(a=a, v=v)
+        tokens = self.features({"a": a, "v": v})
+        return FeatureOutput(tokens["a"], tokens["v"])
 
 
 class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
@@ -240,6 +247,6 @@ class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
 
     def forward(self, audio: Tensor, imgs: Tensor) -> Tensor:
         """Logits `[B, label_dim]`. Raises TypeError or ValueError, naming the argument, for inputs that do not fit."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(audio, imgs)]
         return self.mlp_head(torch.cat(means, dim=1).to(self.fusion.norm.weight.dtype))

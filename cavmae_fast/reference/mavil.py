@@ -68,7 +68,7 @@ class MAViL(Encoder, MAViLParameters):
         regression_loss_weight: float = 0.0,
     ) -> MAViLOutput:
         """One pretraining pass; `targets`: a teacher's tokens of the same clips, in stage 2."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         self.check_losses(raw_loss_weight, inter_loss_weight, intra_loss_weight, regression_loss_weight)
         # With nothing to reconstruct there is nothing to regress either: a loss of 0, which is right and not an error.
         if raw_loss_weight != 0 or (regression_loss_weight != 0 and (mask_ratio_a, mask_ratio_v) != (0, 0)):
@@ -129,14 +129,14 @@ class MAViL(Encoder, MAViLParameters):
     @torch.no_grad()
     def targets(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
         """What a student regresses when this model is its teacher: the fused tokens of all patches of whole clips."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         return FeatureOutput(*self.fused(audio, imgs))
 
     def forward_inpaint(
         self, audio: Tensor, imgs: Tensor, mask_ratio_a: float = 0.8, mask_ratio_v: float = 0.8
     ) -> InpaintOutput:
         """Predictions for every patch of masked clips."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         self.check_removed(mask_ratio_a, mask_ratio_v)
         masking_a, masking_v = self.draw_masks(len(audio), 1, audio.device, mask_ratio_a, mask_ratio_v)
         a, v = self.fuse(self.encode("a", audio, masking_a.ids_keep), self.encode("v", imgs, masking_v.ids_keep))
@@ -147,7 +147,7 @@ class MAViL(Encoder, MAViLParameters):
 
     def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
         """Whole clips -> normed tokens of all patches of each modality seen alone, `[B, La, D]` and `[B, Lv, D]`."""
-        self.check_inputs(a, v)
+        self.check_inputs(a=a, v=v)
         tokens_a, tokens_v = self.audio.norm(self.encode("a", a)), self.video.norm(self.encode("v", v))
         return FeatureOutput(tokens_a[:, 1:], tokens_v[:, 1:])
 
@@ -157,7 +157,7 @@ class MAViLFT(Encoder, MAViLFTParameters):
 
     def forward(self, audio: Tensor, imgs: Tensor) -> Tensor:
         """Logits `[B, label_dim]`."""
-        self.check_inputs(audio, imgs)
+        self.check_inputs(audio=audio, imgs=imgs)
         means = [tokens.mean(dim=1) for tokens in self.fused(audio, imgs)]
         return self.mlp_head(torch.cat(means, dim=1))
 

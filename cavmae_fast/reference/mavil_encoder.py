@@ -50,6 +50,7 @@ class MAViLEncoderParameters(nn.Module):
     `decoder` None: towers without decoders. The other arguments as in `MAViLParameters`.
     """
 
+    modalities: ClassVar[str] = "av"
     attentions: ClassVar[tuple[str, ...]]
     "Allowed values of the argument `attention`; the first is its default."
 
@@ -84,9 +85,9 @@ class MAViLEncoderParameters(nn.Module):
     def towers(self) -> tuple[Tower, Tower]:
         return self.audio, self.video
 
-    def check_inputs(self, audio: Tensor, imgs: Tensor) -> None:
-        """TypeError or ValueError, naming the argument, unless audio is `[B, audio_length, 128]` and imgs
-        `[B, frames, 3, H, W]`, as many samples each."""
-        self.audio.check_input("audio", audio)
-        self.video.check_input("imgs", imgs)
-        check_counts(audio=audio, imgs=imgs)
+    def check_inputs(self, **inputs: Tensor) -> None:
+        """TypeError or ValueError, naming the argument, unless sound (`audio` or `a`) is `[B, audio_length, 128]` and
+        pictures (`imgs` or `v`) are `[B, frames, 3, H, W]`, all of one B."""
+        for name, x in inputs.items():
+            (self.audio if name in ("audio", "a") else self.video).check_input(name, x)
+        check_counts(**inputs)

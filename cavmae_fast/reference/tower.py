@@ -95,6 +95,11 @@ class Tower(nn.Module):
         self.decoder_pred = nn.Linear(width, self.patch_embed.proj.weight[0].numel())
 
     @property
+    def modalities(self) -> str:
+        """As models of several modalities say it: here its own alone."""
+        return self.modality
+
+    @property
     def num_patches(self) -> int:
         return self.patch_embed.num_patches
 
