@@ -74,8 +74,12 @@ def test_other_passes_equal_the_reference(modality):
         results.append([model.forward_feat(input_of(config)), *model.forward_inpaint(input_of(config))])
     assert all(relative(one, other) < 1e-10 for one, other in zip(*results, strict=True))
     fast, plain = pair(MAEFT, reference.MAEFT, 5, **TOWER | {"modality": modality})
-    got, want = fast(input_of(config)), plain(input_of(config))
+    audio, imgs = clips()
+    got, want = fast(audio, imgs, fast.modes[0]), plain(audio, imgs)
     assert got.shape == (3, 5) and relative(got, want) < 1e-10
+    assert torch.equal(got, fast(audio) if modality == "a" else fast(v=imgs))
+    with pytest.raises(ValueError, match="mode is 'multimodal'; for MAEFT it must be one of"):
+        fast.train_with("multimodal")
     got.sum().backward()
     assert gradients(fast).keys() == {name for name, p in fast.named_parameters() if p.requires_grad}
 
@@ -292,3 +296,16 @@ def test_operations_of_the_published_sizes():
     assert step_flops(model, stage=2) > step_flops(model) > cavmae_step_flops(cavmae)
     assert 0.2e12 < teacher < 0.7e12
     assert fusion_macs(bottleneck, 513, 785) < fusion_macs(model, 513, 785)
+
+
+def test_the_classification_of_batches_takes_them(tmp_path):
+    """Evaluation calls every classifier in the same way."""
+    from cavmae_fast.data.loader import Loader
+    from cavmae_fast.data.media.synthetic import generate_clips
+    from cavmae_fast.evaluation.predicting import logits
+
+    size = TOWER | {"frames": 8}
+    train, _ = generate_clips(tmp_path, num_train=2, num_test=1, seconds=4.5, size=48)
+    for model in (MAEFT(3, "a", **size), MAEFT(3, "v", **size), MAViLFT(3, **size)):
+        batch = next(iter(Loader(train, batch_size=2, clip=model.clip_spec, workers=0)))
+        assert logits(model, batch, model.modes[0]).shape == (2, 3)

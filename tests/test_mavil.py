@@ -147,7 +147,10 @@ def test_features_of_one_modality():
 @pytest.mark.parametrize("fusion", ["joint", "bottleneck"])
 def test_classifier_equals_the_reference(fusion):
     fast, plain = pair(MAViLFT, reference.MAViLFT, 7, **TOWER, fusion=fusion)
-    got, want = fast(*clips()), plain(*clips())
+    fast.train_with("multimodal")
+    with pytest.raises(ValueError, match="mode is 'audioonly'; for MAViLFT it must be one of multimodal"):
+        fast(*clips(), "audioonly")
+    got, want = fast(*clips(), "multimodal"), plain(*clips())
     assert got.shape == (3, 7) and relative(got, want) < 1e-10
     got.square().sum().backward()
     want.square().sum().backward()

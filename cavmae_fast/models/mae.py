@@ -84,13 +84,14 @@ class MAE(Pretrained, PackedTower, MAEParameters):
 
 
 class MAEFT(Pretrained, PackedTower, MAEFTParameters):
-    """The classifier of one modality: `forward(x)` gives logits, `forward_feat(x)` normed tokens.
+    """The classifier of one modality: `forward(a, v)` gives logits, `forward_feat(x)` normed tokens.
 
     Arguments as in `MAE`, with `label_dim` classes and no decoder. It takes the encoder of an `MAE`, or one of the two of a
     `MAViL`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `[B, label_dim]` from the mean of the patches' tokens."""
-        mean = mean_tokens(self.forward_feat(x), self.norm.weight)
+    def forward(self, a: Tensor | None = None, v: Tensor | None = None, mode: str | None = None) -> Tensor:
+        """Logits `[B, label_dim]` from the mean of the patches' tokens. As all classifiers it is given sound, pictures and
+        the input mode; what is not of its modality is not looked at and may be None."""
+        mean = mean_tokens(self.forward_feat(self.chosen_input(a, v, mode)), self.norm.weight)
         return self.mlp_head(mean.to(self.norm.weight.dtype))

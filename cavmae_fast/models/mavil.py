@@ -21,6 +21,7 @@ from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference.encoder_parameters import chosen
+from cavmae_fast.reference.mae_parameters import check_mode
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
@@ -245,8 +246,10 @@ class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
     Arguments as in `MAViL`, with `label_dim` classes and no decoder. For one modality alone: `MAEFT`.
     """
 
-    def forward(self, audio: Tensor, imgs: Tensor) -> Tensor:
-        """Logits `[B, label_dim]`. Raises TypeError or ValueError, naming the argument, for inputs that do not fit."""
-        self.check_inputs(audio=audio, imgs=imgs)
-        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(audio, imgs)]
+    def forward(self, a: Tensor, v: Tensor, mode: str = "multimodal") -> Tensor:
+        """Logits `[B, label_dim]` from sound and pictures. Raises TypeError or ValueError, naming the argument, for inputs
+        that do not fit, and for another mode."""
+        check_mode(self, mode)
+        self.check_inputs(a=a, v=v)
+        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(a, v)]
         return self.mlp_head(torch.cat(means, dim=1).to(self.fusion.norm.weight.dtype))

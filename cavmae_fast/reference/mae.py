@@ -93,6 +93,6 @@ class MAEFT(MAEFTParameters):
         self.check_input("x", x)
         return self.norm(encode(self, x, None, self.clip_spec, self.attention))[:, 1:]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `[B, label_dim]` from the mean token."""
-        return self.mlp_head(self.forward_feat(x).mean(dim=1))
+    def forward(self, a: Tensor | None = None, v: Tensor | None = None, mode: str | None = None) -> Tensor:
+        """Logits `[B, label_dim]` from the mean token of the input that is of its modality."""
+        return self.mlp_head(self.forward_feat(self.chosen_input(a, v, mode)).mean(dim=1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.reference.encoder_parameters import chosen, constructor_arguments, fitting
@@ -111,6 +111,28 @@ class MAEFTParameters(Tower):
         self.mlp_head = head(label_dim, embed_dim, norm_layer)
         self.config = config | {"norm_eps": self.norm.eps}
         initialize_weights(self, *SMALL_EMBEDDINGS)
+
+    @property
+    def modes(self) -> tuple[str]:
+        """The one input mode that the classifier has, by its modality."""
+        return ("audioonly" if self.modality == "a" else "videoonly",)
+
+    def train_with(self, mode: str) -> None:
+        """ValueError unless `mode` is the classifier's; there is nothing to freeze."""
+        check_mode(self, mode)
+
+    def chosen_input(self, a: Tensor | None, v: Tensor | None, mode: str | None) -> Tensor:
+        """The input of the classifier's modality. TypeError or ValueError for one that does not fit, or another mode."""
+        check_mode(self, mode or self.modes[0])
+        x = a if self.modality == "a" else v
+        self.check_input(self.modality, x)
+        return x
+
+
+def check_mode(model: nn.Module, mode: str) -> None:
+    """ValueError unless `mode` is one of the model's `modes`."""
+    if mode not in model.modes:
+        raise ValueError(f"mode is {mode!r}; for {type(model).__name__} it must be one of {', '.join(model.modes)}")
 
 
 def head(label_dim: int, width: int, norm_layer: NormLayer) -> nn.Sequential:

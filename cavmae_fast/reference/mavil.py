@@ -13,6 +13,7 @@ from torch import Tensor
 from cavmae_fast.reference import operators
 from cavmae_fast.reference.blocks import block
 from cavmae_fast.reference.mae import decode, encode, reconstruction_loss
+from cavmae_fast.reference.mae_parameters import check_mode
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
@@ -155,10 +156,11 @@ class MAViL(Encoder, MAViLParameters):
 class MAViLFT(Encoder, MAViLFTParameters):
     """The audio-visual classifier."""
 
-    def forward(self, audio: Tensor, imgs: Tensor) -> Tensor:
+    def forward(self, a: Tensor, v: Tensor, mode: str = "multimodal") -> Tensor:
         """Logits `[B, label_dim]`."""
-        self.check_inputs(audio=audio, imgs=imgs)
-        means = [tokens.mean(dim=1) for tokens in self.fused(audio, imgs)]
+        check_mode(self, mode)
+        self.check_inputs(a=a, v=v)
+        means = [tokens.mean(dim=1) for tokens in self.fused(a, v)]
         return self.mlp_head(torch.cat(means, dim=1))
 
 

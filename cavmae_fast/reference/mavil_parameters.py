@@ -15,7 +15,7 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.reference.encoder_parameters import constructor_arguments
 from cavmae_fast.reference.freezing import LossesInForce
 from cavmae_fast.reference.layers import NormLayer, initialize_weights
-from cavmae_fast.reference.mae_parameters import LAYER_NORM, SMALL_EMBEDDINGS, head
+from cavmae_fast.reference.mae_parameters import LAYER_NORM, SMALL_EMBEDDINGS, check_mode, head
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.outputs import FeatureOutput
@@ -161,6 +161,9 @@ class MAViLFTParameters(MAViLEncoderParameters):
     """The audio-visual classifier: both encoders, the fusion encoder, and a head for `label_dim` classes on the mean tokens
     of both modalities, without class tokens, side by side (certain). The other arguments as in `MAViLParameters`."""
 
+    modes = ("multimodal",)
+    "The one input mode that it has: for one modality alone there is `MAEFT`."
+
     def __init__(
         self,
         label_dim: int,
@@ -205,3 +208,7 @@ class MAViLFTParameters(MAViLEncoderParameters):
         for tower in self.towers:  # the modalities are fused before these
             tower.norm.requires_grad_(False)
         initialize_weights(self, *SMALL_EMBEDDINGS)
+
+    def train_with(self, mode: str) -> None:
+        """ValueError unless `mode` is 'multimodal'; there is nothing to freeze."""
+        check_mode(self, mode)
