@@ -146,9 +146,16 @@ class MAViLParameters(LossesInForce, MAViLEncoderParameters):
     def draw_masks(
         self, batch: int, views: int, device: torch.device, mask_ratio_a: float, mask_ratio_v: float
     ) -> tuple[Masking, Masking]:
-        """Masks of `views` independent views of `batch` clips, view after view. Audio's noise is drawn first."""
+        """Masks of `views` independent views of `batch` clips, view after view. Audio's noise is drawn first in each view.
+
+        A view is drawn by itself, so that a clip's masks depend neither on the number of views nor on that of ranks.
+        """
         ratios = (("mask_ratio_a", mask_ratio_a), ("mask_ratio_v", mask_ratio_v))
-        a, v = (tower.draw_mask(views * batch, ratio, device, name) for tower, (name, ratio) in zip(self.towers, ratios))
+        drawn = [
+            [tower.draw_mask(batch, ratio, device, name) for tower, (name, ratio) in zip(self.towers, ratios)]
+            for _ in range(views)
+        ]
+        a, v = (Masking(*(torch.cat(parts) for parts in zip(*of_tower))) for of_tower in zip(*drawn))
         return a, v
 
     def check_removed(self, mask_ratio_a: float, mask_ratio_v: float) -> None:
