@@ -16,27 +16,39 @@ if TYPE_CHECKING:
     from cavmae_fast.models import (
         CAVMAE,
         CAVMAEFT,
+        MAE,
+        MAEFT,
         PRESETS,
         PRETRAINED_TO_FINE_TUNED,
         CAVMAEFTAudio,
         CheckpointError,
+        MAViL,
+        MAViLFT,
         create_model,
         load_checkpoint,
         load_imagenet_mae,
+        load_mae,
+        load_tower,
     )
 
 __all__ = [
     "CAVMAE",
     "CAVMAEFT",
+    "MAE",
+    "MAEFT",
     "PRESETS",
     "PRETRAINED_TO_FINE_TUNED",
     "Augmentation",
     "CAVMAEFTAudio",
     "CheckpointError",
     "Loader",
+    "MAViL",
+    "MAViLFT",
     "create_model",
     "load_checkpoint",
     "load_imagenet_mae",
+    "load_mae",
+    "load_tower",
 ]
 
 

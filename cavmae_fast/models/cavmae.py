@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cavmae_fast.models.distributed import gather_rows
+from cavmae_fast.models.distributed import NEGATIVES, gather_rows
 from cavmae_fast.models.encoder import PackedEncoder, compute_dtype
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
 from cavmae_fast.models.weights import Pretrained
@@ -24,8 +24,6 @@ from cavmae_fast.reference.layers import Block
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput, PretrainParts
-
-NEGATIVES = ("all", "rank")
 
 
 class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):

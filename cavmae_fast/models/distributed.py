@@ -13,6 +13,8 @@ from cavmae_fast import compat
 
 FIRST, LATER = timedelta(hours=1), timedelta(minutes=1)
 "How long a rank whose number of rows is new waits for the others to say theirs: the first time, when all do, and later."
+NEGATIVES = ("all", "rank")
+"What a model's `negatives` may be: the clips of every rank, or this rank's alone."
 
 
 class _GatherRows(torch.autograd.Function):

@@ -21,6 +21,11 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
+def mean_tokens(tokens: Tensor, parameter: Tensor) -> Tensor:
+    """The mean of each sample's tokens, `[B, L, D]` -> `[B, D]`, in float32 (float64 for a model whose `parameter` is)."""
+    return tokens.mean(dim=1, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
 class PackedEncoder(EncoderParameters):
     """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
@@ -121,4 +126,4 @@ class PackedEncoder(EncoderParameters):
 
     def mean_tokens(self, tokens: Tensor) -> Tensor:
         """The mean of each sample's tokens, `[B, L, D]` -> `[B, D]`, in float32 (float64 for a model in float64)."""
-        return tokens.mean(dim=1, dtype=torch.promote_types(self.norm.weight.dtype, torch.float32))
+        return mean_tokens(tokens, self.norm.weight)

@@ -13,7 +13,7 @@ from cavmae_fast.reference.encoder_parameters import EncoderParameters
 from cavmae_fast.reference.masking import kept_tokens
 
 
-def _block(block: nn.Module, tokens: int, keys: int | None = None) -> float:
+def block_macs(block: nn.Module, tokens: int, keys: int | None = None) -> float:
     """Multiply-adds of one block for `tokens` tokens of a sample that attend to `keys` (None: themselves).
 
     With fewer tokens than keys, the keys' own queries, projections and MLP are not computed.
@@ -48,13 +48,13 @@ def forward_macs(
     for m, patches, some in (("a", all_a, kept_a), ("v", all_v, kept_v)):
         weight = getattr(model, f"patch_embed_{m}").proj.weight
         parts["embedding"] += (patches if published else some) * weight.numel()
-        parts["encoders"] += sum(_block(block, some) for block in getattr(model, f"blocks_{m}"))
+        parts["encoders"] += sum(block_macs(block, some) for block in getattr(model, f"blocks_{m}"))
     passes = [kept_a, kept_v] * contrast + [kept] * reconstruction
-    parts["shared"] = sum(_block(block, tokens) for block in model.blocks_u for tokens in passes)
+    parts["shared"] = sum(block_macs(block, tokens) for block in model.blocks_u for tokens in passes)
     if reconstruction:
         *first, last = model.decoder_blocks
-        parts["decoder"] = kept * model.decoder_embed.weight.numel() + sum(_block(block, total) for block in first)
-        parts["decoder"] += _block(last, total if published else total - kept, total)
+        parts["decoder"] = kept * model.decoder_embed.weight.numel() + sum(block_macs(block, total) for block in first)
+        parts["decoder"] += block_macs(last, total if published else total - kept, total)
         for m, patches, some in (("a", all_a, kept_a), ("v", all_v, kept_v)):
             head = getattr(model, f"decoder_pred_{m}").weight
             parts["heads"] += (patches if published else patches - some) * head.numel()
@@ -66,9 +66,9 @@ def classifier_macs(model: EncoderParameters, mode: str) -> float:
     modalities = {"audioonly": "a", "missingaudioonly": "a", "videoonly": "v", "missingvideoonly": "v"}.get(mode, "av")
     tokens = {m: getattr(model, f"patch_embed_{m}").num_patches for m in modalities}
     macs = sum(count * getattr(model, f"patch_embed_{m}").proj.weight.numel() for m, count in tokens.items())
-    macs += sum(_block(block, count) for m, count in tokens.items() for block in getattr(model, f"blocks_{m}"))
+    macs += sum(block_macs(block, count) for m, count in tokens.items() for block in getattr(model, f"blocks_{m}"))
     passes = 2 if mode.startswith("missing") else 1
-    return macs + passes * sum(_block(block, sum(tokens.values())) for block in model.blocks_u)
+    return macs + passes * sum(block_macs(block, sum(tokens.values())) for block in model.blocks_u)
 
 
 def step_flops(model: CAVMAEParameters, published: bool = False) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -21,12 +22,29 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
     Position embeddings without class token are taken for video. Returns which of the model's names kept their own values
     and which of the checkpoint's were not used. Raises CheckpointError when a shape does not fit or no block is found.
     """
+    stack = "blocks_u." if len(model.blocks_u) else "blocks_a."
+    return load_places(model, source, stack, functools.partial(places_of, model))
+
+
+def load_places(
+    model: nn.Module,
+    source: str | os.PathLike | Mapping[str, Tensor],
+    stack: str,
+    places: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]],
+) -> LoadReport:
+    """Initializes `model` from the checkpoint of another: `places` says for each of its tensors where it goes, name by name,
+    and what of it goes there; names that the model does not have are passed over.
+
+    Returns which of the model's names kept their own values and which of the checkpoint's were not used. Raises
+    CheckpointError when a shape does not fit, or when nothing was found for `stack`, the model's first blocks. Nothing is
+    loaded when there is an error.
+    """
     state, origin = state_of(source)
     own = model.state_dict()
     new: dict[str, Tensor] = {}
     used: set[str] = set()
     for key, value in state.items():
-        for name, part in places_of(model, key, value):
+        for name, part in places(key, value):
             if name not in own:
                 continue
             if own[name].shape != part.shape:
@@ -35,7 +53,6 @@ def load_imagenet_mae(model: nn.Module, source: str | os.PathLike | Mapping[str,
                 )
             new[name] = part
             used.add(key)
-    stack = "blocks_u." if len(model.blocks_u) else "blocks_a."
     if not any(name.startswith(stack) for name in new):
         raise CheckpointError(f"{origin} is no image MAE checkpoint of this depth: it has no block for {stack}0")
     model.load_state_dict(new, strict=False)

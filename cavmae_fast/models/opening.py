@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from cavmae_fast.clip import MEL_BINS
 from cavmae_fast.models.cavmae import CAVMAE
 from cavmae_fast.models.cavmae_ft import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.models.mae import MAE, MAEFT
+from cavmae_fast.models.mavil import MAViL, MAViLFT
 from cavmae_fast.models.weights import CONFIG_FILE, CheckpointError, load_checkpoint, read_state
 
-CLASSES = {kind.__name__: kind for kind in (CAVMAE, CAVMAEFT, CAVMAEFTAudio)}
+PUBLISHED = {kind.__name__: kind for kind in (CAVMAE, CAVMAEFT, CAVMAEFTAudio)}
+"Those whose class follows from the weights alone."
+CLASSES = PUBLISHED | {kind.__name__: kind for kind in (MAE, MAEFT, MAViL, MAViLFT)}
+Model = CAVMAE | CAVMAEFT | CAVMAEFTAudio | MAE | MAEFT | MAViL | MAViLFT
 HEAD_WIDTH, DECODER_HEAD_WIDTH = 64, 32
 "Of all published models and presets. Weights do not show how many heads they are cut into."
 
 
-def open_model(path: str | os.PathLike, **overrides: Any) -> CAVMAE | CAVMAEFT | CAVMAEFTAudio:
+def open_model(path: str | os.PathLike, **overrides: Any) -> Model:
     """The model in a checkpoint, in float32 on the CPU, in evaluation mode.
 
     Args:
@@ -51,7 +56,7 @@ def open_model(path: str | os.PathLike, **overrides: Any) -> CAVMAE | CAVMAEFT |
     return model.eval()
 
 
-def class_of(folder: Path) -> type[CAVMAE] | type[CAVMAEFT] | type[CAVMAEFTAudio]:
+def class_of(folder: Path) -> type[Model]:
     """The class that a folder's configuration names. CheckpointError when there is none or it is another."""
     file, inside = folder / CONFIG_FILE, folder / "model"
     hint = f"; the model of this run lies in {inside}" if (inside / CONFIG_FILE).is_file() else ""
@@ -74,7 +79,7 @@ def class_of_state(state: Mapping[str, Tensor], origin: str) -> type[CAVMAE] | t
         if "decoder_pred_a.weight" in state:
             return CAVMAE
     raise CheckpointError(
-        f"{origin} holds the weights of none of {', '.join(CLASSES)}: it lacks patch_embed_a.proj.weight, or both "
+        f"{origin} holds the weights of none of {', '.join(PUBLISHED)}: it lacks patch_embed_a.proj.weight, or both "
         "mlp_head.1.weight and decoder_pred_a.weight"
     )
 

@@ -1,4 +1,4 @@
-"""Named systems of the papers: how each differs in model and losses. How each is optimized: `training.recipes`."""
+"""Named systems of CAV-MAE's paper: how each differs in model and losses. How each is optimized: `training.recipes`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cavmae_fast.models.cavmae import CAVMAE
+from cavmae_fast.models.mae import MAE
+from cavmae_fast.models.mavil import MAViL
+from cavmae_fast.models.mavil_presets import TOWER_PRESETS
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ PRESETS = {
 }
 
 
-def create_model(name: str, **overrides: Any) -> CAVMAE:
-    """The model of the preset `name`, with single constructor arguments changed. ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"model is {name!r}; it must be one of {', '.join(PRESETS)}")
-    return PRESETS[name].create(**overrides)
+def create_model(name: str, **overrides: Any) -> CAVMAE | MAE | MAViL:
+    """The model of the preset `name`, of CAV-MAE's paper or MAViL's, with single constructor arguments changed. ValueError
+    for an unknown name."""
+    presets = {**PRESETS, **TOWER_PRESETS}
+    if name not in presets:
+        raise ValueError(f"model is {name!r}; it must be one of {', '.join(presets)}")
+    return presets[name].create(**overrides)

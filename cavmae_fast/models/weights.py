@@ -30,7 +30,7 @@ PRETRAINED_TO_FINE_TUNED = {
 }
 "Arguments of `load_checkpoint` that take a pretraining checkpoint into `CAVMAEFT` or `CAVMAEFTAudio`."
 ALWAYS_TOLERATED = "cls_token*"
-"Class tokens: checkpoints of some published versions carry them, and no model ever used them."
+"Class tokens: some published checkpoints of CAV-MAE carry them, and no CAV-MAE ever used them."
 _TABLE = re.compile(r"(decoder_)?pos_embed_[av]")
 
 

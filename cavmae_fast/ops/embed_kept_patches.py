@@ -1,10 +1,11 @@
 """Patch projection of the kept patches alone, + bias + position + modality.
 
-    patches[b, k] = pixels of patch ids[b, k] in (channel, row, column) order          [B * K, C * p * p]
+    patches[b, k] = pixels of patch ids[b, k] in (channel, frame, row, column) order   [B * K, C * t * p * p]
     out = patches weight^T + bias + modality + pos[ids]                                [B * K, D] in pos' dtype
 
-Three steps: a kernel gathers the patches straight from the (strided) images into the weight's dtype, PyTorch's GEMM
-projects them, a kernel adds the three terms. Pixels of uint8 RGB images are normalized where they are gathered, so that no
+Patches of images are one frame deep (t = 1), those of clips are tubelets of t frames. Three steps: a kernel gathers the
+patches straight from the (strided) images into the weight's dtype, PyTorch's GEMM projects them, a kernel adds the
+three terms. Pixels of uint8 RGB images are normalized where they are gathered, so that no
 floating-point image is ever written. Backward, with slot[b, l] = the k for which ids[b, k] = l, or -1:
 
     dweight = dout^T patches   (GEMM in the weight's dtype),   dpos[l] = sum over b of dout[b, slot[b, l]],
@@ -16,6 +17,7 @@ and sums over the batch in a fixed order, without atomics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,19 +28,20 @@ from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.gather_tokens import check_ids, put_tokens, slots
-from cavmae_fast.ops.pixels import check_images, load_pixels, scale_and_shift, take_patches
+from cavmae_fast.ops.pixels import as_clips, check_images, load_pixels, patch_corner, scale_and_shift, take_patches
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def take_patches_kernel(
-    images,  # [B, C, H, W], any strides, floating-point or uint8
+    images,  # [B, C, F, H, W], any strides, floating-point or uint8
     ids,  # [B * K]
-    patches,  # [B * K, C * P * P]
-    rows, kept, grid_width, stride_b, stride_c, stride_h, stride_w,
+    patches,  # [B * K, C * T * P * P]
+    rows, kept, grid_height, grid_width, stride_b, stride_c, stride_f, stride_h, stride_w,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
+    WIDTH: tl.constexpr, T: tl.constexpr, P: tl.constexpr, DEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -48,10 +51,11 @@ def take_patches_kernel(
         patch = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
     else:
         patch = (row - sample * kept).to(tl.int64)
-    y, x = patch // grid_width * P, patch % grid_width * P
-    corner = sample.to(tl.int64) * stride_b + y * stride_h + x * stride_w
-    channel = column // (P * P)
-    pixel = channel.to(tl.int64) * stride_c + column // P % P * stride_h + column % P * stride_w
+    corner = patch_corner(patch, grid_height, grid_width, stride_f, stride_h, stride_w, T, P, DEEP)
+    corner += sample.to(tl.int64) * stride_b
+    channel = column // (T * P * P)
+    pixel = channel.to(tl.int64) * stride_c + column // (P * P) % T * stride_f
+    pixel += column // P % P * stride_h + column % P * stride_w
     value = load_pixels(
         images + corner[:, None] + pixel[None, :], valid, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b
     )
@@ -63,7 +67,7 @@ def take_patches_kernel(
 def add_position_kernel(
     projected,  # [B * K, D]
     ids,  # [B * K]
-    bias, modality,  # [D]
+    bias, modality,  # [D]; no modality is None
     pos,  # [L, D]
     out,  # [B * K, D]
     rows, kept,
@@ -79,7 +83,8 @@ def add_position_kernel(
     offset = row.to(tl.int64)[:, None] * D + column[None, :]
     value = tl.load(projected + offset, mask=valid, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
-    shift += tl.load(modality + column, mask=column < D, other=0.0).to(tl.float32)
+    if modality is not None:
+        shift += tl.load(modality + column, mask=column < D, other=0.0).to(tl.float32)
     value += tl.load(pos + patch[:, None] * D + column[None, :], mask=valid, other=0.0).to(tl.float32)
     tl.store(out + offset, (value + shift[None, :]).to(out.dtype.element_ty), mask=valid)
 
@@ -116,14 +121,15 @@ def embed_kept_patches_backward_kernel(
 
 
 def _forward_triton(images, ids, weight, bias, pos, modality, colors, architecture):
-    batch, p, width = images.shape[0], weight.shape[-1], weight.shape[0]
+    clips, (t, p) = as_clips(images), patch_of(weight)
+    batch, width, frames, height = clips.shape[0], weight.shape[0], *clips.shape[2:4]
     kept = pos.shape[0] if ids is None else ids.shape[1]
     rows, patch_width = batch * kept, weight[0].numel()
     patches = weight.new_empty(rows, patch_width)
     options = launch("take_patches", architecture, weight.dtype)
     take_patches_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(patch_width, options["BLOCK_C"]))](
-        images, ids, patches, rows, kept, images.shape[3] // p, *images.stride(), *colors,
-        WIDTH=patch_width, P=p, HAS_IDS=ids is not None, **options,
+        clips, ids, patches, rows, kept, height // p, clips.shape[4] // p, *clips.stride(), *colors,
+        WIDTH=patch_width, T=t, P=p, DEEP=frames > t, HAS_IDS=ids is not None, **options,
     )  # fmt: skip
     projected = patches @ weight.flatten(1).t()
     out = pos.new_empty(rows, width)
@@ -151,8 +157,9 @@ def _backward_triton(dout, patches, ids, length, need_weight, need_pos, architec
 
 def _forward_torch(images, ids, weight, bias, pos, modality, colors):
     batch = images.shape[0]
-    patches = take_patches(images, ids, weight.shape[-1], weight.dtype, colors)
-    table = pos + (bias + modality)
+    t, p = patch_of(weight)
+    patches = take_patches(images, ids, p, weight.dtype, colors, t)
+    table = pos + (bias if modality is None else bias + modality)
     out = table.to(pos.dtype).repeat(batch, 1) if ids is None else table.to(pos.dtype).index_select(0, ids.flatten())
     matrix = weight.flatten(1).t()
     if out.dtype == weight.dtype:
@@ -194,7 +201,7 @@ def _backward_fake(dout, patches, ids, length, need_weight, need_pos):
 
 _forward = register(
     "embed_kept_patches",
-    "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor modality, float[] colors)"
+    "(Tensor images, Tensor? ids, Tensor weight, Tensor bias, Tensor pos, Tensor? modality, float[] colors)"
     " -> (Tensor out, Tensor patches)",
     torch=_forward_torch,
     triton=_forward_triton,
@@ -217,7 +224,7 @@ class _EmbedKeptPatches(torch.autograd.Function):
         need_images = images.requires_grad
         ctx.save_for_backward(patches, ids, weight if need_images else None)
         ctx.images, ctx.weight_shape = (images.shape, images.dtype), weight.shape
-        ctx.length, ctx.dtypes = pos.shape[0], (bias.dtype, pos.dtype, modality.dtype)
+        ctx.length, ctx.dtypes = pos.shape[0], (bias.dtype, pos.dtype, None if modality is None else modality.dtype)
         return out
 
     @staticmethod
@@ -239,14 +246,19 @@ class _EmbedKeptPatches(torch.autograd.Function):
 
 
 def _images_gradient(dout, ids, weight, length, shape, dtype):
-    """`[B, C, H, W]`: rarely wanted (adversarial examples, saliency), so in PyTorch's own operators."""
-    batch, channels, height, width = shape
-    p = weight.shape[-1]
+    """`[B, C, H, W]` or `[B, C, F, H, W]`: rarely wanted (adversarial examples, saliency), so in PyTorch's own operators."""
+    batch, channels, *frames, height, width = shape
+    t, p = patch_of(weight)
     dpatches = dout.to(weight.dtype) @ weight.flatten(1)
     if ids is not None:
         dpatches = put_tokens(dpatches, ids, length)
-    grid = dpatches.view(batch, height // p, width // p, channels, p, p)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(shape).to(dtype)
+    grid = dpatches.view(batch, math.prod(frames) // t, height // p, width // p, channels, t, p, p)
+    return grid.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(shape).to(dtype)
+
+
+def patch_of(weight: Tensor) -> tuple[int, int]:
+    """The patch that a kernel `[D, C, p, p]` or `[D, C, t, p, p]` projects: frames and pixels along each edge."""
+    return (1 if weight.dim() == 4 else weight.shape[2]), weight.shape[-1]
 
 
 def embed_kept_patches(
@@ -255,26 +267,35 @@ def embed_kept_patches(
     weight: Tensor,
     bias: Tensor,
     pos: Tensor,
-    modality: Tensor,
+    modality: Tensor | None,
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
-    images `[B, C, H, W]` with any strides: floating-point, taken as they are, or uint8 RGB, which is normalized as
-    `(x / 255 - image_mean) / image_std` by color (in float32, then rounded to the weight's dtype); ids_keep `[B, K]` int64
-    in 0..L-1, unique in each sample (neither is checked: that would wait for the device), or None for all L patches in
-    order; weight `[D, C, p, p]`, bias and modality `[D]`, pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs
-    in the weight's dtype. Raises ValueError or TypeError when a shape or dtype does not fit.
+    images `[B, C, H, W]`, or clips `[B, C, F, H, W]`, with any strides: floating-point, taken as they are, or uint8 RGB,
+    which is normalized as `(x / 255 - image_mean) / image_std` by color (in float32, then rounded to the weight's dtype);
+    ids_keep `[B, K]` int64 in 0..L-1, unique in each sample (neither is checked: that would wait for the device), or None
+    for all L patches in order; weight `[D, C, p, p]`, or for clips `[D, C, t, p, p]`; bias and modality `[D]` (None: there
+    is no modality), pos `[L, D]` -> `[B * K, D]` in pos' dtype. The projection runs in the weight's dtype. Raises
+    ValueError or TypeError when a shape or dtype does not fit.
     """
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p]")
-    length = check_images(images, weight.shape[-1])
+    if weight.dim() not in (4, 5) or weight.shape[-2] != weight.shape[-1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [D, C, p, p], or [D, C, t, p, p] for clips")
+    if weight.dim() != images.dim() and images.dim() in (4, 5):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)} and images {list(images.shape)}; [D, C, p, p] takes images"
+            " [B, C, H, W], [D, C, t, p, p] clips [B, C, F, H, W]"
+        )
+    t, p = patch_of(weight)
+    length = check_images(images, p, t)
     width, channels = weight.shape[:2]
     if images.shape[1] != channels:
         raise ValueError(f"images has {images.shape[1]} channels; weight takes {channels}")
     parameters = {"bias": (bias, (width,)), "pos": (pos, (length, width)), "modality": (modality, (width,))}
     for name, (value, shape) in parameters.items():
+        if value is None and name == "modality":
+            continue
         if value.shape != shape:
             raise ValueError(f"{name} has shape {list(value.shape)}; images and weight need {list(shape)}")
         if not value.is_floating_point():
@@ -284,5 +305,6 @@ def embed_kept_patches(
     if ids_keep is not None:
         check_ids("ids_keep", ids_keep, images.shape[0])
         ids_keep = ids_keep.contiguous()
-    parameters = (weight.contiguous(), bias.contiguous(), pos.contiguous(), modality.contiguous())
+    modality = None if modality is None else modality.contiguous()
+    parameters = (weight.contiguous(), bias.contiguous(), pos.contiguous(), modality)
     return _EmbedKeptPatches.apply(images, ids_keep, *parameters, scale_and_shift(image_mean, image_std))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.reference import operators
 from cavmae_fast.reference.encoder_parameters import EncoderParameters, check_heads, constructor_arguments, positions
+from cavmae_fast.reference.freezing import LossesInForce
 from cavmae_fast.reference.layers import ModalityBlock, NormLayer
 from cavmae_fast.reference.masking import Masking, kept_tokens, random_masking
 
@@ -32,7 +33,7 @@ OF_JOINT = re.compile(r"norm\.|blocks_u\.\d+\.norm[12]\.")
 "Names of the norms of the joint stream."
 
 
-class CAVMAEParameters(EncoderParameters):
+class CAVMAEParameters(LossesInForce, EncoderParameters):
     """The pretraining model: encoder, decoder, and which of their parameters are trained.
 
     Arguments and defaults are the published ones; `depth` (encoder blocks in all, 12 there), `attention`,
@@ -97,7 +98,6 @@ class CAVMAEParameters(EncoderParameters):
         self.norm_pix_loss = norm_pix_loss
         self.bidirect_contrast = bidirect_contrast
         self.config = config | {"norm_eps": self.norm.eps}
-        self._trains_reconstruction = self._trains_contrast = True
         self.initialize_weights()
         self.freeze_modality_norms(self.blocks_a, self.blocks_v, self.decoder_blocks)
 
@@ -109,26 +109,15 @@ class CAVMAEParameters(EncoderParameters):
 
         Raises ValueError when both are False.
         """
-        if not (reconstruction or contrast):
-            raise ValueError("reconstruction and contrast are both False; at least one loss must be trained")
-        self._trains_reconstruction, self._trains_contrast = reconstruction, contrast
         patterns = [ONLY_RECONSTRUCTION] * (not reconstruction) + [ONLY_CONTRAST] * (not contrast)
-        self.freeze_unreached(lambda name: any(pattern.match(name) for pattern in patterns))
+        in_force = {"reconstruction": reconstruction, "contrast": contrast}
+        self.put_in_force(in_force, lambda name: any(pattern.match(name) for pattern in patterns))
 
     def check_losses(self, mae_loss_weight: float, contrast_loss_weight: float) -> None:
-        """ValueError when a training step would report a loss that `train_losses` took out of force: the parameters that
-        it alone trains are frozen, at random values in a new model. Evaluation may compute every loss."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for name, weight, loss, trained in (
-            ("mae_loss_weight", mae_loss_weight, "reconstruction", self._trains_reconstruction),
-            ("contrast_loss_weight", contrast_loss_weight, "contrast", self._trains_contrast),
-        ):
-            if weight != 0 and not trained:
-                raise ValueError(
-                    f"{name} is {weight}, but this model's train_losses() froze what that loss trains; it must be 0, or "
-                    f"train_losses be called again with {loss}=True"
-                )
+        """ValueError when a training step would report a loss that `train_losses` took out of force."""
+        self.check_in_force(
+            reconstruction=("mae_loss_weight", mae_loss_weight), contrast=("contrast_loss_weight", contrast_loss_weight)
+        )
 
     @staticmethod
     def patchify(imgs: Tensor, c: int, h: int, w: int, p: int = 16) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.clip import MEL_BINS, ClipSpec
-from cavmae_fast.reference.layers import ModalityBlock, NormLayer, PatchEmbed
+from cavmae_fast.reference.freezing import Freezing
+from cavmae_fast.reference.layers import ModalityBlock, NormLayer, PatchEmbed, initialize_weights
 from cavmae_fast.reference.positions import sincos_positions
 
 
-class EncoderParameters(nn.Module):
+class EncoderParameters(Freezing):
     """Patch embeddings, the modality-specific blocks, the shared blocks and the final norms, without a forward pass.
 
     The reference and the fast models both derive from this class and each add a forward pass of their own: so names,
@@ -45,22 +45,16 @@ class EncoderParameters(nn.Module):
         clip: ClipSpec | None,
     ) -> None:
         super().__init__()
-        self._frozen_unreached: list[str] = []
-        attention = attention or self.attentions[0]
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         for name, value in (("img_size", height), ("img_size", width), ("audio_length", audio_length)):
-            _check_divides(patch_size, name, value)
-        _check_divides(patch_size, "the number of mel bins", MEL_BINS)
+            check_divides(patch_size, name, value)
+        check_divides(patch_size, "the number of mel bins", MEL_BINS)
         check_heads("num_heads", num_heads, "embed_dim", embed_dim)
         if not 0 <= modality_specific_depth <= depth:
             raise ValueError(f"modality_specific_depth is {modality_specific_depth}; it must lie in 0..depth ({depth})")
-        if attention not in self.attentions:
-            raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(self.attentions)}")
-        norm = norm_layer(embed_dim) if callable(norm_layer) else None
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            raise ValueError(f"norm_layer is {norm_layer!r}; it must build torch.nn.LayerNorm modules with weight and bias")
-        self.clip_spec = _clip_spec(clip, (height, width), audio_length)
-        self.attention = attention
+        self.attention = chosen("attention", attention, self.attentions)
+        check_norm_layer(norm_layer, embed_dim)
+        self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), audio_length=audio_length))
         self.in_chans = in_chans
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
@@ -85,37 +79,14 @@ class EncoderParameters(nn.Module):
         self.norm = norm_layer(embed_dim)
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform projections (the patch projections as if they were linear), small normal embeddings."""
-        for name, parameter in self.named_parameters():
-            if name.startswith(("modality_", "decoder_modality_", "mask_token")):
-                nn.init.normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, PatchEmbed):
-                nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        """Xavier-uniform projections, small normal embeddings."""
+        initialize_weights(self, "modality_", "decoder_modality_", "mask_token")
 
     def freeze_modality_norms(self, *stacks: nn.ModuleList) -> None:
         """Freezes the modality norms of all blocks in `stacks`: no stream passes them, and plain DDP would wait for them."""
         for stack in stacks:
             for block in stack:
                 block.freeze_modality_norms()
-
-    def freeze_unreached(self, unreached: Callable[[str], object]) -> None:
-        """Freezes the parameters for whose names `unreached` is true, and drops their gradients.
-
-        Plain DistributedDataParallel would wait for the gradient of such a parameter. What an earlier call froze and is now
-        reached is trained again; what was frozen by anyone else stays as it is.
-        """
-        for name in self._frozen_unreached:
-            self.get_parameter(name).requires_grad_(True)
-        self._frozen_unreached = []
-        for name, parameter in self.named_parameters():
-            if unreached(name) and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                self._frozen_unreached.append(name)
 
     @property
     def patch_size(self) -> int:
@@ -126,17 +97,10 @@ class EncoderParameters(nn.Module):
         (`imgs` or `v`) are `[B, C, H, W]`, floating-point (images: or uint8 RGB), all of one B."""
         height, time = self.patch_embed_a.img_size
         for name, x in inputs.items():
-            shape = (time, height) if name in ("audio", "a") else (self.in_chans, *self.patch_embed_v.img_size)
-            pixels = name in ("imgs", "v") and self.in_chans == 3
-            if not isinstance(x, Tensor) or not (x.is_floating_point() or (pixels and x.dtype == torch.uint8)):
-                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name} is {kind}; it must be a floating-point tensor{' or uint8 RGB' if pixels else ''}")
-            if tuple(x.shape[1:]) != shape or x.dim() != len(shape) + 1 or x.shape[0] < 1:
-                raise ValueError(f"{name} has shape {list(x.shape)}; this model takes [B, {', '.join(map(str, shape))}]")
-        counts = [(name, x.shape[0]) for name, x in inputs.items()]
-        if counts[0][1] != counts[-1][1]:
-            (name, count), (other, other_count) = counts
-            raise ValueError(f"{name} holds {count} samples and {other} {other_count}; they must be as many")
+            sound = name in ("audio", "a")
+            shape = (time, height) if sound else (self.in_chans, *self.patch_embed_v.img_size)
+            check_input(name, x, shape, pixels=not sound and self.in_chans == 3)
+        check_counts(**inputs)
 
     @staticmethod
     def spectrogram(audio: Tensor) -> Tensor:
@@ -158,6 +122,37 @@ def constructor_arguments(values: dict) -> dict:
     return arguments if values["clip"] is None else arguments | {"clip": asdict(values["clip"])}
 
 
+def check_input(name: str, x: Tensor, shape: tuple[int, ...], pixels: bool) -> None:
+    """TypeError or ValueError, naming the argument, unless x is a floating-point `[B, *shape]`; `pixels`: or uint8 RGB."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or (pixels and x.dtype == torch.uint8)):
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} is {kind}; it must be a floating-point tensor{' or uint8 RGB' if pixels else ''}")
+    if tuple(x.shape[1:]) != shape or x.dim() != len(shape) + 1 or x.shape[0] < 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}; this model takes [B, {', '.join(map(str, shape))}]")
+
+
+def check_counts(**inputs: Tensor) -> None:
+    """ValueError unless all inputs (one or two) hold as many samples."""
+    counts = [(name, x.shape[0]) for name, x in inputs.items()]
+    if counts[0][1] != counts[-1][1]:
+        (name, count), (other, other_count) = counts
+        raise ValueError(f"{name} holds {count} samples and {other} {other_count}; they must be as many")
+
+
+def check_norm_layer(norm_layer: NormLayer, width: int) -> None:
+    """ValueError unless it builds LayerNorms with weight and bias."""
+    norm = norm_layer(width) if callable(norm_layer) else None
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        raise ValueError(f"norm_layer is {norm_layer!r}; it must build torch.nn.LayerNorm modules with weight and bias")
+
+
+def chosen(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+    """`value`, or the first of `allowed` for None. ValueError, naming the argument, for another."""
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value or allowed[0]
+
+
 def positions(width: int, grid: tuple[int, int], trainable: bool) -> nn.Parameter:
     """Sine-cosine positions `[1, L, width]` of a grid of patches."""
     return nn.Parameter(sincos_positions(width, *grid).unsqueeze(0), requires_grad=trainable)
@@ -171,21 +166,19 @@ def check_heads(name: str, heads: int, width_name: str, width: int) -> None:
         raise ValueError(f"{name} is {heads}, which does not divide {width_name} ({width})")
 
 
-def _check_divides(patch_size: int, name: str, value: int) -> None:
+def check_divides(patch_size: int, name: str, value: int) -> None:
+    """ValueError, naming what `value` is, unless `patch_size` divides it."""
     if patch_size < 1 or value < patch_size or value % patch_size:
         raise ValueError(f"patch_size {patch_size} does not divide {name}, which is {value}")
 
 
-def _clip_spec(clip: ClipSpec | None, image_size: tuple[int, int], audio_length: int) -> ClipSpec:
-    """`clip`, or CAV-MAE's statistics, for inputs of these sizes. ValueError where `clip` and the sizes disagree."""
+def fitting(clip: ClipSpec | None, own: ClipSpec) -> ClipSpec:
+    """`clip`, or `own` where it is None. ValueError where `clip` differs from `own` in what the other arguments decide."""
     if clip is None:
-        return ClipSpec(image_size=image_size, audio_length=audio_length)
-    for name, value, allowed in (
-        ("image_size", tuple(clip.image_size), tuple(image_size)),
-        ("audio_length", clip.audio_length, audio_length),
-        ("frames", clip.frames, 1),
-        ("mel_bins", clip.mel_bins, MEL_BINS),
-    ):
+        return own
+    for name in ("image_size", "audio_length", "frames", "mel_bins"):
+        value, allowed = getattr(clip, name), getattr(own, name)
+        value = tuple(value) if name == "image_size" else value
         if value != allowed:
             raise ValueError(f"clip.{name} is {value}; for the other arguments of this model it must be {allowed}")
     return clip

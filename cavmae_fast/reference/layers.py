@@ -26,6 +26,20 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
 
+class TubeletEmbed(nn.Module):
+    """The linear projection of tubelets: `tubelet_size` frames of square patches; `grid` counts them: along frames, rows,
+    columns."""
+
+    def __init__(
+        self, grid: tuple[int, int, int], tubelet_size: int, patch_size: int, in_chans: int, embed_dim: int
+    ) -> None:
+        super().__init__()
+        size = (tubelet_size, patch_size, patch_size)
+        self.grid = grid
+        self.num_patches = grid[0] * grid[1] * grid[2]
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=size, stride=size)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: the joint projection of queries, keys and values, and that of the result."""
 
@@ -89,6 +103,20 @@ class ModalityBlock(Block):
         for stream in ("a", "v"):
             for norm in self.norms(stream):
                 norm.requires_grad_(False)
+
+
+def initialize_weights(model: nn.Module, *embeddings: str) -> None:
+    """Xavier-uniform projections (the patch projections as if they were linear); small normal values for the parameters
+    whose own name (what follows the last dot) begins with one of `embeddings`."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2].startswith(embeddings):
+            nn.init.normal_(parameter, std=0.02)
+    for module in model.modules():
+        if isinstance(module, PatchEmbed | TubeletEmbed):
+            nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def _of_stream(name: str, stream: str | None) -> str:

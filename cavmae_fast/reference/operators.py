@@ -73,28 +73,38 @@ def packed_attention(q: Tensor, kv: Tensor, batch: int, q_lengths: Sequence[int]
 def normalize_images(
     images: Tensor, dtype: torch.dtype, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
 ) -> Tensor:
-    """uint8 RGB images `[B, 3, H, W]` -> `(x / 255 - mean) / std` by color, computed in float32 (float64 for float64) and
-    rounded to `dtype`. Images of any other dtype are returned as they are."""
+    """uint8 RGB images `[B, 3, ..., H, W]` -> `(x / 255 - mean) / std` by color, computed in float32 (float64 for float64)
+    and rounded to `dtype`. Images of any other dtype are returned as they are."""
     if images.dtype != torch.uint8:
         return images
     exact = torch.promote_types(dtype, torch.float32)
-    means, stds = (torch.tensor(v, dtype=exact, device=images.device).view(3, 1, 1) for v in (mean, std))
+    means, stds = (
+        torch.tensor(v, dtype=exact, device=images.device).view(3, *[1] * (images.dim() - 2)) for v in (mean, std)
+    )
     return ((images.to(exact) / 255 - means) / stds).to(dtype)
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """images `[B, C, H, W]` -> patches `[B, (H/p) * (W/p), p * p * C]`, each patch in (row, column, channel) order."""
-    batch, channels, height, width = images.shape
-    p = patch_size
-    grid = images.reshape(batch, channels, height // p, p, width // p, p)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+def patchify(images: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
+    """images `[B, C, H, W]` -> patches `[B, (H/p) * (W/p), p * p * C]`, each patch in (row, column, channel) order; clips
+    `[B, C, F, H, W]` -> `[B, (F/t) * (H/p) * (W/p), t * p * p * C]`, in (frame, row, column, channel) order."""
+    batch, channels, *frames, height, width = images.shape
+    p, t = patch_size, tubelet_size
+    grid = images.reshape(batch, channels, *([frames[0] // t, t] if frames else [1, 1]), height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, -1, t * p * p * channels)
 
 
 def unpatchify(patches: Tensor, channels: int, grid_height: int, grid_width: int, patch_size: int) -> Tensor:
-    """The inverse of `patchify`: `[B, grid_height * grid_width, p * p * C]` -> `[B, C, H, W]`."""
-    p = patch_size
-    grid = patches.reshape(patches.shape[0], grid_height, grid_width, p, p, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], channels, grid_height * p, grid_width * p)
+    """The inverse of `patchify` for images: `[B, grid_height * grid_width, p * p * C]` -> `[B, C, H, W]`."""
+    return unpatchify_clips(patches, channels, (1, grid_height, grid_width), patch_size, 1).squeeze(2)
+
+
+def unpatchify_clips(
+    patches: Tensor, channels: int, grid: tuple[int, int, int], patch_size: int, tubelet_size: int
+) -> Tensor:
+    """The inverse of `patchify` for clips of `grid` patches (along frames, rows, columns): -> `[B, C, F, H, W]`."""
+    (f, h, w), p, t = grid, patch_size, tubelet_size
+    pixels = patches.reshape(patches.shape[0], f, h, w, t, p, p, channels)
+    return pixels.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(patches.shape[0], channels, f * t, h * p, w * p)
 
 
 def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -108,18 +118,20 @@ def embed_kept_patches(
     weight: Tensor,
     bias: Tensor,
     pos: Tensor,
-    modality: Tensor,
+    modality: Tensor | None,
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
     """Patch projection (a convolution whose stride is its kernel) + position + modality, for the kept patches.
 
     images `[B, C, H, W]` (uint8: normalized first), ids_keep `[B, K]` (None: all, in order), weight `[D, C, p, p]`, bias
-    and modality `[D]`, pos `[L, D]` -> `[B * K, D]`.
+    and modality `[D]` (None: no modality), pos `[L, D]` -> `[B * K, D]`. Or clips `[B, C, F, H, W]`, weight
+    `[D, C, t, p, p]`.
     """
     images = normalize_images(images, torch.promote_types(weight.dtype, torch.float32), image_mean, image_std)
-    tokens = F.conv2d(images.to(weight.dtype), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
-    tokens = tokens + pos + modality
+    convolution = F.conv2d if weight.dim() == 4 else F.conv3d
+    tokens = convolution(images.to(weight.dtype), weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    tokens = tokens + pos if modality is None else tokens + pos + modality
     if ids_keep is not None:
         tokens = take_tokens(tokens, ids_keep)
     return tokens.reshape(-1, tokens.shape[-1])
@@ -149,15 +161,16 @@ def masked_patch_mse(
     norm_pix_loss: bool,
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
+    tubelet_size: int = 1,
 ) -> Tensor:
     """Mean squared error between predicted and true patches, over the removed patches alone; a scalar.
 
     pred `[B, M, p * p * C]` for the patches `ids_removed [B, M]` of images `[B, C, H, W]` (uint8: normalized first, as
-    images). With `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased
-    variance + 1e-6).
+    images); for clips `[B, C, F, H, W]` and patches of t = `tubelet_size` frames, `[B, M, t * p * p * C]`. With
+    `norm_pix_loss` each true patch is normalized too: minus its mean, over the root of (its unbiased variance + 1e-6).
     """
     images = normalize_images(images, torch.promote_types(pred.dtype, torch.float32), image_mean, image_std)
-    target = take_tokens(patchify(images, patch_size), ids_removed)
+    target = take_tokens(patchify(images, patch_size, tubelet_size), ids_removed)
     if norm_pix_loss:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()

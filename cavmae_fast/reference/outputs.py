@@ -65,3 +65,48 @@ class FeatureOutput(NamedTuple):
     """`[B, La, D]`"""
     video: Tensor
     """`[B, Lv, D]`"""
+
+
+class MAEOutput(NamedTuple):
+    """A pretraining pass of a single-modality masked autoencoder."""
+
+    loss: Tensor
+    """mean squared error on the removed patches"""
+    mask: Tensor
+    """`[B, L]` float32, 1 = removed"""
+
+
+class MAEInpaintOutput(NamedTuple):
+    """Predictions for every patch of masked inputs."""
+
+    pred: Tensor
+    """`[B, L, pixels]`, patches in (frame, row, column, channel) order"""
+    mask: Tensor
+    """`[B, L]` float32, 1 = removed"""
+    loss: Tensor
+    """scalar: mean squared error on the removed patches"""
+
+
+class MAViLOutput(NamedTuple):
+    """A pretraining pass of MAViL. Losses are scalars; one whose weight is 0 is not computed and reported as 0."""
+
+    loss: Tensor
+    """`loss_raw + loss_inter + loss_intra + loss_regression`: what is trained"""
+    loss_raw: Tensor
+    """the sum of both reconstruction losses, times its weight"""
+    loss_raw_a: Tensor
+    """mean squared error on the removed audio patches, not weighted"""
+    loss_raw_v: Tensor
+    """mean squared error on the removed video patches, not weighted"""
+    loss_inter: Tensor
+    """the contrast between audio and video, times its weight"""
+    loss_intra: Tensor
+    """the contrast between two views of a modality, the mean of both modalities, times its weight"""
+    loss_regression: Tensor
+    """the sum of both modalities' mean squared errors against the teacher's tokens, times its weight"""
+    mask_a: Tensor
+    """`[B, La]` float32, 1 = removed; of the first view"""
+    mask_v: Tensor
+    """`[B, Lv]` float32, 1 = removed; of the first view"""
+    c_acc: Tensor
+    """scalar: the share of clips whose own sound ranks first, and whose own pictures do, the mean of both"""

@@ -109,21 +109,23 @@ def _tokens(dtype: torch.dtype, length: int, kept: int, width: int, architecture
             scatter_tokens._backward_triton(dout, places, kept, dtype, sums, architecture)
 
 
-def _patches(
-    dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, architecture: str
-) -> None:
+def _patches(dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, *more) -> None:
+    """`more`: frames of a clip, and of a tubelet, where it is one; the architecture."""
+    *clip, architecture = more
+    frames, t = clip or (1, 1)
     colors = scale_and_shift(IMAGE_MEAN, IMAGE_STD)
-    length = (height // p) * (width // p)
-    images = torch.empty(2, width, height, channels, dtype=pixels).permute(0, 3, 2, 1)
+    length = (frames // t) * (height // p) * (width // p)
+    images = torch.empty(2, frames, width, height, channels, dtype=pixels).permute(0, 4, 1, 3, 2)
     ids, removed = (torch.zeros(2, n, dtype=torch.int64) for n in (kept, length - kept or 1))
-    weight, bias, pos = torch.empty(dim, channels, p, p, dtype=dtype), torch.empty(dim), torch.empty(length, dim)
+    weight, bias, pos = torch.empty(dim, channels, t, p, p, dtype=dtype), torch.empty(dim), torch.empty(length, dim)
     for chosen in (ids, None):
-        inputs = (images, chosen, weight, bias, pos.to(out_dtype), bias, colors)
+        modality = bias if clip == [] else None
+        inputs = (images, chosen, weight, bias, pos.to(out_dtype), modality, colors)
         out, patches = embed_kept_patches._forward_triton(*inputs, architecture)
         embed_kept_patches._backward_triton(out, patches, chosen, length, True, True, architecture)
-    pred = torch.empty(2, removed.shape[1], p * p * channels, dtype=dtype)
+    pred = torch.empty(2, removed.shape[1], t * p * p * channels, dtype=dtype)
     for norm in (True, False):
-        options = (p, norm, colors, architecture)
+        options = (p, t, norm, colors, architecture)
         loss, mean, rstd = masked_patch_mse._forward_triton(pred, images, removed, *options)
         masked_patch_mse._backward_triton(loss, pred, images, removed, mean, rstd, *options)
 
@@ -142,6 +144,10 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"patches-bytes-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.uint8)
     CASES[f"patches-audio-{_name}"] = partial(_patches, _dtype, 1, 128, 1024, 128, 768, 16, torch.float32, torch.float32)
     CASES[f"patches-odd-{_name}"] = partial(_patches, _dtype, 3, 28, 42, 5, 33, 14, _dtype, torch.float32)
+    for _kind, _pixels in (("clips", torch.float32), ("clips-bytes", torch.uint8)):
+        CASES[f"patches-{_kind}-{_name}"] = partial(
+            _patches, _dtype, 3, 224, 224, 156, 768, 16, torch.float32, _pixels, 8, 2
+        )
     CASES[f"patches-ones-{_name}"] = partial(_patches, _dtype, 1, 2, 2, 1, 1, 2, _dtype, torch.float32)
     for _both in (False, True):
         CASES[f"contrastive-{1 + _both}-{_name}"] = partial(_contrastive, _dtype, 256, 768, _both)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cavmae_fast.data.features import image_features
 from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.parity import assert_parity
@@ -18,21 +18,26 @@ CASES = {
     "video": ((2, 3, 224, 224), 16, 49, 96),
     "all video": ((1, 3, 112, 112), 16, None, 768),
     "audio": ((2, 1, 128, 256), 16, 32, 96),
+    "clip": ((2, 3, 6, 8, 12), 4, 7, 33),
+    "all of a clip": ((2, 2, 4, 6, 9), 3, None, 24),
+    "one deep clip": ((3, 3, 2, 12, 8), 4, 5, 24),
+    "tubelets": ((1, 3, 4, 48, 32), 16, 5, 96),
 }
-"images, patch size, kept, width"
+"images or clips, patch size, kept, width; patches of clips are two frames deep"
 
 
 def inputs(case, dtype, pos_dtype=torch.float32):
-    (batch, channels, height, width), p, kept, dim = CASES[case]
+    (batch, channels, *frames, height, width), p, kept, dim = CASES[case]
+    depth = [2] if frames else []
     generator = torch.Generator().manual_seed(dim)
 
     def draw(*size, dtype=torch.float32):
         return torch.randn(*size, generator=generator).to(dtype).requires_grad_()
 
-    images = draw(batch, channels, height, width, dtype=torch.float32).detach()
-    length = (height // p) * (width // p)
+    images = draw(batch, channels, *frames, height, width, dtype=torch.float32).detach()
+    length = (frames[0] // 2 if frames else 1) * (height // p) * (width // p)
     ids = None if kept is None else torch.rand(batch, length, generator=generator).argsort(1)[:, :kept]
-    weight, pos = draw(dim, channels, p, p, dtype=dtype), draw(length, dim, dtype=pos_dtype)
+    weight, pos = draw(dim, channels, *depth, p, p, dtype=dtype), draw(length, dim, dtype=pos_dtype)
     return [images, ids, weight, draw(dim), pos, draw(dim)]
 
 
@@ -43,9 +48,9 @@ def transposed(function):
 
 def explicit(images, ids, weight, bias, pos, modality):
     """fp32 arithmetic; the pixels, the projection and its gradient are rounded to the weight's dtype."""
-    p = weight.shape[-1]
-    pixels = images.to(weight.dtype).float().unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
-    projected = (pixels.flatten(2) @ weight.float().flatten(1).t()).to(weight.dtype).float()
+    convolution = F.conv2d if weight.dim() == 4 else F.conv3d
+    projected = convolution(images.to(weight.dtype).float(), weight.float(), stride=weight.shape[2:]).to(weight.dtype)
+    projected = projected.float().flatten(2).transpose(1, 2)
     tokens = projected + pos.float() + (bias.float() + modality.float())
     if ids is not None:
         tokens = reference.take_tokens(tokens, ids)
@@ -65,24 +70,24 @@ def test_parity(mode, case, dtype, pos_dtype):
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
-@pytest.mark.parametrize("case", ["one patch an image", "odd rgb", "patch 14", "video", "all video"])
+@pytest.mark.parametrize("case", ["one patch an image", "odd rgb", "patch 14", "video", "all video", "clip"])
 @pytest.mark.parametrize("layout", ["rows", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bytes_are_normalized(mode, case, layout, dtype):
     """uint8 RGB gives what its normalized image gives."""
     values = inputs(case, dtype)
     values[0] = (values[0] * 60 + 120).clamp(0, 255).byte()
+    last = layout == "channels last"
 
     def operator(images, *rest):
-        memory = torch.channels_last if layout == "channels last" else torch.contiguous_format
-        return embed_kept_patches(images.contiguous(memory_format=memory), *rest)
+        return embed_kept_patches(images.movedim(1, -1).contiguous().movedim(-1, 1) if last else images, *rest)
 
     with dispatch.override(mode):
         assert_parity(
             operator,
             reference.embed_kept_patches,
             values,
-            baseline=lambda images, *rest: explicit(image_features(images), *rest),
+            baseline=lambda images, *rest: explicit(reference.normalize_images(images, torch.float32), *rest),
         )
 
 
@@ -94,7 +99,7 @@ def test_bytes_are_three_channels():
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
-@pytest.mark.parametrize("case", ["odd", "one patch an image"])
+@pytest.mark.parametrize("case", ["odd", "one patch an image", "clip", "all of a clip"])
 def test_images_gradient_and_frozen_weight(mode, case):
     values = inputs(case, torch.float32)
     values[0].requires_grad_()
@@ -102,6 +107,32 @@ def test_images_gradient_and_frozen_weight(mode, case):
     values[4].requires_grad_(False)
     with dispatch.override(mode):
         assert_parity(embed_kept_patches, reference.embed_kept_patches, values, baseline=explicit)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("case", ["odd", "clip"])
+def test_without_modality(mode, case):
+    values = inputs(case, torch.float32)
+    values[5] = None
+    with dispatch.override(mode):
+        assert_parity(embed_kept_patches, reference.embed_kept_patches, values)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_a_clip_of_one_frame_is_an_image(mode):
+    images, ids, weight, *rest = inputs("odd rgb", torch.float32)
+    with dispatch.override(mode):
+        want = embed_kept_patches(images, ids, weight, *rest)
+        assert torch.equal(embed_kept_patches(images.unsqueeze(2), ids, weight.unsqueeze(2), *rest), want)
+
+
+def test_frames_before_channels():
+    """As loaders give clips: the frames come first in memory."""
+    images, *rest = inputs("clip", torch.float32)
+    strided = images.transpose(1, 2).contiguous().transpose(1, 2)
+    for mode in ("torch", "triton"):
+        with dispatch.override(mode):
+            assert torch.equal(embed_kept_patches(strided, *rest), embed_kept_patches(images, *rest))
 
 
 def test_float64_parameters_keep_their_digits():
@@ -129,6 +160,10 @@ def test_errors():
         embed_kept_patches(images[:, :, 1:], ids, weight, bias, pos, modality)
     with pytest.raises(ValueError, match=r"images has shape \[2, 15, 21\]; it must be \[B, C, H, W\]"):
         embed_kept_patches(images[0], ids, weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"weight has shape \[97, 2, 3, 3\] and images \[3, 2, 1, 15, 21\]; "):
+        embed_kept_patches(images.unsqueeze(2), ids, weight, bias, pos, modality)
+    with pytest.raises(ValueError, match=r"tubelet size 2 does not divide clips of 1 frames"):
+        embed_kept_patches(images.unsqueeze(2), ids, weight.unsqueeze(2).repeat(1, 1, 2, 1, 1), bias, pos, modality)
     with pytest.raises(ValueError, match=r"images has 1 channels; weight takes 2"):
         embed_kept_patches(images[:, :1], ids, weight, bias, pos, modality)
     with pytest.raises(ValueError, match=r"weight has shape \[97, 2, 9\]; it must be \[D, C, p, p\]"):

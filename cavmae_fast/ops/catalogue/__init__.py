@@ -112,6 +112,9 @@ def variants(batch: int, sizes: Sizes = BASE) -> list[Case]:
     shared = StreamLayout(batch, (s.kept_a, s.kept_v, s.kept))
     decoder = StreamLayout(batch, (s.total,))
     frame = (batch, 3, s.image, s.image)
+    # MAViL's: clips of 8 frames in tubelets of 2, a fifth of the patches kept; towers and decoders with class tokens.
+    clip, all_clip, kept_clip = (batch, 3, 8, s.image, s.image), 4 * s.all_v, 4 * s.all_v // 5
+    towers = StreamLayout(batch, (1 + s.all_a, 1 + all_clip))
     shorter = [max(400, s.samples * (1 + i % 4) // 4) for i in range(batch)]
     return [
         calls.layer_norm("encoders-first", encoders, width, delta=False),
@@ -121,6 +124,10 @@ def variants(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.scatter("decoder-low", batch, s.total, s.kept, decoder_width, full=False),
         calls.embed("video-all", "frame", frame, s.patch, None, width, trained=True),
         calls.patch_mse("video-plain", "frame", frame, s.patch, s.all_v - s.kept_v, norm=False),
+        calls.embed("clips", "clip-bytes", clip, s.patch, kept_clip, width, tubelet=2),
+        calls.patch_mse("clips", "clip-bytes", clip, s.patch, all_clip - kept_clip, tubelet=2),
+        calls.attend("towers", towers, towers, width, s.heads),
+        calls.attend("tower-decoders", towers, towers, decoder_width, s.decoder_heads),
         calls.contrastive("both-ways", max(batch, 97), width, bidirectional=True, full=False),
         calls.features("lengths", shorter, s.frames),
     ]
@@ -143,9 +150,13 @@ def small() -> list[Case]:
         calls.embed("kept", "frame", (2, 3, 12, 8), 4, 3, 24, trained=True, full=False),
         calls.embed("all", "spectrogram", (2, 1, 8, 12), 4, None, 24, trained=True, full=False),
         calls.embed("bytes-kept", "bytes", (2, 3, 8, 12), 4, 3, 24, trained=True, full=False),
+        calls.embed("clip-kept", "clip", (2, 3, 6, 8, 12), 4, 5, 24, full=False, tubelet=2),
+        calls.embed("clip-bytes-kept", "clip-bytes", (2, 3, 4, 8, 8), 4, 3, 24, full=False, tubelet=2),
         calls.patch_mse("normalized", "frame", (2, 3, 12, 8), 4, 4),
         calls.patch_mse("plain", "spectrogram", (2, 1, 8, 12), 4, 3, norm=False),
         calls.patch_mse("bytes-some", "bytes", (2, 3, 8, 12), 4, 3),
+        calls.patch_mse("clip", "clip", (2, 3, 6, 8, 12), 4, 5, tubelet=2),
+        calls.patch_mse("clip-bytes", "clip-bytes", (2, 3, 4, 8, 8), 4, 3, tubelet=2),
         calls.contrastive("one-way", 33, 24, full=False),
         calls.contrastive("both-ways-odd", 17, 33, bidirectional=True, full=False),
         calls.log_mel("waveform", 2, 1000),

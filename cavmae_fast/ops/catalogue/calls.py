@@ -191,12 +191,17 @@ def scatter(name: str, batch: int, length: int, kept: int, width: int, *, full: 
 # ------------------------------------------------------------------------------------------------------------- pixels
 
 
-def draw_images(d: Draw, kind: str, shape: tuple[int, int, int, int]) -> Tensor:
-    """Images `shape` (batch, channels, height, width) as they reach the model.
+def draw_images(d: Draw, kind: str, shape: tuple[int, ...]) -> Tensor:
+    """Images `shape` (batch, channels, height, width) or clips (batch, channels, frames, height, width) as they reach the
+    model.
 
     'spectrogram': float32, a transposed view; 'frame': float32; 'bytes': uint8, channels last in memory, as decoders give
-    them.
+    them. 'clip' and 'clip-bytes': float32 and uint8, the frames before the channels in memory, as loaders give them.
     """
+    if kind in ("clip", "clip-bytes"):
+        batch, channels, frames, *size = shape
+        draw_pixels = d.fixed if kind == "clip" else d.bytes
+        return draw_pixels(batch, frames, channels, *size).transpose(1, 2)
     batch, channels, height, width = shape
     match kind:
         case "spectrogram":
@@ -205,27 +210,29 @@ def draw_images(d: Draw, kind: str, shape: tuple[int, int, int, int]) -> Tensor:
             return d.fixed(*shape)
         case "bytes":
             return d.bytes(batch, height, width, channels).permute(0, 3, 1, 2)
-    raise ValueError(f"kind is {kind!r}; allowed: 'spectrogram', 'frame', 'bytes'")
+    raise ValueError(f"kind is {kind!r}; allowed: 'spectrogram', 'frame', 'bytes', 'clip', 'clip-bytes'")
 
 
 def embed(
     name: str,
     kind: str,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     patch: int,
     kept: int | None,
     width: int,
     *,
     trained: bool = False,
     full: bool = True,
+    tubelet: int = 1,
 ) -> Case:
-    """`kept` patches of each image (None: all). `trained`: positions have a gradient; `full`: they are in float32."""
-    batch, channels, height, columns = shape
-    length = (height // patch) * (columns // patch)
+    """`kept` patches of each image or clip (None: all). `trained`: positions have a gradient; `full`: in float32."""
+    batch, channels = shape[:2]
+    length, pixels_each = patches_of(shape, patch, tubelet), channels * tubelet * patch**2
 
     def draw(d: Draw) -> list:
         ids = None if kept is None else d.order(batch, length)[:, :kept].contiguous()
-        weight = d.low(width, channels, patch, patch, scale=(channels * patch * patch) ** -0.5)
+        kernel = (patch, patch) if len(shape) == 4 else (tubelet, patch, patch)
+        weight = d.low(width, channels, *kernel, scale=pixels_each**-0.5)
         pos = (d.full if full else d.low)(length, width)
         return [draw_images(d, kind, shape), ids, weight, d.full(width), pos.requires_grad_(trained), d.full(width)]
 
@@ -235,7 +242,8 @@ def embed(
     def explicit(images, ids, weight, bias, pos, modality):
         """Pixels and projection are rounded to the weight's dtype."""
         images = reference.normalize_images(images, torch.float32).to(weight.dtype).float()
-        projected = F.conv2d(images, weight.float(), stride=patch).to(weight.dtype).float()
+        convolution = F.conv2d if weight.dim() == 4 else F.conv3d
+        projected = convolution(images, weight.float(), stride=weight.shape[2:]).to(weight.dtype).float()
         tokens = projected.flatten(2).transpose(1, 2) + pos.float() + bias + modality
         if ids is not None:
             tokens = reference.take_tokens(tokens, ids)
@@ -244,7 +252,7 @@ def embed(
     def moved(images, ids, weight, bias, pos, modality):
         rows = batch * (kept or length)
         pixels = size(images) * (kept or length) // length
-        patches = rows * channels * patch**2 * weight.element_size()
+        patches = rows * pixels_each * weight.element_size()
         out = rows * width * pos.element_size()
         return pixels + patches + size(ids, weight, pos) + out, patches + size(weight) + out
 
@@ -256,23 +264,29 @@ def embed(
         baseline=explicit,
         draw=draw,
         moved=moved,
-        forward_flops=2.0 * batch * (kept or length) * width * channels * patch**2,
+        forward_flops=2.0 * batch * (kept or length) * width * pixels_each,
     )
 
 
+def patches_of(shape: tuple[int, ...], patch: int, tubelet: int) -> int:
+    """Patches of an image or a clip of this shape."""
+    *frames, height, columns = shape[2:]
+    return (frames[0] // tubelet if frames else 1) * (height // patch) * (columns // patch)
+
+
 def patch_mse(
-    name: str, kind: str, shape: tuple[int, int, int, int], patch: int, removed: int, *, norm: bool = True
+    name: str, kind: str, shape: tuple[int, ...], patch: int, removed: int, *, norm: bool = True, tubelet: int = 1
 ) -> Case:
-    """The loss over `removed` patches of each image; `norm`: the true patches are normalized."""
-    batch, channels, height, columns = shape
-    length = (height // patch) * (columns // patch)
+    """The loss over `removed` patches of each image or clip; `norm`: the true patches are normalized."""
+    batch, channels = shape[:2]
+    length = patches_of(shape, patch, tubelet)
 
     def draw(d: Draw) -> list:
         ids = d.order(batch, length)[:, :removed].contiguous()
-        return [d.low(batch, removed, patch * patch * channels), draw_images(d, kind, shape), ids]
+        return [d.low(batch, removed, tubelet * patch * patch * channels), draw_images(d, kind, shape), ids]
 
     def plain(pred, images, ids):
-        return reference.masked_patch_mse(pred, images, ids, patch, norm)
+        return reference.masked_patch_mse(pred, images, ids, patch, norm, tubelet_size=tubelet)
 
     def moved(pred, images, ids):
         pixels = size(images) * removed // length
@@ -281,7 +295,7 @@ def patch_mse(
     return Case(
         "masked_patch_mse",
         name,
-        ours=lambda pred, images, ids: masked_patch_mse(pred, images, ids, patch, norm),
+        ours=lambda pred, images, ids: masked_patch_mse(pred, images, ids, patch, norm, tubelet_size=tubelet),
         reference=plain,
         baseline=rounded(plain, in_float32),
         draw=draw,

@@ -1,0 +1,97 @@
+"""Single-modality masked autoencoders on packed streams: A-MAE and V-MAE, and the classifier that is made of one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cavmae_fast.models import towers
+from cavmae_fast.models.encoder import compute_dtype, mean_tokens
+from cavmae_fast.models.weights import Pretrained
+from cavmae_fast.ops.attention import BACKENDS
+from cavmae_fast.reference.mae_parameters import MAEFTParameters, MAEParameters
+from cavmae_fast.reference.operators import take_tokens
+from cavmae_fast.reference.outputs import MAEInpaintOutput, MAEOutput
+from cavmae_fast.reference.tower import Tower
+
+
+class PackedTower(Tower):
+    """A tower by itself: one stream."""
+
+    attentions = ("auto", *BACKENDS)
+
+    def forward_feat(self, x: Tensor) -> Tensor:
+        """Unmasked inputs -> the normed tokens of all patches, `[B, L, D]`."""
+        self.check_input("x", x)
+        return self.features({self.modality: x})[self.modality]
+
+    def check_inputs(self, **inputs: Tensor) -> None:
+        """TypeError or ValueError, naming the argument, unless each of `inputs` is one of this tower."""
+        for name, x in inputs.items():
+            self.check_input(name, x)
+
+    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `MAViL.features`, of this modality."""
+        dtype = compute_dtype(self.norm.weight)
+        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention)
+        _, (tokens,) = towers.normed([self], state, dtype)
+        return {self.modality: tokens[:, 1:]}
+
+
+class MAE(Pretrained, PackedTower, MAEParameters):
+    """A masked autoencoder of one modality, for pretraining; state-dict keys are those of published image and audio MAEs.
+
+    Args:
+        modality: 'a': x is log-mel sound `[B, audio_length, 128]`. 'v': x is pictures `[B, frames, 3, H, W]`, floating-point
+            or uint8 RGB, which is normalized on the way with the statistics in `clip_spec`; with `frames` 1, an image MAE of
+            pictures `[B, 3, H, W]`.
+        img_size, frames, tubelet_size, audio_length, patch_size: of the inputs and their patches.
+        embed_dim, depth, num_heads, mlp_ratio, norm_layer: of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+        norm_pix_loss: true patches are normalized, each by itself.
+        attention: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here).
+        clip: a `ClipSpec` with what the inputs are normalized with, where it is not MAViL's.
+
+    Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
+    """
+
+    def forward(self, x: Tensor, mask_ratio: float = 0.8) -> MAEOutput:
+        """One pretraining pass. Raises TypeError or ValueError for inputs that do not fit and ratios that keep or remove
+        nothing."""
+        self.check_input("x", x)
+        self.check_removed(mask_ratio, "mask_ratio")
+        dtype = compute_dtype(self.norm.weight)
+        masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        _, tokens = towers.normed([self], state, dtype)
+        (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention)
+        pred = towers.predict(self.decoder_pred, decoded)
+        loss = towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
+        return MAEOutput(loss, masking.mask)
+
+    def forward_inpaint(self, x: Tensor, mask_ratio: float = 0.8) -> MAEInpaintOutput:
+        """Predictions for every patch of masked inputs. Raises as `forward` does."""
+        self.check_input("x", x)
+        self.check_removed(mask_ratio, "mask_ratio")
+        dtype = compute_dtype(self.norm.weight)
+        masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        _, tokens = towers.normed([self], state, dtype)
+        (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention)
+        pred = towers.predict(self.decoder_pred, decoded)
+        removed = take_tokens(pred, masking.ids_removed)
+        loss = towers.removed_loss(self, x, removed, masking, self.norm_pix_loss, self.clip_spec)
+        return MAEInpaintOutput(pred, masking.mask, loss)
+
+
+class MAEFT(Pretrained, PackedTower, MAEFTParameters):
+    """The classifier of one modality: `forward(a, v)` gives logits, `forward_feat(x)` normed tokens.
+
+    Arguments as in `MAE`, with `label_dim` classes and no decoder. It takes the encoder of an `MAE`, or one of the two of a
+    `MAViL`.
+    """
+
+    def forward(self, a: Tensor | None = None, v: Tensor | None = None, mode: str | None = None) -> Tensor:
+        """Logits `[B, label_dim]` from the mean of the patches' tokens. As all classifiers it is given sound, pictures and
+        the input mode; what is not of its modality is not looked at and may be None."""
+        mean = mean_tokens(self.forward_feat(self.chosen_input(a, v, mode)), self.norm.weight)
+        return self.mlp_head(mean.to(self.norm.weight.dtype))
