@@ -25,6 +25,8 @@ class EncoderParameters(nn.Module):
     "'av', or 'a' for an audio-only model, which carries no parameter of the video stream."
     attentions: ClassVar[tuple[str, ...]]
     "Allowed values of the argument `attention`; the first is its default."
+    recomputations: ClassVar[tuple[str, ...]] = ("none",)
+    "Allowed values of the argument `recompute`."
     clip_spec: ClipSpec
     "What the model takes of a clip: the data path makes its inputs by this."
 
@@ -43,6 +45,7 @@ class EncoderParameters(nn.Module):
         depth: int,
         attention: str | None,
         clip: ClipSpec | None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self._frozen_unreached: list[str] = []
@@ -61,6 +64,7 @@ class EncoderParameters(nn.Module):
             raise ValueError(f"norm_layer is {norm_layer!r}; it must build torch.nn.LayerNorm modules with weight and bias")
         self.clip_spec = _clip_spec(clip, (height, width), audio_length)
         self.attention = attention
+        self.recompute = recompute
         self.in_chans = in_chans
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
@@ -118,6 +122,17 @@ class EncoderParameters(nn.Module):
                 self._frozen_unreached.append(name)
 
     @property
+    def recompute(self) -> str:
+        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        if value not in self.recomputations:
+            raise ValueError(f"recompute is {value!r}; it must be one of {', '.join(self.recomputations)}")
+        self._recompute = value
+
+    @property
     def patch_size(self) -> int:
         return self.patch_embed_a.patch_size[0]
 
@@ -153,7 +168,7 @@ def constructor_arguments(values: dict) -> dict:
 
     All of them can be written as JSON. `clip` is among them only where it was given, as a dict.
     """
-    left_out = ("self", "__class__", "norm_layer", "attention", "clip")
+    left_out = ("self", "__class__", "norm_layer", "attention", "clip", "recompute")
     arguments = {name: value for name, value in values.items() if name not in left_out}
     return arguments if values["clip"] is None else arguments | {"clip": asdict(values["clip"])}
 
