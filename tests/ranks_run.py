@@ -35,8 +35,14 @@ TINY = {
 def processes() -> multiprocessing.context.ForkServerContext:
     """Starts processes in milliseconds: they are forked from one that has imported the package."""
     context = multiprocessing.get_context("forkserver")
-    names = ("cavmae_fast.training.pretrain", "cavmae_fast.training.finetune", "torch.distributed.checkpoint", "tyro", "tqdm")
-    context.set_forkserver_preload([*names, "sklearn.metrics", "torch.distributed.fsdp"])
+    names = (
+        "cavmae_fast.training.pretrain",
+        "cavmae_fast.training.finetune",
+        "torch.distributed.checkpoint",
+        "tyro",
+        "tqdm",
+    )
+    context.set_forkserver_preload([*names, "sklearn.metrics", "torch.distributed.fsdp", "torch._dynamo"])
     root, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = root  # it imports this checkout, wherever it is started
     try:
