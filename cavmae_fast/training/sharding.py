@@ -124,6 +124,12 @@ class RanksTask:
         """The means over the ranks; a gradient of one reaches this rank's part of it."""
         return self._ranks.mean(self.task.losses(self._parallel, batch))
 
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """A context in which whole models keep their gradients to themselves, for all but the last part of a batch. Shards
+        exchange theirs each time, because nobody has room for all of them."""
+        whole_models = isinstance(self._parallel, DistributedDataParallel)
+        return self._parallel.no_sync() if whole_models else contextlib.nullcontext()
+
     @property
     def contrasts(self) -> bool:
         """Whether the task has a contrastive loss that can be computed apart, as for batches in parts."""
