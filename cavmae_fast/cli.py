@@ -26,6 +26,8 @@ class Command(NamedTuple):
     "What is so when the user stopped it."
     passed: Callable[[Any], bool] = lambda result: True
     "Whether the result is a success; exit code 1 where it is none."
+    shared: bool = False
+    "Whether the processes that torchrun starts do the job together. (The jobs that train see to that themselves.)"
 
 
 COMMANDS = {
@@ -63,6 +65,7 @@ COMMANDS = {
         "evaluation.commands.evaluate:EvaluateConfig",
         "evaluation.commands.evaluate:run",
         "evaluation.commands.evaluate:closing",
+        shared=True,
     ),
     "embed": Command(
         "evaluation.commands.embed:EmbedConfig",
@@ -118,7 +121,14 @@ def main() -> None:
     )
     command = next(COMMANDS[name] for name, kind in configs.items() if type(config) is kind)
     job = _load(command.job)
-    result = _run(lambda: job(config), command.interrupted)
+
+    def done() -> Any:
+        if not command.shared:
+            return job(config)
+        with _load("training.joining:joined")(config.device):
+            return job(config)
+
+    result = _run(done, command.interrupted)
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one process shows what all have done
         print(_load(command.closing)(config, result) if command.closing else result)
     sys.exit(0 if command.passed(result) else 1)

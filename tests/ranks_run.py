@@ -35,7 +35,14 @@ TINY = {
 def processes() -> multiprocessing.context.ForkServerContext:
     """Starts processes in milliseconds: they are forked from one that has imported the package."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cavmae_fast.training.pretrain", "torch.distributed.checkpoint", "tyro", "tqdm"])
+    names = (
+        "cavmae_fast.training.pretrain",
+        "cavmae_fast.training.finetune",
+        "torch.distributed.checkpoint",
+        "tyro",
+        "tqdm",
+    )
+    context.set_forkserver_preload([*names, "sklearn.metrics", "torch.distributed.fsdp", "torch._dynamo"])
     root, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = root  # it imports this checkout, wherever it is started
     try:
@@ -48,10 +55,11 @@ def processes() -> multiprocessing.context.ForkServerContext:
 def shrink() -> None:
     """Makes the small model a tiny one, and leaves out the figures, which take longer to draw than it takes to train."""
     from cavmae_fast.models import PRESETS
-    from cavmae_fast.training import pretrain
+    from cavmae_fast.training import finetune_results, pretrain
 
     PRESETS["small"] = replace(PRESETS["small"], model=TINY)
     pretrain.loss_curve = pretrain.draw_reconstructions = lambda *_: None
+    finetune_results.draw_classes = finetune_results.fine_tuning_curves = lambda *_: None
 
 
 def _rank(environment: dict[str, str], arguments: list[str], before: str, log: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ENCODER, inputs
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,7 +23,9 @@ from benchmarks.suite import sections
 from benchmarks.suite.report import Report
 from cavmae_fast.models import flops
 from cavmae_fast.ops import configuration
-from cavmae_fast.reference.cavmae import CAVMAE
+from cavmae_fast.reference.cavmae import CAVMAE, CAVMAEFT
+from cavmae_fast.reference.cavmae_parameters import MODES
+from cavmae_fast.training.finetune import FineTuneTask
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--model", "tiny", "--batch", "2", "--rounds", "1"]
@@ -57,8 +61,6 @@ def test_flops_of_vit_b():
 
 def test_flops_match_what_pytorch_counts():
     """The published count is what PyTorch's counter sees in a forward pass of the reference."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = CAVMAE(**throughput.MODELS["tiny"])
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -66,6 +68,31 @@ def test_flops_match_what_pytorch_counts():
     similarity = 2 * 2 * 2 * model.norm.weight.numel()
     wanted = 2 * 2 * sum(flops.forward_macs(model, published=True).values()) + similarity
     assert counter.get_total_flops() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flops_of_a_classifier_match_what_pytorch_counts(mode):
+    model = CAVMAEFT(7, **ENCODER)
+    audio, image = inputs(batch=1, dtype=torch.float32)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(audio, image, mode)
+    assert counter.get_total_flops() == 2 * (flops.classifier_macs(model, mode) + model.mlp_head[-1].weight.numel())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_of_a_fine_tuning_step_match_what_pytorch_counts(frozen):
+    """But for the gradient of the inputs, which nobody needs and the convention counts."""
+    model = CAVMAEFT(7, **ENCODER)
+    audio, image = inputs(batch=1, dtype=torch.float32)
+    task = FineTuneTask("multimodal", "bce", None, frozen)
+    task.prepare(model)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(audio, image, "multimodal").sum().backward()
+    projections = model.patch_embed_a, model.patch_embed_v
+    of_inputs = 0 if frozen else sum(2 * one.num_patches * one.proj.weight.numel() for one in projections)
+    assert counter.get_total_flops() == task.step_flops(model) - of_inputs
 
 
 # ------------------------------------------------------------------------------------------------------- throughput

@@ -283,7 +283,7 @@ def test_killed_again_and_again(job, tmp_path):
         assert not (out / "summary.json").exists()
     code, text = run(job, out)
     assert code == 0, text
-    timed = ("seconds", "clips_per_s", "data_wait")
+    timed = ("seconds", "clips_per_s", "data_wait", "product_share", "memory")
     told = [
         [{name: value for name, value in row.items() if name not in timed} for row in rows(folder, "step")]
         for folder in (tmp_path / "undisturbed", out)

@@ -14,6 +14,7 @@ from cavmae_fast.data.sets.opening import Clips, clip_labels, frames_of, labels_
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import Activation, Predictions, predict
 from cavmae_fast.evaluation.running import Model, Running, ready_model
+from cavmae_fast.evaluation.sharing import gather
 from cavmae_fast.models import CAVMAE
 
 
@@ -45,7 +46,8 @@ def classify(
     activation: Literal["auto", "sigmoid", "softmax"] = "auto",
     running: Running | None = None,
 ) -> Classified:
-    """Judges a fine-tuned model on labeled clips.
+    """Judges a fine-tuned model on labeled clips. The ranks of `torch.distributed`, where it is initialized, share the
+    clips, and all of them have the whole result.
 
     Args:
         model: a `CAVMAEFT` or `CAVMAEFTAudio`, or a checkpoint of one.
@@ -98,4 +100,5 @@ def classify(
     with precision.autocast():
         predictions = predict(model, map(one_pass, chosen), modes, activation)
     results = {mode: evaluate_scores(one.scores, one.targets, label_set) for mode, one in predictions.items()}
+    rejects = {path: reject for part in gather(rejects) for path, reject in part.items()}
     return Classified(results, predictions, activation, len(chosen), list(rejects.values()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.data.batches import Batch
+from cavmae_fast.evaluation.sharing import gather
 from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.reference.cavmae_parameters import MODES
 
@@ -61,7 +62,7 @@ def predict(
     Raises:
         ValueError: a mode that the model does not have, batches without labels, or no clip at all.
     """
-    gathered = {mode: _Scores() for mode in modes}
+    scores_by_mode = {mode: _Scores() for mode in modes}
     was_training = model.training
     model.eval()
     try:
@@ -69,13 +70,13 @@ def predict(
             for batch in batches:
                 if batch.labels is None:
                     raise ValueError("the batches have no labels; the loader must be given the classes")
-                for mode, scores in gathered.items():
+                for mode, scores in scores_by_mode.items():
                     if "v" not in MODES[mode] and scores.know(batch):
                         continue
                     scores.add(batch, _activated(logits(model, batch, mode), activation))
     finally:
         model.train(was_training)
-    return {mode: scores.of_all_ranks() for mode, scores in gathered.items()}
+    return {mode: scores.of_all_ranks() for mode, scores in scores_by_mode.items()}
 
 
 def _activated(x: Tensor, activation: Activation) -> np.ndarray:
@@ -114,19 +115,9 @@ class _Scores:
 
     def of_all_ranks(self) -> Predictions:
         """The clips of all ranks, each once, on every rank."""
-        clips = dict(sorted(_gather(self.clips).items()))
+        clips = dict(sorted((number, clip) for part in gather(self.clips) for number, clip in part.items()))
         if not clips:
             raise ValueError("there is no clip to evaluate on")
         rows = list(clips.values())
         scores = np.stack([row.total / row.count for row in rows])
         return Predictions([row.id for row in rows], scores, np.stack([row.targets for row in rows]))
-
-
-def _gather(clips: dict[int, _Clip]) -> dict[int, _Clip]:
-    """What all ranks hold, by the clips' numbers, on every rank."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return clips
-    parts: list[dict[int, _Clip] | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, clips)
-    return {number: clip for part in parts for number, clip in part.items()}

@@ -27,7 +27,7 @@ class Running:
     """How a model is run; every command of evaluation has these options."""
 
     batch_size: int = 32
-    """Clips per step."""
+    """Clips per step (of each process, where torchrun has started several)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -46,7 +46,7 @@ def accumulate(task: Task, state: RunState, batch: Batch) -> dict[str, Tensor]:
     if isinstance(task, Contrastive) and task.contrasts:
         return _contrasted(task, state, parts)
     totals: dict[str, Tensor] = {}
-    for part, share, sync in _shares(parts, state):
+    for part, share, sync in _shares(task, parts, state):
         with sync:
             with state.precision.autocast():
                 losses = task.losses(state.model, part)
@@ -70,7 +70,7 @@ def _contrasted(task: Contrastive, state: RunState, parts: list[Batch]) -> dict[
     sizes = [len(part.ids) for part in parts]
     gradients = zip(*(whole.grad.split(sizes) for whole in cached))
     totals = {name: value.detach() for name, value in contrast.items()}
-    for (part, share, sync), drawn, gradient in zip(_shares(parts, state), states, gradients):
+    for (part, share, sync), drawn, gradient in zip(_shares(task, parts, state), states, gradients):
         set_random_state(device, drawn)
         with sync:
             with state.precision.autocast():
@@ -82,11 +82,11 @@ def _contrasted(task: Contrastive, state: RunState, parts: list[Batch]) -> dict[
     return totals
 
 
-def _shares(parts: list[Batch], state: RunState) -> list[tuple[Batch, float, contextlib.AbstractContextManager]]:
+def _shares(task: Task, parts: list[Batch], state: RunState) -> list[tuple[Batch, float, contextlib.AbstractContextManager]]:
     """Each part, its share of the clips, and a context without the exchange of gradients between ranks for all but the last
-    (`no_sync` of DistributedDataParallel)."""
+    (`no_sync` of the task, or of a model in DistributedDataParallel)."""
     clips = sum(len(part.ids) for part in parts)
-    quiet = getattr(state.model, "no_sync", contextlib.nullcontext)
+    quiet = getattr(task, "no_sync", None) or getattr(state.model, "no_sync", contextlib.nullcontext)
     return [(p, len(p.ids) / clips, contextlib.nullcontext() if p is parts[-1] else quiet()) for p in parts]
 
 

@@ -20,6 +20,7 @@ from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import logits, predict
 from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.models.flops import classifier_macs
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
@@ -28,8 +29,11 @@ from cavmae_fast.training.finetune_folder import FinetuneFolder
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
 from cavmae_fast.training.finetune_results import conclude
 from cavmae_fast.training.finetune_setup import LabeledData, check_masks, open_labeled, start_classifier, with_data
+from cavmae_fast.training.joining import joined
 from cavmae_fast.training.optimizers import HEAD
+from cavmae_fast.training.ranks import Ranks, current
 from cavmae_fast.training.run import open_loader, precision_of, train
+from cavmae_fast.training.sharding import whole_state
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,10 @@ class FineTuneTask:
         function = F.binary_cross_entropy_with_logits if self.loss == "bce" else F.cross_entropy
         return {"loss": function(logits(model, batch, self.mode).float(), batch.labels)}
 
-    def step_flops(self, model: nn.Module) -> None:
-        """Not counted."""
+    def step_flops(self, model: CAVMAEFT | CAVMAEFTAudio) -> float:
+        """A forward pass, and two backward ones through what is trained: nothing goes back through a frozen base."""
+        base, head = classifier_macs(model, self.mode), model.mlp_head[-1].weight.numel()
+        return (2 if self.frozen_base else 6) * base + 6 * head
 
     def judge(self, model: nn.Module, batches: Iterable[Batch]) -> Classification:
         """The figures on these batches, one picture per clip."""
@@ -76,22 +82,27 @@ class FineTuneTask:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
     """Runs the whole job and returns the summary that is also written to `summary.json`; or what it would take, if that is
-    all that is asked for.
+    all that is asked for. Under torchrun, all ranks do.
 
     Raises ValueError for a bad option, LabelError and MediaError for data that cannot be used, CheckpointError for `init`,
-    TrainingError when a loss is not finite: all but the last before anything is trained.
+    TrainingError when no step can be taken any more; RanksError when another rank failed. The first three come before
+    anything is trained.
     """
-    from tqdm import tqdm
-
     if config.dry_run:
         return _dry_run(config)
+    with joined(config.device) as ranks:
+        return _finetune(config, ranks)
+
+
+def _finetune(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
     folder = FinetuneFolder(config.out, config.overwrite)
-    config = with_data(resolve(config, folder.unfinished()), config.out)
+    config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
+    config = with_data(config, config.out)
     config, task, model = _prepared(config)
     data = task.data
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
-    going_on = folder.begin(json.loads(json.dumps(asdict(config), default=str)))
-    with RejectList(folder.rejects) as rejects:
+    going_on = ranks.from_first(lambda: folder.begin(json.loads(json.dumps(asdict(config), default=str))))
+    with RejectList(folder.rejects, ranks) as rejects:
 
         def passes(frame: int | None) -> Iterator[Batch]:
             """The held-out clips, each with one of its pictures: the middle one, or a certain one."""
@@ -105,13 +116,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
         def after_epoch(epoch: int) -> dict[str, Any]:
             with precision_of(config).autocast():
                 figures = task.evaluate(model, passes(None))
-            first, last = config.average_epochs
-            if first <= epoch + 1 <= last:
-                weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-                put_whole(folder.epoch(epoch), lambda file: file.write(save(weights)))
-            if _better(figures[config.metric], [row["evaluation"][config.metric] for row in folder.evaluations()]):
-                model.save_pretrained(folder.best)
-            tqdm.write(f"epoch {epoch + 1}: {shown_figures(figures, config.metric)}")
+            weights = whole_state(model)  # of all ranks, and the first writes it
+            if ranks.first:
+                _keep(config, epoch, figures, model, weights, folder)
+            ranks.say(f"epoch {epoch + 1}: {shown_figures(figures, config.metric)}")
             return figures
 
         rows = train(
@@ -129,13 +137,30 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
         return conclude(config, model, data, folder, rows, passes, rejects)
 
 
+def _keep(
+    config: FinetuneConfig,
+    epoch: int,
+    figures: dict[str, Any],
+    model: CAVMAEFT | CAVMAEFTAudio,
+    weights: dict[str, Tensor],
+    folder: FinetuneFolder,
+) -> None:
+    """Writes the weights after an epoch where they will be averaged, and the model where it is the best so far."""
+    first, last = config.average_epochs
+    if first <= epoch + 1 <= last:
+        state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        put_whole(folder.epoch(epoch), lambda file: file.write(save(state)))
+    if _better(figures[config.metric], [row["evaluation"][config.metric] for row in folder.evaluations()]):
+        model.save_pretrained(folder.best, weights)
+
+
 def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAVMAEFT | CAVMAEFTAudio]:
     """The model with its weights, on its device, and what it is trained for; no batch is larger than the data."""
-    from tqdm import tqdm
-
+    ranks = current()
     recipe = fine_tuning_in_force(config)
     data = open_labeled(config)
     config = replace(config, batch_size=min(config.batch_size, len(data.train)))
+    ranks.share(config.batch_size)
     torch.manual_seed(config.seed)
     model, said = start_classifier(config, len(data.label_set))
     check_masks(config, model)
@@ -144,11 +169,12 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     task = FineTuneTask(config.mode, config.loss, data, recipe.frozen_base)
     task.prepare(model)
     for line in said:
-        tqdm.write(line)
+        ranks.say(line)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tqdm.write(
+    ranks.say(
         f"{config.recipe}, {config.mode}: {len(data.label_set)} classes, {trained / 1e6:.1f} M parameters trained, "
         f"{config.device}, {config.dtype}; {len(data.train)} clips, batch {config.batch_size}, held out {len(data.held_out)}"
+        + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
     )
     return config, task, model
 

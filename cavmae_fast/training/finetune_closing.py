@@ -16,6 +16,8 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
     lines = [f"{summary['steps']} steps, loss {summary['loss']:.4f}, {summary['clips_per_s']:.1f} clips/s"]
     if summary["rejected_clips"]:
         lines.append(f"{summary['rejected_clips']} clips could not be used: see {out / 'rejects.jsonl'}")
+    if summary["skipped_steps"]:
+        lines.append(f"{summary['skipped_steps']} steps were skipped: see {out / 'skipped.jsonl'}")
     if summary["averaged_epochs"]:
         epochs = summary["averaged_epochs"]
         lines.append(f"the model is the average of epochs {epochs[0]} to {epochs[-1]}")

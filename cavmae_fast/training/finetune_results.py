@@ -21,7 +21,9 @@ from cavmae_fast.training.finetune_folder import FinetuneFolder
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS
 from cavmae_fast.training.finetune_setup import LabeledData
 from cavmae_fast.training.metrics import JsonLines
-from cavmae_fast.training.run import precision_of
+from cavmae_fast.training.ranks import current
+from cavmae_fast.training.run import last_taken, precision_of
+from cavmae_fast.training.sharding import gathered, load_whole, whole_state
 
 
 def conclude(
@@ -33,7 +35,8 @@ def conclude(
     passes: Callable[[int | None], Iterator[Batch]],
     rejects: RejectList,
 ) -> dict[str, Any]:
-    """Averages the epochs, judges the average with one and with all pictures of each clip, and writes everything down.
+    """Averages the epochs, judges the average with one and with all pictures of each clip, and writes everything down. Every
+    rank has to call it.
 
     Args:
         config: resolved.
@@ -45,42 +48,51 @@ def conclude(
     Returns:
         The summary, which is written last: a run that has one is finished.
     """
-    evaluations = folder.evaluations()
+    ranks = current()
+    evaluations = ranks.from_first(folder.evaluations)
     averaged = averaged_epochs(config, evaluations)
     if averaged:
-        model.load_state_dict(average_states([folder.epoch(epoch - 1) for epoch in averaged]))
-    model.save_pretrained(folder.model)
+        load_whole(model, average_states([folder.epoch(epoch - 1) for epoch in averaged]))
+    weights = whole_state(model)
+    if ranks.first:
+        model.save_pretrained(folder.model, weights)
     frames = frames_of(data.held_out, model.clip_spec)
     results: dict[str, dict[str, Any]] = {mode: {} for mode in model.modes}
     # The most pictures come last, so that what is left is theirs.
     for count, chosen in ((1, [None]), (frames, range(frames))) if frames > 1 else ((1, [None]),):
-        with precision_of(config).autocast():
+        with gathered(model), precision_of(config).autocast():
             found = predict(model, map(passes, chosen), model.modes, ACTIVATIONS[config.loss])
         for mode, predictions in found.items():
             judged = evaluate_scores(predictions.scores, predictions.targets, data.label_set)
             results[mode][str(count)] = judged.figures()
             if mode == config.mode:
                 last, last_predictions = judged, predictions
-    write_classes(folder.classes, last)
-    draw_classes(last_predictions, last, folder.figure)
-    fine_tuning_curves(rows, evaluations, config.metric, folder.curves)
-    summary = {
-        "steps": len(rows),
-        "loss": rows[-1]["loss"],
-        "clips_per_s": rows[-1]["clips_per_s"],
-        "mode": config.mode,
-        "metric": config.metric,
-        "frames": frames,
-        **last.summary(),
-        "averaged_epochs": averaged,
-        "best_epoch": _best(evaluations, config.metric),
-        "modes": results,
-    }
-    with JsonLines(folder.metrics) as metrics:
-        metrics.write({"step": len(rows), "final": True, **summary})
-    summary["rejected_clips"] = rejects.count
-    write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
-    return summary
+    rejects.share()
+
+    def close() -> dict[str, Any]:
+        write_classes(folder.classes, last)
+        draw_classes(last_predictions, last, folder.figure)
+        fine_tuning_curves(rows, evaluations, config.metric, folder.curves)
+        summary = {
+            "steps": len(rows),
+            "loss": last_taken(rows)["loss"],
+            "clips_per_s": rows[-1]["clips_per_s"],
+            "mode": config.mode,
+            "metric": config.metric,
+            "frames": frames,
+            **last.summary(),
+            "averaged_epochs": averaged,
+            "best_epoch": _best(evaluations, config.metric),
+            "modes": results,
+        }
+        with JsonLines(folder.metrics) as metrics:
+            metrics.write({"step": len(rows), "final": True, **summary})
+        summary["rejected_clips"] = rejects.count
+        summary["skipped_steps"] = rows[-1]["skipped"]
+        write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    return ranks.from_first(close)
 
 
 def averaged_epochs(config: FinetuneConfig, evaluations: list[dict[str, Any]]) -> list[int]:

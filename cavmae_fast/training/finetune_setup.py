@@ -20,6 +20,7 @@ from cavmae_fast.data.sets.opening import Clips, clip_labels, clip_weights, labe
 from cavmae_fast.models import CAVMAE, CAVMAEFT, PRETRAINED_TO_FINE_TUNED, CAVMAEFTAudio, load_checkpoint
 from cavmae_fast.models.opening import open_model
 from cavmae_fast.training.finetune_config import FinetuneConfig
+from cavmae_fast.training.ranks import current
 
 CLASSIFIERS = {"av": CAVMAEFT, "audio": CAVMAEFTAudio}
 
@@ -39,15 +40,15 @@ def with_data(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
     They are those that pretraining left beside the checkpoint, where they are there; else they are made in `folder`, where
     their lists and classes are written in any case.
     """
-    from tqdm import tqdm
-
     if config.data:
         return config
+    ranks = current()
     beside = config.init.parent / "clips"
     clips = beside if (beside / MANIFEST).is_file() else folder / "clips"
-    tqdm.write(f"no --data: generated clips in {clips}; what they show and play are the classes")
-    generate_clips(clips, seed=0)
-    lists = write_lists(clips, folder / "lists")
+    ranks.say(f"no --data: generated clips in {clips}; what they show and play are the classes")
+    # One after the other: the first makes them, and who does not share its disk makes its own.
+    ranks.in_turn(lambda: generate_clips(clips, seed=0))
+    lists = ranks.in_turn(lambda: write_lists(clips, folder / "lists"))
     return replace(config, data=(lists.train,), eval_data=(lists.test,), labels=config.labels or lists.labels)
 
 
@@ -58,8 +59,6 @@ def open_labeled(config: FinetuneConfig) -> LabeledData:
         LabelError: the classes are not known, a clip has a label that is none of them, or no clip has one.
         MediaError, ValueError: data, classes or weights cannot be used.
     """
-    from tqdm import tqdm
-
     train, held_out = open_clips(config.data), open_clips(config.eval_data)
     label_set = clip_labels(config.labels, train)
     if label_set is None:
@@ -72,7 +71,7 @@ def open_labeled(config: FinetuneConfig) -> LabeledData:
     counts = class_counts(found, label_set)
     if empty := [label_set.mids[index] for index in np.flatnonzero(counts == 0)]:
         names = ", ".join(empty[:8]) + ", ..." * (len(empty) > 8)
-        tqdm.write(f"{len(empty)} of {len(label_set)} classes have no training clip and will not be learned: {names}")
+        current().say(f"{len(empty)} of {len(label_set)} classes have no training clip and will not be learned: {names}")
     weights = None
     if config.balanced == "on":
         given = config.weights is not None

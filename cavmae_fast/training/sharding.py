@@ -22,14 +22,15 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Cuts the parameters of `model` into a shard per rank, in place. They must be the same on every rank.
 
     Each block is gathered when it is used; blocks of audio and video at one depth are used together (`models.packed`), and
-    so are gathered together. What lies outside blocks is gathered for the whole pass.
+    so are gathered together. (Not in a classifier, which can be given one of the two alone.) What lies outside blocks is
+    gathered for the whole pass.
     """
     mesh = torch.distributed.init_device_mesh(device.type, (ranks.world_size,))
     stacks = [child for child in model.children() if isinstance(child, nn.ModuleList)]
     stacks = [[block for block in stack if isinstance(block, Block)] for stack in stacks]
     specific = [list(getattr(model, f"blocks_{m}")) for m in model.modalities]
-    together = [list(blocks) for blocks in zip(*specific, strict=True)]
-    together += [[block] for stack in stacks for block in stack if not any(block in blocks for blocks in specific)]
+    together = [] if hasattr(model, "modes") else [list(blocks) for blocks in zip(*specific, strict=True)]
+    together += [[block] for stack in stacks for block in stack if not any(block in blocks for blocks in together)]
     for blocks in together:
         fully_shard(blocks if len(blocks) > 1 else blocks[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -64,6 +65,12 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads a state dict of whole tensors, which every rank has, into the model, sharded or not."""
+    own = dict(model.named_parameters())
+    model.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
+
+
 def laid_out(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A `RunState.state_dict()` of whole tensors, laid out for the model: what belongs to a parameter in shards is cut as
     that parameter is. (Weights and averages are found by the parameter's name, moments by its number in the optimizer.)"""
@@ -80,7 +87,7 @@ def laid_out(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opt
     return {key: cut(value, None, numbered if key == "optimizer" else named) for key, value in state.items()}
 
 
-def _like(value: Tensor, own: Tensor) -> Tensor:
+def _like(value: Tensor, own: Tensor | None) -> Tensor:
     """`value` in shards where `own`, of the same shape, is; every rank cuts its own shard out."""
     if not isinstance(own, DTensor):
         return value
@@ -116,6 +123,12 @@ class RanksTask:
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The means over the ranks; a gradient of one reaches this rank's part of it."""
         return self._ranks.mean(self.task.losses(self._parallel, batch))
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """A context in which whole models keep their gradients to themselves, for all but the last part of a batch. Shards
+        exchange theirs each time, because nobody has room for all of them."""
+        whole_models = isinstance(self._parallel, DistributedDataParallel)
+        return self._parallel.no_sync() if whole_models else contextlib.nullcontext()
 
     @property
     def contrasts(self) -> bool:

@@ -13,6 +13,7 @@ from cavmae_fast.evaluation.classification import write_classes
 from cavmae_fast.evaluation.classifying import classify
 from cavmae_fast.evaluation.commands.options import data_of, printable
 from cavmae_fast.evaluation.running import Running
+from cavmae_fast.evaluation.sharing import is_first
 from cavmae_fast.models.opening import open_model
 
 SHOWN = 5
@@ -42,12 +43,13 @@ class EvaluateConfig(Running):
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """The command's job: the report that is also written to `evaluation.json`."""
+    """The command's job: the report that is also written to `evaluation.json`. Ranks share it, and the first one writes."""
     data = data_of(config.data)
     precision = config.precision()
     model = open_model(config.checkpoint)
     modes = getattr(model, "modes", ()) if config.mode == "all" else (config.mode,)
-    config.out.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        config.out.mkdir(parents=True, exist_ok=True)
     found = classify(
         model,
         data,
@@ -57,9 +59,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         activation=config.activation,
         running=config,
     )
-    for mode, result in found.results.items():
-        write_classes(config.out / f"classes-{mode}.csv", result)
-        draw_classes(found.predictions[mode], result, config.out / f"classes-{mode}.png")
     report = {
         "checkpoint": str(config.checkpoint),
         "data": [str(place) for place in data],
@@ -72,7 +71,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "modes": {mode: result.summary() for mode, result in found.results.items()},
         "classes": {mode: [row._asdict() for row in result.classes] for mode, result in found.results.items()},
     }
-    write_whole(config.out / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    if is_first():
+        for mode, result in found.results.items():
+            write_classes(config.out / f"classes-{mode}.csv", result)
+            draw_classes(found.predictions[mode], result, config.out / f"classes-{mode}.png")
+        write_whole(config.out / "evaluation.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
