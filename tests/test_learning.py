@@ -84,8 +84,8 @@ def test_a_system_is_the_small_one_with_its_own_losses_and_structure():
 def made_up(system: str, seed: int, recall: float, error: float, accuracy: float, missing: float) -> dict:
     """A run with these figures, which differ a little from seed to seed."""
     ways = {f"{way} R@1": recall + 0.1 * seed for way in ("A->V", "V->A")}
-    figures = dict.fromkeys(("multimodal",), {"accuracy": accuracy + 0.001 * seed})
-    figures |= dict.fromkeys(("missingaudioonly", "missingvideoonly"), {"accuracy": missing + 0.001 * seed})
+    figures = {"multimodal": {"accuracy": accuracy + 0.001 * seed}}
+    figures |= {f"missing{kind}only": {"accuracy": missing + 0.001 * seed} for kind in ("audio", "video")}
     means = {"audio": error + 0.001 * seed, "audio_mean": 1.0, "video": error + 0.001 * seed, "video_mean": 1.0}
     return {
         "system": system,
