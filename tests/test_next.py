@@ -20,7 +20,6 @@ from cavmae_fast.training.closing import pretrained
 from cavmae_fast.training.finetune_closing import finetuned
 from cavmae_fast.training.finetune_config import FinetuneConfig
 from cavmae_fast.training.pretrain_config import PretrainConfig
-from cavmae_fast.training.runs import RunsConfig
 
 SUMMARY = dict.fromkeys(("loss", "loss_mae_a", "loss_mae_v", "loss_c", "clips_per_s"), 1.0)
 PRETRAINED = {**SUMMARY, "steps": 1, "rejected_clips": 0, "skipped_steps": 0}
@@ -101,11 +100,6 @@ def test_after_judging_a_checkpoint_that_no_run_left(tmp_path, text):
 def test_names_are_quoted():
     words = ["embed", "it's", "$(rm -rf x)", "a b", "--top", 3]
     assert following(next_line(*words)) == [str(word) for word in words]
-
-
-def test_the_folder_of_runs_is_the_argument(monkeypatch):
-    assert parsed(["runs", "elsewhere", "--plot", "x.png"], monkeypatch) == RunsConfig(Path("elsewhere"), Path("x.png"))
-    assert parsed(["runs"], monkeypatch) == RunsConfig(Path("runs"))
 
 
 def test_the_tour_from_line_to_line(tmp_path, monkeypatch, capsys):

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.evaluation.drawing import new_figure
 from cavmae_fast.training.metrics import read_rows
@@ -26,7 +24,7 @@ DEPTH = 4
 class RunsConfig:
     """List runs with their state and main figures, newest first, and draw their losses."""
 
-    folder: Positional[Path] = Path("runs")
+    folder: Path = Path("runs")
     """Where to look, folders inside included."""
     plot: Path | None = None
     """Draw the losses of all these runs into this PNG."""
