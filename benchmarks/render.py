@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
 from benchmarks.common import RESULTS, number, percent, read_json, table
-from benchmarks.learning_report import PAGE, page_with, rendered
+from benchmarks.evidence.report import PAGE, page_with, rendered
 
 Record = dict[str, Any]
 ORDER = (

@@ -11,9 +11,10 @@ from tiny import one_thread  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, whose benchmarks are not installed
 
-from benchmarks import learning, learning_report
+from benchmarks import learning
 from benchmarks.common import RESULTS, read_json
-from benchmarks.learning_claims import CLAIMS, above, at_least, judge
+from benchmarks.evidence import clips, report, runs
+from benchmarks.evidence.claims import CLAIMS, above, at_least, judge
 
 BUDGET = ("--steps", "2", "--epochs", "1", "--batch", "4", "--clips", "8", "--test-clips", "6", "--dtype", "float32")
 
@@ -39,13 +40,13 @@ def test_a_run_has_all_figures(record_path):
     assert row["retrieval"]["chance R@1"] == pytest.approx(100 / 6)
     assert row["reconstruction"].keys() == {"audio", "audio_mean", "video", "video_mean"}
     assert min(row["reconstruction"].values()) > 0
-    assert row["probe"].keys() == {"joint", "audio", "video"} and row["finetuned"].keys() == set(learning.MODES)
+    assert row["probe"].keys() == {"joint", "audio", "video"} and row["finetuned"].keys() == set(runs.MODES)
     for figures in (*row["probe"].values(), *row["finetuned"].values()):
-        mean = sum(figures[name] for name in learning.ATTRIBUTES) / 3
+        mean = sum(figures[name] for name in clips.ATTRIBUTES) / 3
         assert figures["accuracy"] == pytest.approx(mean) and 0 <= mean <= 1
     assert record_path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert {verdict.outcome for verdict in judge(record)} == {"not judged"}
-    assert "| CAV-MAE |" in learning_report.figures_table(record)
+    assert "| CAV-MAE |" in report.figures_table(record)
 
 
 def test_the_same_command_goes_on_with_what_is_missing(record_path, monkeypatch, capsys):
@@ -72,7 +73,7 @@ def test_the_same_command_goes_on_with_what_is_missing(record_path, monkeypatch,
 
 
 def test_a_system_is_the_small_one_with_its_own_losses_and_structure():
-    found = {name: learning.small(name) for name in learning.SYSTEMS}
+    found = {name: runs.small(name) for name in learning.SYSTEMS}
     weights = {name: (preset.mae_loss_weight != 0, preset.contrast_loss_weight != 0) for name, preset in found.items()}
     assert weights["cav"] == (False, True) and weights["cav-mae"] == (True, True)
     assert weights["av-mae"] == weights["vanilla-av-mae"] == (True, False)
@@ -126,13 +127,13 @@ def test_the_rule_for_above_and_at_least():
 
 def test_the_page_holds_what_the_records_say():
     """docs/learning.md is as `benchmarks/render.py` writes it from the records that are checked in."""
-    text = learning_report.PAGE.read_text()
+    text = report.PAGE.read_text()
     records = {path.parent.name: read_json(path) for path in sorted(RESULTS.glob("*/learning.json"))}
-    assert learning_report.page_with(text, records) == text
+    assert report.page_with(text, records) == text
     for claim in CLAIMS:
         assert not records or text.count(f"| {claim.text} |") == len(records)
     with pytest.raises(ValueError, match="the page lacks"):
-        learning_report.page_with("# Nothing here", {})
+        report.page_with("# Nothing here", {})
 
 
 def test_bad_options(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -120,4 +121,8 @@ def test_the_tour_from_line_to_line(tmp_path, monkeypatch, capsys):
         ran.append(words[0])
         words = following(printed.out) if "next:  " in printed.out else []
     assert ran == ["pretrain", "finetune", "evaluate", "retrieve", "embed", "search", "search", "inpaint"]
+    shown = re.findall(
+        r"^\$ cavmae-fast (\w+)", (Path(__file__).resolve().parents[1] / "README.md").read_text(), re.MULTILINE
+    )
+    assert shown == list(dict.fromkeys(ran))[:6]  # the README's tour
     assert (tmp_path / "found.html").exists() and (tmp_path / "runs" / "inpaint" / "0000" / "overview.png").exists()

@@ -1,4 +1,4 @@
-"""The figures of `learning.py` as tables and as a picture, and its part of docs/learning.md."""
+"""The figures of `benchmarks/learning.py` as tables and as a picture, and its part of docs/learning.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.common import ROOT, table
-from benchmarks.learning_claims import Figures, Verdict, judge
+from benchmarks.evidence.claims import Figures, Verdict, judge
 from cavmae_fast.evaluation.drawing import new_figure
 
 Record = dict[str, Any]

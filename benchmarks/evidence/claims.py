@@ -1,5 +1,5 @@
 """What the CAV-MAE paper (Gong et al., ICLR 2023) says of the systems, as claims with a rule for each, written down before
-`learning.py` was run for the first time.
+`benchmarks/learning.py` was run for the first time.
 
 The rule. A system has one value per seed. *x above y* means that the difference of the means is more than twice its
 standard error, `sqrt(var(x) / n + var(y) / n)`, with the seeds' sample variances. *x at least y* means that y is not above
