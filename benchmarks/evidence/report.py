@@ -142,7 +142,7 @@ def draw(record: Record, path: Path) -> None:
         axis.axhline(chance, color="gray", linestyle="--", linewidth=1, label="chance")
         axis.set_xticks(range(len(systems)), [NAMES[system] for system in systems], rotation=20, fontsize="small")
         axis.set(title=title)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
