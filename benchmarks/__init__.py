@@ -6,6 +6,8 @@ Programs, run from a checkout:
     python benchmarks/data.py           every stage of the data path, and the loaders
     python benchmarks/roofline.py       what every launch of a step must do, and how long that takes on a GPU: none needed
     python benchmarks/gpu_suite.py      everything there is to know about a GPU (its sections: suite/)
+    python benchmarks/learning.py       whether the systems learn what is said of them (its parts: evidence/)
+    python benchmarks/real_clips.py     real clips found by the sound of their other half
     python benchmarks/render.py         tables from the records
     pytest benchmarks/bench_operators.py --benchmark-only -p benchmark
 

@@ -150,6 +150,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     rule = ["---", *["---:"] * (len(headings) - 1)]

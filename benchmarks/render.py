@@ -1,4 +1,5 @@
-"""Tables of a device's folder, from the JSON files in it: writes `results/<device>/README.md`.
+"""Tables of a device's folder, from the JSON files in it: writes `results/<device>/README.md`, and the results in
+docs/learning.md.
 
 python benchmarks/render.py [nvidia-h200 ...]
 """
@@ -14,10 +15,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
-from benchmarks.common import RESULTS, number, percent, table
+from benchmarks.common import RESULTS, number, percent, read_json, table
+from benchmarks.evidence.report import PAGE, page_with, rendered
 
 Record = dict[str, Any]
-ORDER = ("tune", "pytest", "throughput", "steps", "contenders", "breakdown", "products", "attention", "operators", "data")
+ORDER = (
+    "tune",
+    "pytest",
+    "throughput",
+    "steps",
+    "contenders",
+    "breakdown",
+    "products",
+    "attention",
+    "operators",
+    "data",
+    "learning",
+)
 TITLES = {
     "tune": "What was chosen on this device",
     "pytest": "Tests on this device",
@@ -29,6 +43,7 @@ TITLES = {
     "products": "Matrix products of the step",
     "breakdown": "Time by kernel of one step",
     "data": "Data",
+    "learning": "Does it learn?",
 }
 
 
@@ -211,6 +226,7 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "operators": lambda record: _race(record, "operators"),
     "breakdown": _breakdown,
     "data": data_tables,
+    "learning": rendered,
 }
 
 
@@ -257,6 +273,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{folder.name!r} is not among the results")
         render(folder)
         print(folder.name)
+    if args.out == RESULTS:
+        learned = {path.parent.name: read_json(path) for path in sorted(RESULTS.glob("*/learning.json"))}
+        PAGE.write_text(page_with(PAGE.read_text(), learned))
     return 0
 
 

@@ -97,6 +97,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 def on_hub(server: ThreadingHTTPServer, folder: Path, code: str) -> subprocess.CompletedProcess:
     """Runs `code` in a process whose Hub is `server`: the client reads the address when it is imported."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     address = f"http://127.0.0.1:{server.server_address[1]}"
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

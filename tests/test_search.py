@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,18 @@ from evaluating import QUICK, checkpoint, cli, videos, write_picture, write_soun
 from safetensors.numpy import load_file, save_file
 from tiny import ENCODER, TINY, one_thread, randomize  # noqa: F401
 
-from cavmae_fast.data.media.files import MediaError, read_clip, read_sound_file
+from cavmae_fast.data.media.files import MediaError, read_sound_file
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.evaluation import faiss_search, searching
 from cavmae_fast.evaluation.embedding import embed
 from cavmae_fast.evaluation.index import Index, IndexFolderError, part_name
 from cavmae_fast.evaluation.searching import choose_pairs, choose_search, nearest, search
 from cavmae_fast.models import CAVMAE, CAVMAEFTAudio, create_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, whose benchmarks are not installed
+
+from benchmarks import real_clips
+from benchmarks.real_clips import halves, ranks
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 
@@ -235,42 +242,31 @@ def test_a_real_clip_is_found_by_its_sound(tmp_path):
     is what is searched for, so nothing in the index is the same recording. No training is needed for this."""
     if not MEDIA.is_dir():
         pytest.skip("no real clips on this machine")
-    import soundfile
-
     generate_clips(tmp_path / "generated", num_train=0, num_test=24)
-    (tmp_path / "real").mkdir()
-    for path in sorted(MEDIA.glob("*.mp4")):
-        waveform = read_clip(path).waveform
-        half = len(waveform) // 2
-        soundfile.write(tmp_path / f"{path.stem}.wav", waveform[half:], 16000)
-        write_first_half(path, tmp_path / "real" / path.name, waveform[:half])
+    real = sorted(MEDIA.glob("*.mp4"))
+    sounds = halves(real, tmp_path)
     torch.manual_seed(0)
-    model = create_model("small")
-    index = embed(model, [tmp_path / "generated" / "test", tmp_path / "real"], tmp_path / "index", running=QUICK)
-    for path in sorted(MEDIA.glob("*.mp4")):
-        answer = search(index, audio=tmp_path / f"{path.stem}.wav", top=3, model=model, running=QUICK)
-        assert answer.searched == 26 and answer.hits[0].id == path.stem, answer.hits
+    model = create_model("small").save_pretrained(tmp_path / "model")
+    found = ranks(model, tmp_path / "generated", sounds, tmp_path, QUICK)
+    assert found["clips"] == 26 and sorted(sounds) == [path.stem for path in real]
+    assert all(found[name]["sound"] == 1 for name in sounds), found
 
 
-def write_first_half(source, target, waveform: np.ndarray) -> None:
-    """The pictures of the first half, with this sound."""
-    import av
-
-    with av.open(str(source)) as given, av.open(str(target), "w") as made:
-        stream = given.streams.video[0]
-        picture = made.add_stream("libx264", rate=stream.average_rate)
-        picture.width, picture.height, picture.pix_fmt = stream.codec_context.width, stream.codec_context.height, "yuv420p"
-        sound = made.add_stream("aac", rate=16000, layout="mono")
-        for frame in given.decode(stream):
-            if frame.time < stream.duration * stream.time_base / 2:
-                made.mux(picture.encode(frame.reformat(format="yuv420p")))
-        made.mux(picture.encode(None))
-        for begin in range(0, len(waveform), 1024):
-            piece = np.ascontiguousarray(waveform[begin : begin + 1024])[None]
-            frame = av.AudioFrame.from_ndarray(piece, format="s16p", layout="mono")
-            frame.sample_rate, frame.pts = 16000, begin
-            made.mux(sound.encode(frame))
-        made.mux(sound.encode(None))
+def test_real_clips_are_measured_before_and_after_training_on_other_parts(tmp_path, monkeypatch, capsys):
+    """The mechanics of `benchmarks/real_clips.py`, with one step."""
+    if not MEDIA.is_dir():
+        pytest.skip("no real clips on this machine")
+    generate_clips(tmp_path / "generated", num_train=4, num_test=3)
+    monkeypatch.setattr(real_clips, "STEP", 1.0)
+    torch.manual_seed(0)
+    model = create_model("small").save_pretrained(tmp_path / "model")
+    options = ["--steps", "1", "--seeds", "1", "--train-clips", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert real_clips.main([str(model), str(MEDIA), "--generated", str(tmp_path / "generated"), *options]) == 0
+    (path,) = (tmp_path / "out").glob("*/real_clips.json")
+    record = json.loads(path.read_text())
+    for row in (record["before"], *record["after"]):
+        assert row["clips"] == 5 and all(1 <= rank <= 5 for name in row if name != "clips" for rank in row[name].values())
+    assert len(record["after"]) == 1 and "rank among 5 clips" in capsys.readouterr().out
 
 
 def test_the_command(folder, videos, tmp_path):  # noqa: F811

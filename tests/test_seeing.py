@@ -36,6 +36,7 @@ def options(clips, out: Path, **changed) -> PretrainConfig:
 @pytest.fixture(scope="module")
 def run(clips, tmp_path_factory) -> Path:
     """A folder with one finished run."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     out = tmp_path_factory.mktemp("runs") / "first"
     pretrain(options(clips, out, track=("tensorboard",)))
     return out
@@ -82,6 +83,7 @@ def test_tensorboard_shows_what_was_recorded(run):
 
 
 def test_tensorboard_hides_steps_that_come_again(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for done, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (1, {2: 20.0})):
@@ -94,6 +96,7 @@ def test_tensorboard_hides_steps_that_come_again(tmp_path):
 
 
 def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for done in (0, 2):

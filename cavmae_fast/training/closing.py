@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cavmae_fast.evaluation.commands.options import next_line, printable
 from cavmae_fast.training.dry_run import DryRun
+from cavmae_fast.training.finetune_config import PRETRAINED
 from cavmae_fast.training.pretrain_config import PretrainConfig
 
 
@@ -39,7 +41,9 @@ def pretrained(config: PretrainConfig, summary: dict[str, Any] | DryRun) -> str:
     ):
         lines.append(f"{what:<16}{out / name}")
     if config.data:
-        lines.append(f"next: train on, from this checkpoint, with --init {out / 'model'}")
+        lines.append(next_line("retrieve", out / "model", "--data", *(config.eval_data or config.data)))
     else:
-        lines.append("next: your own clips, at full size:  cavmae-fast pretrain --data DIR --model base --steps 3")
-    return "\n".join(lines)
+        init = () if out / "model" == PRETRAINED else ("--init", out / "model")
+        lines.append(next_line("finetune", *init))
+        lines.append("or your own clips, at full size:  cavmae-fast pretrain --data DIR --model base --steps 3")
+    return printable(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cavmae_fast.evaluation.commands.options import next_line, printable
 from cavmae_fast.training.dry_run import DryRun
 from cavmae_fast.training.finetune_config import FinetuneConfig
 
@@ -42,11 +43,12 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
         ("summary.json", "summary"),
     ):
         lines.append(f"{what:<16}{out / name}")
-    if not config.data:
-        lists = out / "lists"
-        judged = f"--data {lists / 'test.json'} --labels {lists / 'labels.csv'} --frames 10"
-        lines.append(f"next:  cavmae-fast evaluate {out / 'model'} {judged}")
-    return "\n".join(lines)
+    lists = out / "lists"  # of generated clips
+    data = config.eval_data or (lists / "test.json",)
+    labels = config.labels if config.data else config.labels or lists / "labels.csv"
+    named = () if labels is None else ("--labels", labels)
+    lines.append(next_line("evaluate", out / "model", "--data", *data, *named, "--frames", 10))
+    return printable(lines)
 
 
 def shown_figures(figures: dict[str, Any], metric: str) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cavmae_fast.evaluation.commands.options import data_of, printable, progress_bar
+from cavmae_fast.evaluation.commands.options import data_of, next_line, printable, progress_bar
+from cavmae_fast.evaluation.commands.search import SearchConfig
 from cavmae_fast.evaluation.embedding import embed
 from cavmae_fast.evaluation.index import Index
 from cavmae_fast.evaluation.running import Running
@@ -59,5 +60,16 @@ def closing(config: EmbedConfig, index: Index) -> str:
     if rejects:
         lines.append(f"{len(rejects)} clips could not be used; the first: {rejects[0]['reason']}")
     if config.pooling == "mean":
-        lines.append(f"next:  cavmae-fast search {config.out} --audio x.wav   (or --image y.jpg, or --video z.mp4)")
+        lines.append(next_line("search", config.out, *_query(index)))
+        lines.append("       or by a file of yours: --audio x.wav, --image y.jpg or --video z.mp4")
     return printable(lines)
+
+
+def _query(index: Index) -> list[str]:
+    """Options that search for a clip of the index: by its sound, the nearest pictures, where there are both. Without its
+    file at hand, as in shards, the file is left to the reader."""
+    own = index[0].path if Path(index[0].path).is_file() else "FILE"
+    top = [] if len(index) >= SearchConfig.top else ["--top", str(len(index))]
+    if index.streams == ["video"]:
+        return ["--video", own, *top]
+    return ["--audio", own, *(["--match", "other"] if "video" in index.streams else []), *top]

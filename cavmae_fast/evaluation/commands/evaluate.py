@@ -11,7 +11,7 @@ from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.class_figures import draw_classes
 from cavmae_fast.evaluation.classification import write_classes
 from cavmae_fast.evaluation.classifying import classify
-from cavmae_fast.evaluation.commands.options import data_of, printable
+from cavmae_fast.evaluation.commands.options import data_of, next_line, printable
 from cavmae_fast.evaluation.running import Running
 from cavmae_fast.evaluation.sharing import is_first
 from cavmae_fast.models.opening import open_model
@@ -99,7 +99,21 @@ def closing(config: EvaluateConfig, report: dict[str, Any]) -> str:
         lines.append(f"{len(report['rejects'])} clips could not be used; the first: {report['rejects'][0]['reason']}")
     lines.append(f"report          {config.out / 'evaluation.json'}")
     lines.append(f"each class      {config.out / f'classes-{first}.csv'}, {config.out / f'classes-{first}.png'}")
+    if (pretrained := _pretrained(config.checkpoint)) is not None:
+        labels = () if config.labels is None else ("--labels", config.labels)
+        lines.append(next_line("retrieve", pretrained, "--data", *config.data, *labels))
     return printable(lines)
+
+
+def _pretrained(checkpoint: Path) -> str | None:
+    """What the run that left `checkpoint` began from: for retrieval, which fine-tuning is not for. None where it is not
+    known or not there any more."""
+    try:
+        run = json.loads((checkpoint.parent / "config.json").read_text())
+    except (OSError, ValueError):  # no run's folder: the evaluation needs none
+        return None
+    init = run.get("init") if isinstance(run, dict) else None
+    return init if isinstance(init, str) and Path(init).exists() else None
 
 
 def _figure(value: float | None) -> str:

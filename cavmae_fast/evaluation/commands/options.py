@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield move
+
+
+def next_line(*arguments: object) -> str:
+    """The line of a closing text that says what to run next. It runs as it stands when it is copied into a shell."""
+    return f"next:  {shlex.join(['cavmae-fast', *map(str, arguments)])}"
 
 
 def printable(lines: Iterable[str]) -> str:

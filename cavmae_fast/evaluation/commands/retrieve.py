@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cavmae_fast.data.sets.shards import write_whole
-from cavmae_fast.evaluation.commands.options import data_of, printable, progress_bar
+from cavmae_fast.evaluation.commands.options import data_of, next_line, printable, progress_bar
 from cavmae_fast.evaluation.report.page import check_target
 from cavmae_fast.evaluation.report.retrieved import QUERIES, write_retrieval_page
 from cavmae_fast.evaluation.retrieval import TOP, ClassScores, metrics_of
@@ -73,7 +73,7 @@ def closing(config: RetrieveConfig, result: Retrieved) -> str:
         lines.append(f"numbers  {config.out / 'retrieval.json'}")
     if config.report is not None:
         lines.append(f"page     {config.report}   (open it in a browser)")
-    lines.append(f"next:  cavmae-fast embed {config.checkpoint} --data {' '.join(map(str, config.data))} --out runs/index")
+    lines.append(next_line("embed", config.checkpoint, "--data", *config.data, "--out", "runs/index"))
     return printable(lines)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from cavmae_fast.evaluation.commands.options import printable
+from cavmae_fast.evaluation.commands.options import next_line, printable
 from cavmae_fast.evaluation.index import Index
 from cavmae_fast.evaluation.report.page import check_target
 from cavmae_fast.evaluation.report.searched import compared, write_search_page
@@ -64,6 +64,22 @@ def closing(config: SearchConfig, answer: Answer) -> str:
     """The answers as a table."""
     lines = [f"{answer.query.name}: the nearest of {answer.searched} clips, comparing {compared(answer)}"]
     lines += [f"{hit.rank:>4}  {hit.score:6.3f}  {hit.id}   {hit.path}" for hit in answer.hits]
-    if config.report is not None:
+    if config.report is None:
+        lines.append(next_line("search", config.index, *_options(config), "--report", "found.html"))
+    else:
         lines.append(f"page  {config.report}   (open it in a browser)")
+        best, model = answer.hits[0].path, config.checkpoint or Index(config.index).manifest["model"]["path"]
+        if model is not None and Path(best).is_file():
+            lines.append(next_line("inpaint", model, "--data", best))
     return printable(lines)
+
+
+def _options(config: SearchConfig) -> list[str]:
+    """The options by which this search differs from the defaults, as they are typed."""
+    given = ((field.name, getattr(config, field.name)) for field in fields(config) if field.name not in ("index", "report"))
+    return [
+        word
+        for name, value in given
+        if value != getattr(SearchConfig, name)
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
