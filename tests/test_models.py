@@ -180,9 +180,9 @@ def calls_of(model, monkeypatch):
         seen["decode"] += 1
         return decode(*args)
 
-    def noted(state, *args):
+    def noted(state, *args, **options):
         seen["streams"].append(state.layout.lengths)
-        return block(state, *args)
+        return block(state, *args, **options)
 
     monkeypatch.setattr(model, "decode_removed", counted)
     for module in ("encoder", "cavmae"):

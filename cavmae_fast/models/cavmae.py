@@ -37,7 +37,9 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
     - `depth`: encoder blocks in all (12), of which `modality_specific_depth` are per modality and the rest shared;
     - `attention`: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here);
     - `bidirect_contrast`: the mean of both directions in the contrastive loss, instead of the published one;
-    - `clip`: a `ClipSpec` with what the inputs are normalized with, where it is not CAV-MAE's.
+    - `clip`: a `ClipSpec` with what the inputs are normalized with, where it is not CAV-MAE's;
+    - `recompute`: what the backward pass forms again instead of keeping it, one of `packed.RECOMPUTE`. It is no property of
+      the weights: `save_pretrained` does not note it, and it may be set at any time.
 
     `train_losses` says which of the two losses are in force, and so what is trained.
 
@@ -64,7 +66,7 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
         x = scatter_tokens(x, place, self.mask_token.flatten(), pos.squeeze(0))
         state = State(x, None, StreamLayout(batch, (place.shape[1],)))
         for one in blocks:
-            state = block(state, [one], [None], dtype, self.attention)
+            state = block(state, [one], [None], dtype, self.attention, recompute=self.recompute)
         return state
 
     def predict(self, state: State, length_a: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
         dtype = compute_dtype(self.norm.weight)
         state = self.decoder_state(joint, masking_a, masking_v, self.decoder_blocks[:-1], dtype)
         removed = torch.cat([masking_a.ids_removed, masking_v.ids_removed + self.patch_embed_a.num_patches], dim=1)
-        state = block_for_tokens(state, self.decoder_blocks[-1], removed, dtype, self.attention)
+        state = block_for_tokens(state, self.decoder_blocks[-1], removed, dtype, self.attention, recompute=self.recompute)
         return self.predict(state, masking_a.ids_removed.shape[1], dtype)
 
     def removed_loss(self, m: str, x: Tensor, pred: Tensor, masking: Masking) -> Tensor:

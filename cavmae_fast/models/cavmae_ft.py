@@ -13,7 +13,7 @@ from cavmae_fast.reference.outputs import FeatureOutput
 class CAVMAEFT(Pretrained, PackedEncoder, CAVMAEFTParameters):
     """The classifier. Arguments, modes and state-dict keys are the published ones.
 
-    `depth`, `attention`, `clip` and the attribute `drop_path` are ours, as in `CAVMAE`.
+    `depth`, `attention`, `clip`, `recompute` and the attribute `drop_path` are ours, as in `CAVMAE`.
     uint8 RGB images are normalized on the way into the patch projection, with the statistics in `clip_spec`.
     `norm_pix_loss` is accepted, as in the published signature, and has no effect.
     """

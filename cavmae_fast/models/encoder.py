@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.models.drop_path import draw_paths
-from cavmae_fast.models.packed import State, block, normalize
+from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
@@ -30,6 +30,7 @@ class PackedEncoder(EncoderParameters):
     """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
     attentions = ("auto", *BACKENDS)
+    recomputations = RECOMPUTE
     drop_path = 0.0
     "Chance that a clip leaves out a branch of the last block in training; it falls linearly to 0 in the first. 0: no drop."
 
@@ -81,7 +82,7 @@ class PackedEncoder(EncoderParameters):
         stacks = [getattr(self, f"blocks_{m}") for m in modalities]
         for index, blocks in enumerate(zip(*stacks)):
             own = self._paths_of(paths, index, modalities)
-            state = block(state, blocks, [None] * len(modalities), dtype, self.attention, own)
+            state = block(state, blocks, [None] * len(modalities), dtype, self.attention, own, self.recompute)
         return state
 
     def shared_blocks(
@@ -90,7 +91,7 @@ class PackedEncoder(EncoderParameters):
         """The shared blocks and final norms, all streams at once; `modalities` says whose norms each stream passes."""
         for index, shared in enumerate(self.blocks_u, start=len(self.blocks_a)):
             own = self._paths_of(paths, index, modalities)
-            state = block(state, [shared], modalities, dtype, self.attention, own)
+            state = block(state, [shared], modalities, dtype, self.attention, own, self.recompute)
         norms = [getattr(self, f"norm_{m}" if m else "norm") for m in modalities]
         return normalize(state, norms, dtype)[1]
 

@@ -11,15 +11,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cavmae_fast.models.drop_path import on_path
 from cavmae_fast.ops.attention import attention, query_attention
-from cavmae_fast.ops.gather_tokens import gather_tokens
+from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.linear_gelu import linear_gelu
-from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
+from cavmae_fast.ops.origin import Origin
+from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.ops.stream_mlp import RECOMPUTE as MLP_RECOMPUTE
+from cavmae_fast.ops.stream_mlp import stream_mlp
 from cavmae_fast.reference.layers import Block
+
+RECOMPUTE = (*MLP_RECOMPUTE, "block")
+"""What the backward pass of a block forms again instead of keeping it, with the same gradients:
+
+- 'none': nothing;
+- 'elementwise': the results of LayerNorms and GELUs, in a pass over memory each and without a product;
+- 'mlp': as well what GELUs take, by one more product;
+- 'block': everything; the residual stream alone is kept, once per block.
+"""
 
 
 class State(NamedTuple):
@@ -35,17 +47,33 @@ class State(NamedTuple):
 
 def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The residual stream with its update added, and its LayerNorm in `dtype`, one norm per stream."""
-    weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    return stream_layer_norm(state.x, state.delta, weights, biases, state.layout, norms[0].eps, dtype)
+    return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype)
 
 
-def linear(
-    x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, operator: Callable[..., Tensor] = stream_linear
-) -> Tensor:
+def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None) -> Tensor:
     """One layer for all streams, or one per stream, computed in x's dtype."""
-    weights = [layer.weight.to(x.dtype) for layer in layers]
-    biases = [layer.bias.to(x.dtype) for layer in layers]
-    return operator(x, weights, biases, layout)
+    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin)
+
+
+class Normed(NamedTuple):
+    """The residual stream `x` with its update added, its LayerNorm `y`, and how y is formed again, where it is not kept."""
+
+    x: Tensor
+    y: Tensor
+    origin: Origin | None
+
+
+def normalize_again(
+    state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype, recompute: str, x_is_kept: bool
+) -> Normed:
+    """As `normalize`, with what `recompute` keeps of it. `x_is_kept`: for the backward pass of something before."""
+    if recompute == "none":
+        return Normed(*normalize(state, norms, dtype), None)
+    weights, biases = _parameters(norms)
+    arguments = (weights, biases, state.layout, norms[0].eps, dtype)
+    x, y = stream_layer_norm(state.x, state.delta, *arguments, keep_sum=not x_is_kept)
+    kept = (state.x, state.delta) if x_is_kept else (x, None)
+    return Normed(x, y, layer_norm_origin(*kept, *arguments))
 
 
 def block(
@@ -55,21 +83,39 @@ def block(
     dtype: torch.dtype,
     backend: str,
     paths: Tensor | None = None,
+    recompute: str = "none",
 ) -> State:
     """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes, `paths`
-    `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing)."""
-    return _called(_block, blocks, state, blocks, modalities, dtype, backend, paths)
+    `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing), `recompute`, one of
+    `RECOMPUTE`, what is formed again in the backward pass."""
+    return _called(_block, blocks, state, recompute, blocks, modalities, dtype, backend, paths)
 
 
-def _called(compute: Callable[..., State], blocks: Sequence[Block], *args: Any) -> State:
-    """`compute(*args)` inside a call of each of `blocks`, whose parameters it uses (`Block.forward` says why)."""
+def _called(compute: Callable[..., State], blocks: Sequence[Block], state: State, recompute: str, *args: Any) -> State:
+    """`compute(state, recompute, *args)` inside a call of each of `blocks`, whose parameters it uses (`Block.forward` says
+    why)."""
+    if recompute == "block":
+        compute = functools.partial(_checkpointed, compute)
     for one in blocks:
         compute = functools.partial(one, compute)
-    return compute(*args)
+    return compute(state, recompute, *args)
+
+
+def _checkpointed(compute: Callable[..., State], state: State, recompute: str, *args: Any) -> State:
+    """`compute` with nothing formed again within it, of which the residual stream alone, its update added, is kept for
+    backward."""
+    layout = state.layout
+
+    def run(x: Tensor) -> State:
+        return compute(State(x, None, layout), "none", *args)
+
+    # Nothing in a block is drawn at random: paths were drawn before.
+    return checkpoint(run, state.value(), use_reentrant=False, preserve_rng_state=False)
 
 
 def _block(
     state: State,
+    recompute: str,
     blocks: Sequence[Block],
     modalities: Sequence[str | None],
     dtype: torch.dtype,
@@ -79,35 +125,47 @@ def _block(
     attention_path, mlp_path = (None, None) if paths is None else paths
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
-    x, h = normalize(state, norm1s, dtype)
-    qkv = linear(h, [b.attn.qkv for b in blocks], layout)
+    x, h, origin = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False)
+    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
+    # The first norm keeps x: with the update, half as wide in autocast, it gives what the second one normalizes.
     delta = on_path(linear(h, [b.attn.proj for b in blocks], layout), attention_path, layout)
-    x, h = normalize(State(x, delta, layout), norm2s, dtype)
-    return State(x, on_path(_mlp(h, blocks, layout), mlp_path, layout), layout)
+    normed = normalize_again(State(x, delta, layout), norm2s, dtype, recompute, x_is_kept=True)
+    return State(normed.x, on_path(_mlp(normed, blocks, layout, recompute), mlp_path, layout), layout)
 
 
-def block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
+def block_for_tokens(
+    state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, recompute: str = "none"
+) -> State:
     """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
-    return _called(_block_for_tokens, [one], state, one, ids, dtype, backend)
+    return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend)
 
 
-def _block_for_tokens(state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
+def _block_for_tokens(state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
     layout = state.layout
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
-    x, h = normalize(state, [one.norm1], dtype)
+    x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     qkv, width = one.attn.qkv, state.x.shape[1]
     weight, bias = qkv.weight.to(dtype), qkv.bias.to(dtype)
-    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout)
-    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted)
+    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout, origin=origin)
+    of_tokens = None if origin is None else gather_origin(origin, ids)
+    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted, origin=of_tokens)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
-    x, h = normalize(State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted), wanted), [one.norm2], dtype)
-    return State(x, _mlp(h, [one], wanted), wanted)
+    state = State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted), wanted)
+    normed = normalize_again(state, [one.norm2], dtype, recompute, x_is_kept=False)
+    return State(normed.x, _mlp(normed, [one], wanted, recompute), wanted)
 
 
-def _mlp(h: Tensor, blocks: Sequence[Block], layout: StreamLayout) -> Tensor:
-    h = linear(h, [b.mlp.fc1 for b in blocks], layout, linear_gelu)
-    return linear(h, [b.mlp.fc2 for b in blocks], layout)
+def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str) -> Tensor:
+    fc1, fc2 = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
+    return stream_mlp(normed.y, *fc1, *fc2, layout, recompute=recompute, origin=normed.origin)
+
+
+def _parameters(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and the biases of the layers, in `dtype` (None: their own)."""
+    pairs = [(layer.weight, layer.bias) for layer in layers]
+    weights, biases = ([tensor if dtype is None else tensor.to(dtype) for tensor in group] for group in zip(*pairs))
+    return weights, biases
 
 
 def _norms(blocks: Sequence[Block], modalities: Sequence[str | None]) -> tuple[list[nn.LayerNorm], list[nn.LayerNorm]]:

@@ -11,12 +11,16 @@ The backward kernel owns destination rows, so it writes every element of dx once
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.origin import Origin
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -142,3 +146,13 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     check_ids("ids", ids)
     check_rows("x", x, ids.shape[0])
     return _GatherTokens.apply(x.contiguous(), ids.contiguous())
+
+
+def gather_origin(origin: Origin, ids: Tensor) -> Origin:
+    """How `gather_tokens(x, ids)` is formed again from what x is."""
+    return Origin(partial(_form, origin.form), (*origin.tensors, ids))
+
+
+def _form(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    *of_x, ids = tensors
+    return _forward(form(*of_x), ids)

@@ -164,14 +164,14 @@ def _forward_fake(x, weights, biases, rows, keep_pre):
     return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
 
 
-_forward_operator = register(
+forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
 )
-_backward_operator = register(
+backward_operator = register(
     "linear_gelu_backward",
     "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
@@ -192,7 +192,7 @@ class _LinearGelu(torch.autograd.Function):
     def forward(ctx, x, rows, keep_pre, *parameters):
         count = len(parameters) // 2
         weights, biases = list(parameters[:count]), list(parameters[count:])
-        y, pre = _forward_operator(x, weights, biases, rows, keep_pre)
+        y, pre = forward_operator(x, weights, biases, rows, keep_pre)
         ctx.save_for_backward(pre, x, *weights)
         ctx.rows, ctx.bias_dtypes = rows, [b.dtype for b in biases]
         return y
@@ -201,7 +201,7 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx, dy):
         pre, x, *weights = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
-        dx, dw, db = _backward_operator(dy.contiguous(), pre, x, weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
+        dx, dw, db = backward_operator(dy.contiguous(), pre, x, weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
         dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
         return dx if needs_dx else None, None, None, *dw.unbind(0), *dbs
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from cavmae_fast import compat
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.origin import Origin, origin_or_itself
 
 # ---------------------------------------------------------------------------------------------------------- products
 
@@ -74,22 +75,28 @@ def bias_gradient(dout: Tensor, rows: Sequence[int], dtype: torch.dtype) -> Tens
     return db
 
 
-def check_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: StreamLayout) -> list[int]:
-    """Raises unless the arguments fit; returns the rows that each weight is for."""
+def check_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: StreamLayout, number: str = ""
+) -> list[int]:
+    """Raises unless the arguments fit; returns the rows that each weight is for. `number`: which of several layers the
+    weights and biases are of, as their names end."""
     layout.check("x", x)
     if len(weights) not in (1, len(layout.lengths)):
-        raise ValueError(f"weights has {len(weights)} entries; {layout} takes 1 or {len(layout.lengths)}")
+        raise ValueError(f"weights{number} has {len(weights)} entries; {layout} takes 1 or {len(layout.lengths)}")
     shape = (weights[0].shape[0], x.shape[1])
     if any(w.shape != shape for w in weights):
         raise ValueError(
-            f"weights have shapes {[list(w.shape) for w in weights]}; x of width {x.shape[1]} needs [N, {x.shape[1]}]"
+            f"weights{number} have shapes {[list(w.shape) for w in weights]}; an input of width {x.shape[1]} needs"
+            f" [N, {x.shape[1]}]"
         )
     if len(biases) != len(weights) or any(b.shape != shape[:1] for b in biases):
         raise ValueError(
-            f"biases have shapes {[list(b.shape) for b in biases]}; {len(weights)} weights need one [{shape[0]}] each"
+            f"biases{number} have shapes {[list(b.shape) for b in biases]}; {len(weights)} weights need one [{shape[0]}]"
+            " each"
         )
     if any(w.dtype != x.dtype for w in weights):
-        raise TypeError(f"weights have dtypes {[w.dtype for w in weights]}; x has {x.dtype}, and they must be the same")
+        dtypes = [w.dtype for w in weights]
+        raise TypeError(f"weights{number} have dtypes {dtypes}; x has {x.dtype}, and they must be the same")
     return [layout.rows] if len(weights) == 1 else layout.rows_per_stream
 
 
@@ -119,7 +126,7 @@ def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx):
     return dx, dw, x.new_empty(len(weights), dout.shape[1], dtype=bias_dtype)
 
 
-_forward = register(
+forward_operator = register(
     "stream_linear",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows) -> Tensor",
     torch=linear_forward,
@@ -127,7 +134,7 @@ _forward = register(
     limit=lambda implementation, dtype, shape: onednn_limit(implementation, dtype),
     fake=_forward_fake,
 )
-_backward = register(
+backward_operator = register(
     "stream_linear_backward",
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
@@ -139,27 +146,38 @@ _backward = register(
 
 class _StreamLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, *parameters):
-        count = len(parameters) // 2
-        weights, biases = list(parameters[:count]), list(parameters[count:])
-        ctx.save_for_backward(x, *weights)
-        ctx.rows, ctx.bias_dtypes = rows, [b.dtype for b in biases]
-        return _forward(x, weights, biases, rows)
+    def forward(ctx, x, rows, form, count, *tensors):
+        kept, parameters = tensors[:count], tensors[count:]
+        weights, biases = list(parameters[: len(parameters) // 2]), list(parameters[len(parameters) // 2 :])
+        ctx.save_for_backward(*kept, *weights)
+        ctx.rows, ctx.form, ctx.count, ctx.bias_dtypes = rows, form, count, [b.dtype for b in biases]
+        return forward_operator(x, weights, biases, rows)
 
     @staticmethod
     def backward(ctx, dout):
-        x, *weights = ctx.saved_tensors
-        dx, dw, db = _backward(dout.contiguous(), x, weights, ctx.rows, ctx.bias_dtypes[0], ctx.needs_input_grad[0])
+        tensors = ctx.saved_tensors  # once: where it is formed again for this call, a second call is an error
+        kept, weights = tensors[: ctx.count], list(tensors[ctx.count :])
+        needs_dx = ctx.needs_input_grad[0]
+        dx, dw, db = backward_operator(dout.contiguous(), ctx.form(*kept), weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
         dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
-        return dx if ctx.needs_input_grad[0] else None, None, *dw.unbind(0), *dbs
+        return dx if needs_dx else None, None, None, None, *[None] * ctx.count, *dw.unbind(0), *dbs
 
 
-def stream_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: StreamLayout) -> Tensor:
+def stream_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: StreamLayout,
+    *,
+    origin: Origin | None = None,
+) -> Tensor:
     """`x W^T + b` for packed streams, with one weight for all of them or one for each.
 
     x `[R, K]`, weights `[N, K]` in x's dtype and biases `[N]`, one of each or one for every stream of `layout`. Returns
-    `[R, N]` in x's dtype; bias gradients are summed in float32. Raises ValueError or TypeError when something does
-    not fit.
+    `[R, N]` in x's dtype; bias gradients are summed in float32. `origin`: how x is formed again in the backward pass,
+    instead of kept. Raises ValueError or TypeError when something does not fit.
     """
     rows = check_linear(x, weights, biases, layout)
-    return _StreamLinear.apply(x.contiguous(), rows, *weights, *biases)
+    x = x.contiguous()
+    form, kept = origin_or_itself(x, origin)
+    return _StreamLinear.apply(x, rows, form, len(kept), *kept, *weights, *biases)

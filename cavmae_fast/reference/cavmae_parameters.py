@@ -37,8 +37,8 @@ class CAVMAEParameters(LossesInForce, EncoderParameters):
     """The pretraining model: encoder, decoder, and which of their parameters are trained.
 
     Arguments and defaults are the published ones; `depth` (encoder blocks in all, 12 there), `attention`,
-    `bidirect_contrast` (the mean of both directions in the contrastive loss) and `clip` (what the inputs are normalized
-    with, where it is not CAV-MAE's statistics) are ours.
+    `bidirect_contrast` (the mean of both directions in the contrastive loss), `clip` (what the inputs are normalized
+    with, where it is not CAV-MAE's statistics) and `recompute` (what the backward pass forms again) are ours.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class CAVMAEParameters(LossesInForce, EncoderParameters):
         attention: str | None = None,
         bidirect_contrast: bool = False,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -78,6 +79,7 @@ class CAVMAEParameters(LossesInForce, EncoderParameters):
             depth,
             attention,
             clip,
+            recompute,
         )
         check_heads("decoder_num_heads", decoder_num_heads, "decoder_embed_dim", decoder_embed_dim)
         if decoder_depth < 1:
@@ -177,6 +179,7 @@ class ClassifierParameters(EncoderParameters):
         depth: int = 12,
         attention: str | None = None,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -193,6 +196,7 @@ class ClassifierParameters(EncoderParameters):
             depth,
             attention,
             clip,
+            recompute,
         )
         if label_dim < 1:
             raise ValueError(f"label_dim is {label_dim}; it must be at least 1")

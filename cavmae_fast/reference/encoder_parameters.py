@@ -25,6 +25,8 @@ class EncoderParameters(Freezing):
     "'av', or 'a' for an audio-only model, which carries no parameter of the video stream."
     attentions: ClassVar[tuple[str, ...]]
     "Allowed values of the argument `attention`; the first is its default."
+    recomputations: ClassVar[tuple[str, ...]] = ("none",)
+    "Allowed values of the argument `recompute`."
     clip_spec: ClipSpec
     "What the model takes of a clip: the data path makes its inputs by this."
 
@@ -43,6 +45,7 @@ class EncoderParameters(Freezing):
         depth: int,
         attention: str | None,
         clip: ClipSpec | None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -52,6 +55,7 @@ class EncoderParameters(Freezing):
         check_heads("num_heads", num_heads, "embed_dim", embed_dim)
         if not 0 <= modality_specific_depth <= depth:
             raise ValueError(f"modality_specific_depth is {modality_specific_depth}; it must lie in 0..depth ({depth})")
+        self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         check_norm_layer(norm_layer, embed_dim)
         self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), audio_length=audio_length))
@@ -89,6 +93,17 @@ class EncoderParameters(Freezing):
                 block.freeze_modality_norms()
 
     @property
+    def recompute(self) -> str:
+        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        if value not in self.recomputations:
+            raise ValueError(f"recompute is {value!r}; it must be one of {', '.join(self.recomputations)}")
+        self._recompute = value
+
+    @property
     def patch_size(self) -> int:
         return self.patch_embed_a.patch_size[0]
 
@@ -117,7 +132,7 @@ def constructor_arguments(values: dict) -> dict:
 
     All of them can be written as JSON. `clip` is among them only where it was given, as a dict.
     """
-    left_out = ("self", "__class__", "norm_layer", "attention", "clip")
+    left_out = ("self", "__class__", "norm_layer", "attention", "clip", "recompute")
     arguments = {name: value for name, value in values.items() if name not in left_out}
     return arguments if values["clip"] is None else arguments | {"clip": asdict(values["clip"])}
 

@@ -51,8 +51,12 @@ def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool,
     low = torch.empty(rows, width, dtype=dtype)
     weights = [torch.empty(width) for _ in lengths]
     stats = torch.empty(rows)
-    stream_layer_norm._forward_triton(x, low if delta else None, weights, weights, lengths, 1e-5, dtype, architecture)
-    stream_layer_norm._backward_triton(low, x if delta else None, x, stats, stats, weights, lengths, dtype, architecture)
+    update = low if delta else None
+    for store in (True, False) if delta else (False,):
+        stream_layer_norm._forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
+    for kept in {None, update}:
+        arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths, dtype)
+        stream_layer_norm._backward_triton(*arguments, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():

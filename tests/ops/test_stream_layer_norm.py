@@ -6,7 +6,7 @@ import torch
 from cavmae_fast.ops import dispatch
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.parity import assert_parity
-from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
+from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
 from cavmae_fast.reference import operators as reference
 
 SHAPES = [(1, (1,), 8), (2, (5, 7, 12), 97), (2, (128, 49, 177), 768), (3, (3, 70), 1023), (1, (65,), 512)]
@@ -47,6 +47,22 @@ def test_parity(mode, shape, dtype, delta_dtype):
             inputs(layout, shape[2], dtype, delta_dtype),
             baseline=explicit,
         )
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize(("dtype", "delta_dtype"), [(torch.float32, torch.float16), (torch.float16, torch.float16)])
+def test_adding_again_gives_the_same_bits(mode, dtype, delta_dtype):
+    """Whether the sum is kept or what is added: results, gradients, and the LayerNorm formed again."""
+    layout = StreamLayout(2, (5, 7, 12))
+    arguments = inputs(layout, 97, dtype, delta_dtype)
+    tensors = [*arguments[:2], *arguments[2], *arguments[3]]
+    with dispatch.override(mode):
+        results = [stream_layer_norm(*arguments, layout, keep_sum=keep) for keep in (True, False)]
+        gradients = [torch.autograd.grad(x.sum() + (y * y).sum(), tensors) for x, y in results]
+        assert all(torch.equal(a, b) for kind in (results, gradients) for a, b in zip(*kind))
+        for kept in (arguments[:2], (results[0][0], None)):
+            form, formed_from = layer_norm_origin(*kept, *arguments[2:], layout, 1e-5, dtype)
+            assert torch.equal(form(*formed_from), results[0][1])
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
