@@ -127,3 +127,33 @@ def softmax_backward_(gradient: Tensor, p: Tensor) -> Tensor:
     if kernel is None:
         return gradient.sub_((gradient * p).sum(-1, keepdim=True)).mul_(p)
     return kernel.out(gradient, p, -1, gradient.dtype, grad_input=gradient)  # row by row: in place is safe
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def fake_tensors() -> contextlib.AbstractContextManager:
+    """While it is entered, tensors have shapes and no contents, and real ones are taken as such.
+
+    Private: `torch._subclasses.FakeTensorMode`, what torch.compile traces with. There is nothing to fall back to.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def operator_mode() -> type:
+    """The class whose method `__torch_dispatch__` is called in place of every operator while an instance is entered.
+
+    Private: the module of `torch.utils._python_dispatch.TorchDispatchMode`. There is nothing to fall back to.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor was made within `fake_tensors()`. Private: `torch._subclasses.FakeTensor`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)

@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import platform
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from cavmae_fast.models.packed import RECOMPUTE
 from cavmae_fast.models.precision import choose_dtype
 from cavmae_fast.ops import configuration, dispatch, native
 from cavmae_fast.ops.attention import available_backends, resolve_backend
@@ -32,10 +34,26 @@ TRITON_OF_TORCH = {"2.11": "3.6.0", "2.12": "3.7.0", "2.13": "3.7.1"}
 class DoctorConfig:
     """Report device, versions, and which implementation each operator uses here, and why."""
 
+    model: str | None = None
+    """Say how much memory pretraining this system takes, instead: base or any other name that pretrain takes."""
+    batch: int = 256
+    """Clips per step of it."""
+    recompute: Literal["none", "elementwise", "mlp", "block"] | None = None
+    """With this choice of pretrain's --recompute; default: with each."""
+    gpu: tuple[float, ...] = (24.0, 80.0)
+    """Memory of GPUs in GB for which to say the largest batch."""
+
 
 def examine(config: DoctorConfig) -> str:
     """The report as text: the job of the command."""
-    return render()
+    if config.model is None:
+        return render()
+    from cavmae_fast.training.pretrain_config import preset_name
+    from cavmae_fast.training.step_memory import memory_table
+
+    choices = RECOMPUTE if config.recompute is None else [config.recompute]
+    rows = memory_table(preset_name(config.model), config.batch, choices, config.gpu)
+    return _section(f"a step of {config.batch} clips in bfloat16, by its tensors", rows)
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
@@ -52,11 +70,11 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
 
 def render() -> str:
     """The report as text."""
-    lines = []
-    for title, rows in report():
-        lines.append(title)
-        lines += [f"  {name:<28} {value}" for name, value in rows]
-    return "\n".join(lines)
+    return "\n".join(_section(title, rows) for title, rows in report())
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([title, *(f"  {name:<28} {value}" for name, value in rows)])
 
 
 def _device() -> torch.device:

@@ -150,15 +150,19 @@ def test_a_dry_run_writes_nothing(clips, tmp_path):
     result = pretrain(config)
     assert isinstance(result, DryRun) and not (tmp_path / "out").exists()
     assert result.steps == 6 and result.batch == 4
-    assert result.fixed_bytes == 4 * (result.parameters + 3 * result.trained)
+    assert result.memory.model == 4 * (result.parameters + 2 * result.trained)
+    assert result.memory.peak > result.memory.model + result.memory.kept
     text = pretrained(config, result)
     assert "6 steps" in text and "4 clips" in text and "nothing was written" in text
 
 
 def test_what_is_kept_per_clip(clips, tmp_path):
-    """Weights do not count among what is kept per clip: the small model keeps a few MB for each."""
-    result = pretrain(options(clips, tmp_path / "out", dry_run=True))
-    assert 1e6 < result.clip_bytes < 40e6
+    """The small model keeps a few MB for each clip, and less where more is formed again."""
+    kept = []
+    for recompute in ("none", "mlp", "block"):
+        result = pretrain(options(clips, tmp_path / "out", dry_run=True, recompute=recompute))
+        kept.append(result.memory.kept / result.batch)
+    assert 40e6 > kept[0] > 2 * kept[1] > 3 * kept[2] > 1e6
 
 
 def test_a_runs_configuration_starts_it_again(run, tmp_path):

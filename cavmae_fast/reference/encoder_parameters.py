@@ -99,9 +99,7 @@ class EncoderParameters(Freezing):
 
     @recompute.setter
     def recompute(self, value: str) -> None:
-        if value not in self.recomputations:
-            raise ValueError(f"recompute is {value!r}; it must be one of {', '.join(self.recomputations)}")
-        self._recompute = value
+        self._recompute = chosen("recompute", value, self.recomputations)
 
     @property
     def patch_size(self) -> int:

@@ -7,21 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.models.precision import Precision
 from cavmae_fast.training.progress import duration
 from cavmae_fast.training.run_config import RunConfig
+from cavmae_fast.training.step_memory import StepMemory, step_memory
 from cavmae_fast.training.task import Task
 
 PROBE_FLOPS = 1e12
 "Operations of the step that is computed: as many clips as these suffice for, two at least. It takes seconds on a CPU."
 TIMED_STEPS = 3
 "Steps that are timed, of which the shortest counts."
-OPTIMIZER_COPIES = 3
-"Of a trained parameter, in float32: its gradient and Adam's two moments."
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class DryRun:
         batch: clips per step.
         steps: of the whole run.
         flops: operations of a step, per clip; None where they are not counted.
-        fixed_bytes: weights, gradients and moments.
-        clip_bytes: kept from the forward to the backward pass, per clip.
+        memory: of a step of a full batch.
         read_seconds: until the first batch was there.
         clip_seconds: of a step, per clip, as a small step took them.
         device_bytes: memory of the device; None on a CPU.
@@ -46,17 +44,11 @@ class DryRun:
     batch: int
     steps: int
     flops: float | None
-    fixed_bytes: int
-    clip_bytes: int
+    memory: StepMemory
     read_seconds: float
     clip_seconds: float
     device_bytes: int | None
     shapes: tuple[list[int], list[int]]
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory at the end of a forward pass: what is fixed, and what is kept for the backward pass."""
-        return self.fixed_bytes + self.batch * self.clip_bytes
 
     def render(self) -> str:
         """The report, a line for each question."""
@@ -64,8 +56,8 @@ class DryRun:
         operations = "" if self.flops is None else f", {self.flops / 1e9:,.1f} GFLOP per clip and step"
         batch = f"{self.batch} clips, audio {self.shapes[0]}, images {self.shapes[1]}"
         device = "" if self.device_bytes is None else f" of the device's {_gigabytes(self.device_bytes)}"
-        fixed = f"{_gigabytes(self.fixed_bytes)} for weights, gradients and moments"
-        kept = f"{self.clip_bytes / 2**20:,.1f} MiB per clip for the backward pass"
+        fixed = f"{_gigabytes(self.memory.model)} for weights and moments"
+        kept = f"{self.memory.kept / self.batch / 2**20:,.1f} MiB per clip from the forward to the backward pass"
         step = self.batch * self.clip_seconds
         pace = f"{self.steps:,} steps of {step:,.2f} s, if a full batch takes as long per clip as a small one does here"
         disk = f"{_gigabytes(12 * self.parameters)} per checkpoint, {_gigabytes(4 * self.parameters)} for the model"
@@ -73,7 +65,7 @@ class DryRun:
             (
                 f"model     {count}{operations}",
                 f"batch     {batch}; the first was there after {duration(self.read_seconds)}",
-                f"memory    about {_gigabytes(self.peak_bytes)}{device}: {fixed}, and {kept}",
+                f"memory    about {_gigabytes(self.memory.peak)}{device} at the most: {fixed}, {kept}",
                 f"time      about {duration(self.steps * step)} for {pace}",
                 f"disk      {disk}",
                 "this was a dry run: nothing was written",
@@ -101,9 +93,12 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
     loader.close()
     flops = task.step_flops(model)
     few = _first(batch, 2 if flops is None else max(2, int(PROBE_FLOPS / flops)))
-    kept = _kept_bytes(task, model, few, precision)  # also loads what the first step would have to wait for
+    _timed_step(task, model, few, precision)  # loads what the first step has to wait for
     seconds = min(_timed_step(task, model, few, precision) for _ in range(TIMED_STEPS))
     model.zero_grad(set_to_none=True)
+    memory = step_memory(
+        model, precision.dtype, lambda light: task.losses(light, _empty(batch))["loss"], precision.device.type
+    )
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.cuda.get_device_properties(precision.device).total_memory if precision.device.type == "cuda" else None
@@ -113,8 +108,7 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
         batch=len(batch.ids),
         steps=steps,
         flops=flops,
-        fixed_bytes=4 * (parameters + OPTIMIZER_COPIES * trained),
-        clip_bytes=kept // len(few.ids),
+        memory=memory,
         read_seconds=read,
         clip_seconds=seconds / len(few.ids),
         device_bytes=total,
@@ -128,35 +122,20 @@ def _first(batch: Batch, count: int) -> Batch:
     return replace(batch, ids=batch.ids[:count], labels=labels, **parts)
 
 
-def _step(task: Task, model: nn.Module, batch: Batch, precision: Precision) -> None:
-    with precision.autocast():
-        loss = task.losses(model, batch)["loss"]
-    loss.backward()
+def _empty(batch: Batch) -> Batch:
+    """A batch like this one, of tensors that are made here."""
+    return replace(batch, audio=torch.empty_like(batch.audio), image=torch.empty_like(batch.image))
 
 
 def _timed_step(task: Task, model: nn.Module, batch: Batch, precision: Precision) -> float:
     """Seconds of a step."""
     begin = time.perf_counter()
-    _step(task, model, batch, precision)
+    with precision.autocast():
+        loss = task.losses(model, batch)["loss"]
+    loss.backward()
     if precision.device.type == "cuda":
         torch.cuda.synchronize(precision.device)
     return time.perf_counter() - begin
-
-
-def _kept_bytes(task: Task, model: nn.Module, batch: Batch, precision: Precision) -> int:
-    """Bytes that the forward pass keeps for the backward pass, weights not counted; each storage once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _step(task, model, batch, precision)
-    return sum(kept.values())
 
 
 def _gigabytes(count: float) -> str:

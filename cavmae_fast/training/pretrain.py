@@ -179,7 +179,7 @@ def _prepared(config: PretrainConfig, train_clips: Clips, held_out: Clips) -> tu
     config = replace(config, batch_size=min(config.batch_size, len(train_clips)))
     ranks.share(config.batch_size)
     torch.manual_seed(config.seed)
-    model = PRESETS[config.model].create()
+    model = PRESETS[config.model].create(recompute=config.recompute)
     if config.init is not None:
         for line in load_checkpoint(model, config.init, adapt_positions=config.adapt_positions).adapted:
             ranks.say(f"adapted {line}")

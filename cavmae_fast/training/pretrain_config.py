@@ -31,12 +31,18 @@ class PretrainConfig(RunConfig):
     """Default: the system's."""
 
 
+def preset_name(model: str) -> str:
+    """The preset that `model` names, or its alias. ValueError for an unknown name."""
+    name = ALIASES.get(model, model)
+    if name not in PRESETS:
+        raise ValueError(f"--model is {model!r}; it must be one of {', '.join([*ALIASES, *PRESETS])}")
+    return name
+
+
 def resolve(config: PretrainConfig, begun: dict[str, Any] | None = None) -> PretrainConfig:
     """`config` with every default filled in: from the run that was `begun` in its folder, where one was, else from the
     system's recipe and the machine. ValueError names a bad value."""
-    name = ALIASES.get(config.model, config.model)
-    if name not in PRESETS:
-        raise ValueError(f"--model is {config.model!r}; it must be one of {', '.join([*ALIASES, *PRESETS])}")
+    name = preset_name(config.model)
     for option in ("mae_loss_weight", "contrast_loss_weight"):
         value = getattr(config, option)
         if value is not None and not value >= 0:

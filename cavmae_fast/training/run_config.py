@@ -81,6 +81,9 @@ class RunConfig:
     accumulate: int | None = None
     """Compute a batch in so many parts, which takes less memory and gives the whole batch's gradients. Default: the
     recipe's."""
+    recompute: Literal["none", "elementwise", "mlp", "block"] = "none"
+    """What the backward pass forms again instead of keeping it, for less memory and the same results: results of LayerNorms
+    and GELUs (elementwise), what GELUs take as well (mlp), or whole blocks; `doctor --model` says what each needs."""
     compile: bool = False
     """Compile the model with torch.compile, which takes minutes at the start."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

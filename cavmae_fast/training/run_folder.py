@@ -22,6 +22,7 @@ FREE = {
     "config",
     "dry_run",
     "shard",
+    "recompute",
 }
 "Options that change no result: a run may go on with others."
 
