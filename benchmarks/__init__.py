@@ -4,6 +4,7 @@ Programs, run from a checkout:
 
     python benchmarks/throughput.py     a training step: the published model, its obvious improvements, ours
     python benchmarks/data.py           every stage of the data path, and the loaders
+    python benchmarks/roofline.py       what every launch of a step must do, and how long that takes on a GPU: none needed
     python benchmarks/gpu_suite.py      everything there is to know about a GPU (its sections: suite/)
     python benchmarks/render.py         tables from the records
     pytest benchmarks/bench_operators.py --benchmark-only -p benchmark

@@ -1,0 +1,258 @@
+"""What a training step must at least take on a GPU, launch by launch, and what it is predicted to take: no GPU is needed.
+
+    python benchmarks/roofline.py --gpu H200 --batch 256
+
+The step is the real one. Its forward and backward pass run on the CPU with two clips and with three, every operator with its
+Triton implementation; each launch is noted, PyTorch's with what they compute, Triton's without running them. What a launch
+takes at the batch that is asked for follows from the two, because it grows in proportion to the clips.
+
+Counted of a launch: bytes, each tensor that it is given or makes once; floating-point operations of its products; its
+exponentials. Its floor is the longest that one of the three takes at the GPU's rates; a prediction takes the share of each
+rate that kernels reach. AdamW is added as the one launch that it is on a GPU.
+
+    python benchmarks/roofline.py --published     the reference's eager step beside it, as autocast on a CPU runs it
+
+(Autocast on a GPU computes more of the published step in float32, so there it moves more than is counted here.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from cavmae_fast import compat
+from cavmae_fast.models import CAVMAE
+from cavmae_fast.ops import dispatch
+from cavmae_fast.reference.cavmae import CAVMAE as Published
+
+ADAMW_BYTES = 28
+"Per parameter: read weight, gradient and two moments, write weight and moments, in float32."
+SHARES = {"bytes": 0.76, "flops": 0.65, "exponentials": 0.4}
+"""Of a GPU's stated rates, what kernels are taken to reach: 85 % of the copies that were measured on an H200 (4.3 of 4.8
+TB/s), 82 % of the products that were (788 of 989 TFLOP/s), and an estimate from the attention kernels' machine code."""
+LAUNCH_SECONDS = 1e-6
+"Between two launches, in a CUDA graph."
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "matmul", "_linear_pointwise")
+EXPONENTIAL = ("_softmax", "gelu", "gelu_", "gelu_backward")
+PROBES = (2, 3)
+"Clips of the two steps that are computed; a single one would be copied less."
+
+
+class Gpu(NamedTuple):
+    """Stated rates per second; exponentials: 16 per clock and multiprocessor."""
+
+    bytes: float
+    flops: float
+    exponentials: float
+
+
+GPUS = {
+    "A100": Gpu(2.04e12, 312e12, 16 * 108 * 1.41e9),
+    "L40S": Gpu(0.864e12, 362e12, 16 * 142 * 2.52e9),
+    "RTX4090": Gpu(1.008e12, 165e12, 16 * 128 * 2.52e9),
+    "H100": Gpu(3.35e12, 989e12, 16 * 132 * 1.83e9),
+    "H200": Gpu(4.8e12, 989e12, 16 * 132 * 1.83e9),
+    "B200": Gpu(8.0e12, 2250e12, 16 * 148 * 1.85e9),
+}
+
+
+class Launch(NamedTuple):
+    """One launch: of which kernel, and what it must do."""
+
+    name: str
+    bytes: float
+    flops: float = 0.0
+    exponentials: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ what is noted
+
+
+class Launches(TorchDispatchMode):
+    """Notes the launches of everything that runs while it is entered; Triton's kernels are noted and not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self._without_autocast = compat.without_autocast
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != dispatch.NAMESPACE and (launch := _of_pytorch(func, args, kwargs or {}, result)):
+            self.launches.append(launch)
+        return result
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Every operator of ours runs its implementation within this: what that launches is noted as well."""
+        with self._without_autocast(), self:
+            yield
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        def note(kernel: Any, *args: Any, grid: Any, warmup: Any, **options: Any) -> None:
+            names = dict(zip(kernel.arg_names, args)) | options
+            self.launches.append(_of_triton(kernel.fn.__name__, names))
+
+        with (
+            mock.patch.object(compat, "without_autocast", self._inside),
+            mock.patch.object(JITFunction, "run", note),
+            mock.patch.object(InterpretedFunction, "run", note),
+            mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),  # so that CPU tensors take the Triton implementations
+            self,
+        ):
+            yield
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements; one that is expanded has no more than its memory."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for part in item:
+            yield from _tensors(part)
+
+
+def _once(tensors: Iterator[Tensor]) -> float:
+    """Bytes of the tensors, each place in memory once."""
+    return float(sum({(t.data_ptr(), _size(t)): _size(t) for t in tensors}.values()))
+
+
+def _of_pytorch(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Launch | None:
+    """What a call of PyTorch's launches; None for views, and for what makes memory without touching it."""
+    name = func.overloadpacket.__name__
+    given = [*_tensors(args), *_tensors(list(kwargs.values()))]
+    made = list(_tensors(result))
+    changed = func._schema.is_mutable
+    if not made or name.startswith(("empty", "new_empty", "detach")):
+        return None
+    memory = {t.untyped_storage().data_ptr() for t in given}
+    if not changed and all(t.untyped_storage().data_ptr() in memory for t in made):
+        return None
+    exponentials = float(made[0].numel()) if name in EXPONENTIAL else 0.0
+    return Launch(name, _once(iter([*given, *made])), _products(name, given, made[0]), exponentials)
+
+
+def _products(name: str, given: list[Tensor], made: Tensor) -> float:
+    """Operations of a matrix product, from one of its factors and its result. The patch projection, a convolution in the
+    reference and less than one part in two hundred, does not count."""
+    if name not in PRODUCTS:
+        return 0.0
+    left = next(t for t in given if t.dim() > 1 and t.shape[:-1] == made.shape[:-1] and t is not made)
+    return 2.0 * made.numel() * left.shape[-1]
+
+
+def _of_triton(name: str, values: dict[str, Any]) -> Launch:
+    """What a kernel moves, and for attention what it computes: its arguments say how many queries and keys there are."""
+    moved = _once(iter([v for v in values.values() if isinstance(v, Tensor)]))
+    if name == "dgelu_bias_kernel":
+        return Launch(name, moved, 0.0, float(values["pre"].numel()))
+    if name not in ("attention_forward_kernel", "attention_backward_kernel"):
+        return Launch(name, moved)
+    scores = sum(float(values[f"q{i}"]) * values[f"k{i}"] for i in range(3)) * values["batch"] * values["HEADS"]
+    forward = name == "attention_forward_kernel"
+    # The backward kernel forms the scores and their gradients twice: 7 products and 2 exponentials of each.
+    return Launch(name, moved, (4 if forward else 14) * scores * values["W"], scores if forward else 2 * scores)
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+
+def launches_of(model: CAVMAE | Published, batch: int) -> list[Launch]:
+    """The launches of one forward and backward pass in bfloat16."""
+    clip = model.clip_spec
+    audio, imgs = torch.randn(batch, clip.audio_length, clip.mel_bins), torch.randn(batch, 3, *clip.image_size)
+    noted = Launches()
+    ours = isinstance(model, CAVMAE)
+    # A CPU writes a transposed factor out before some products; a GPU need not.
+    factor = mock.patch("cavmae_fast.ops.stream_linear._as_left_factor", lambda dout, x: dout.t())
+    with dispatch.override("triton" if ours else "torch"), factor, noted.noting():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(audio, imgs, 0.75, 0.75).loss
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return noted.launches
+
+
+def step_launches(model: CAVMAE | Published, batch: int) -> list[Launch]:
+    """The launches of a training step of `batch` clips, AdamW's included."""
+    few, more = (launches_of(model, clips) for clips in PROBES)
+    if [launch.name for launch in few] != [launch.name for launch in more]:
+        raise RuntimeError(f"steps of {PROBES} clips launch different kernels; nothing can be concluded for other batches")
+    clips = batch - PROBES[0]
+    launches = [
+        Launch(a.name, *(x + clips * (y - x) for x, y in zip(a[1:], b[1:], strict=True)))
+        for a, b in zip(few, more, strict=True)
+    ]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [*launches, Launch("adamw", ADAMW_BYTES * trained)]
+
+
+def seconds(launch: Launch, gpu: Gpu, shares: dict[str, float] | None = None) -> float:
+    """The longest that bytes, operations or exponentials take at the GPU's rates, or at a share of them."""
+    shares = shares or dict.fromkeys(SHARES, 1.0)
+    return max(getattr(launch, kind) / (getattr(gpu, kind) * share) for kind, share in shares.items())
+
+
+def table(launches: list[Launch], gpu: Gpu, batch: int) -> str:
+    """A line for each kernel, the longest first, and their sum."""
+    groups: dict[str, list[Launch]] = defaultdict(list)
+    for launch in launches:
+        groups[launch.name].append(launch)
+    lines = []
+    for name, group in groups.items():
+        totals = [sum(getattr(launch, kind) for launch in group) for kind in SHARES]
+        floor = sum(seconds(launch, gpu) for launch in group)
+        predicted = sum(seconds(launch, gpu, SHARES) + LAUNCH_SECONDS for launch in group)
+        lines.append((name, len(group), *totals, floor, predicted))
+    lines.sort(key=lambda line: -line[-1])
+    lines.append(("all", *(sum(column) for column in list(zip(*lines))[1:])))
+    text = [f"{'kernel':<40}{'launches':>9}{'GB':>9}{'TFLOP':>8}{'G exp':>8}{'floor ms':>10}{'predicted ms':>14}"]
+    for name, count, moved, flops, exponentials, floor, predicted in lines:
+        numbers = f"{moved / 1e9:>9.2f}{flops / 1e12:>8.2f}{exponentials / 1e9:>8.2f}{1e3 * floor:>10.2f}"
+        text.append(f"{name:<40}{count:>9}{numbers}{1e3 * predicted:>14.2f}")
+    floor, predicted = lines[-1][-2:]
+    text.append(f"at most {batch / floor:,.0f} clips/s; predicted {batch / predicted:,.0f} clips/s")
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None, build: Callable[..., Any] = CAVMAE) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", choices=GPUS, default="H200")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--recompute", default="none", choices=CAVMAE.recomputations)
+    parser.add_argument("--published", action="store_true", help="the reference's eager step beside it")
+    options = parser.parse_args(arguments)
+    ours = step_launches(CAVMAE(norm_pix_loss=True, recompute=options.recompute), options.batch)
+    print(table(ours, GPUS[options.gpu], options.batch))
+    if options.published:
+        theirs = step_launches(Published(norm_pix_loss=True, attention="eager"), options.batch)
+        share = sum(launch.bytes for launch in ours) / sum(launch.bytes for launch in theirs)
+        print(f"\npublished, eager\n{table(theirs, GPUS[options.gpu], options.batch)}")
+        print(f"\nours moves {share:.1%} of the bytes of the published step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The count of what a step's launches must do, against what is known of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import roofline
+from benchmarks.roofline import GPUS, SHARES, Launch, launches_of, seconds, step_launches, table
+from cavmae_fast.models import CAVMAE, create_model
+from cavmae_fast.models.flops import step_flops
+from cavmae_fast.reference.cavmae import CAVMAE as Published
+from tests.tiny import one_thread  # noqa: F401
+
+SMALL = {"embed_dim": 64, "num_heads": 2, "depth": 3, "modality_specific_depth": 2, "decoder_embed_dim": 64}
+SMALL |= {"decoder_num_heads": 2, "decoder_depth": 2, "norm_pix_loss": True}
+
+
+def needed(launch: Launch) -> float:
+    """Operations without the two products that the attention kernel forms a second time and the one it forms again."""
+    return launch.flops * (8 / 14 if launch.name == "attention_backward_kernel" else 1)
+
+
+def test_operations_are_those_of_the_model():
+    """All but the losses' few: the contrastive loss's similarities and the first layers' unneeded gradients."""
+    model = CAVMAE(**SMALL)
+    counted = sum(map(needed, step_launches(model, 8)))
+    projections = sum(
+        p.numel() * n for p, n in ((model.patch_embed_a.proj.weight, 128), (model.patch_embed_v.proj.weight, 49))
+    )
+    assert counted == pytest.approx(8 * (step_flops(model) - 2 * projections), rel=0.005)
+
+
+def test_the_model_is_left_as_it_was_and_operators_run_again():
+    """Kernels are noted in place of being run only while the step is noted."""
+    model = CAVMAE(**SMALL)
+    names = {launch.name for launch in launches_of(model, 2)}
+    assert {"attention_forward_kernel", "stream_layer_norm_backward_kernel", "dgelu_bias_kernel"} <= names
+    assert all(p.grad is None for p in model.parameters())
+    out = model(torch.randn(2, 1024, 128), torch.randn(2, 3, 224, 224))
+    assert torch.isfinite(out.loss)
+
+
+def test_launches_at_a_batch_follow_from_two():
+    """In proportion to the clips, but for what is there once; AdamW's 28 bytes per parameter come on top."""
+    model = CAVMAE(**SMALL)
+    sums = [sum(launch.bytes for launch in step_launches(model, batch)) for batch in (4, 8, 16)]
+    assert sums[2] - sums[1] == pytest.approx(2 * (sums[1] - sums[0]))
+    real = sum(launch.bytes for launch in launches_of(model, 4))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sums[0] - 28 * trained == pytest.approx(real, rel=0.01)
+
+
+def test_a_launch_takes_what_bounds_it():
+    gpu = roofline.Gpu(bytes=10.0, flops=100.0, exponentials=1.0)
+    assert seconds(Launch("copy", 20.0), gpu) == 2
+    assert seconds(Launch("product", 20.0, 1000.0), gpu) == 10
+    assert seconds(Launch("softmax", 20.0, 1000.0, 30.0), gpu) == 30
+    shares = {"bytes": 0.5, "flops": 1.0, "exponentials": 1.0}
+    assert seconds(Launch("copy", 20.0), gpu, shares) == 4
+    text = table([Launch("copy", 4.8e9), Launch("copy", 4.8e9)], GPUS["H200"], 256)
+    assert "128,000 clips/s" in text and f"{1e3 * 2 / SHARES['bytes'] / 1000:.2f}" in text
+
+
+@pytest.mark.slow
+def test_bytes_of_a_step_of_the_base_model():
+    ours, theirs = (
+        sum(launch.bytes for launch in step_launches(model, 256))
+        for model in (create_model("cav-mae-base"), Published(norm_pix_loss=True, attention="eager"))
+    )
+    assert ours <= 0.55 * theirs
