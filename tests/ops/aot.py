@@ -2,8 +2,9 @@
 
 `capture(function)` runs a launcher on CPU tensors with every kernel launch recorded instead of run: arguments, their
 specialization (divisible by 16, equal to 1) and the launch options are exactly those of the real call.
-`compile_launch(launch, capability)` compiles one of them and reads registers, spills and matrix instructions off the
-machine code. Kernels must be compiled ones: this file runs in a process of its own, without TRITON_INTERPRET.
+`compile_launch(launch, capability)` compiles one of them and reads registers, spills, shared memory, matrix instructions and
+the length of the main loop off the machine code. Kernels must be compiled ones: this file runs in a process of its own,
+without TRITON_INTERPRET.
 
 Run as a program it compiles the cases of `tests/ops/aot_cases.py` and prints one JSON line for each.
 """
@@ -26,9 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-CAPABILITIES = (80, 90, 100)
-MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+from cavmae_fast.ops.configuration import nearest
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"Compute capability -> the shared memory that a block may have there."
+CAPABILITIES = tuple(SHARED_KB)
+MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"Those of the other capabilities are mma.sync."
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+SHOWN = ("BLOCK_Q", "BLOCK_K", "OUTER", "INNER", "BLOCK_R", "BLOCK_N", "D", "num_warps", "num_stages", "maxnreg")
+"Launch options that the report names."
 POINTERS = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -87,18 +95,39 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, code = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    main_loop, instructions = loop_of(code)
     return {
         "kernel": launch[0].__name__,
+        "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
+        "instructions": instructions,
+        "main_loop": main_loop,
         "capability": capability,
         "registers": int(found["REG"]),
         "spilled_bytes": int(found["LOCAL"]) + int(found["STACK"]),
         "shared_bytes": compiled.metadata.shared,
-        "matrix": MATRIX_INSTRUCTIONS[capability] in compiled.asm["ptx"],
+        "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
     }
+
+
+def loop_of(code: str) -> tuple[int, int]:
+    """Instructions of the longest loop that holds no other (0 where there is none), and of the whole kernel, in machine
+    code as cuobjdump prints it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", code)
+    places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
+    loops = []
+    for index, (_, text) in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump and (first := places.get(int(jump[1], 16), index)) < index:  # to itself: the padding behind the end
+            loops.append((first, index))
+    innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return max((b - a + 1 for a, b in innermost), default=0), len(lines)
 
 
 def compile_case(name: str, capability: int) -> list[dict]:
@@ -106,7 +135,8 @@ def compile_case(name: str, capability: int) -> list[dict]:
     from aot_cases import CASES
 
     rows = []
-    for launch in capture(lambda: CASES[name](f"sm_{capability}")):
+    architecture = nearest(f"sm_{capability}")
+    for launch in capture(lambda: CASES[name](architecture)):
         try:
             rows.append({"case": name, **compile_launch(launch, capability)})
         except Exception as error:  # reported as this case's failure

@@ -1,18 +1,20 @@
-"""Every kernel, compiled for sm_80, sm_90 and sm_100 in bf16 and fp16: no spills, and matrix units where they belong."""
+"""Every kernel, compiled for six architectures in bf16 and fp16: no spills, shared memory within what there is, and matrix
+units where they belong."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
-# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80.
-SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
+from tests.ops.aot import SHARED_KB, loop_of
+from tests.ops.aot_table import CASES, PAGE, compiled, page
+
+# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. With any
+# version, the assembler puts eight bytes on the stack for sm_86, sm_89 and sm_120 in single cases outside the models' shapes
+# in bfloat16, in kernels of as few as 72 registers of the 255 there are: that is no lack of registers.
+SPILLED_BYTES = {
+    capability: 8 if triton.__version__ == "3.6.0" or capability in (86, 89, 120) else 0 for capability in SHARED_KB
+}
 
 #: kernels whose products must run on the matrix units
 MATRIX_KERNELS: set[str] = {
@@ -26,16 +28,12 @@ MATRIX_KERNELS: set[str] = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = Path(__file__).with_name("aot.py")
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return compiled()
 
 
 def test_all_kernels_compile_without_spills(rows):
-    assert {row["capability"] for row in rows} == {80, 90, 100}
-    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES]
+    assert {row["capability"] for row in rows} == set(SHARED_KB)
+    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES[row["capability"]]]
     assert not failures, "\n".join(map(str, failures))
 
 
@@ -45,3 +43,35 @@ def test_matrix_instructions(rows):
     assert {row["kernel"] for row in compiled} == MATRIX_KERNELS
     failures = [row for row in compiled if not row["matrix"]]
     assert not failures, "\n".join(map(str, failures))
+
+
+def test_shared_memory_suffices(rows):
+    failures = [row for row in rows if row["shared_bytes"] > 1024 * SHARED_KB[row["capability"]]]
+    assert not failures, "\n".join(map(str, failures))
+
+
+def test_the_page_of_the_docs_is_what_was_compiled(rows):
+    """Written by the Triton that is here: another compiles to other numbers."""
+    text = PAGE.read_text()
+    if f"Triton {triton.__version__};" not in text:
+        pytest.skip("docs/kernels.md was written with another Triton")
+    assert text == page(rows), "python tests/ops/aot_table.py writes it anew"
+    assert all(case in text for case in CASES)
+
+
+def test_the_longest_innermost_loop_is_found():
+    code = """
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+        /*0010*/ IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/ FADD R3, R3, R4 ;
+        /*0030*/ FMUL R3, R3, R4 ;
+        /*0040*/ @!P0 BRA 0x20 ;
+        /*0050*/ MOV R5, R6 ;
+        /*0060*/ @P1 BRA 0x10 ;
+        /*0070*/ @P2 BRA 0x90 ;
+        /*0080*/ NOP ;
+        /*0090*/ EXIT ;
+        /*00a0*/ BRA 0xa0;
+    """
+    assert loop_of(code) == (3, 11)
+    assert loop_of("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") == (0, 2)
