@@ -140,6 +140,7 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     model, said = start_classifier(config, len(data.label_set))
     check_masks(config, model)
     model.to(config.device).train()
+    model.recompute = config.recompute
     task = FineTuneTask(config.mode, config.loss, data, recipe.frozen_base)
     task.prepare(model)
     for line in said:
