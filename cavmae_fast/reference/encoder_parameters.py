@@ -55,10 +55,10 @@ class EncoderParameters(Freezing):
         check_heads("num_heads", num_heads, "embed_dim", embed_dim)
         if not 0 <= modality_specific_depth <= depth:
             raise ValueError(f"modality_specific_depth is {modality_specific_depth}; it must lie in 0..depth ({depth})")
+        self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         check_norm_layer(norm_layer, embed_dim)
         self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), audio_length=audio_length))
-        self.recompute = recompute
         self.in_chans = in_chans
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
@@ -99,9 +99,7 @@ class EncoderParameters(Freezing):
 
     @recompute.setter
     def recompute(self, value: str) -> None:
-        if value not in self.recomputations:
-            raise ValueError(f"recompute is {value!r}; it must be one of {', '.join(self.recomputations)}")
-        self._recompute = value
+        self._recompute = chosen("recompute", value, self.recomputations)
 
     @property
     def patch_size(self) -> int:

@@ -11,6 +11,7 @@ Run as a program it compiles the cases of `tests/ops/aot_cases.py` and prints on
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -92,8 +93,21 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
     """Compiles one launch for `sm_<capability>` -> registers, spilled bytes, shared bytes, whether matrix units are used."""
     source, options = source_of(*launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {
+        "kernel": launch[0].__name__,
+        "capability": capability,
+        "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
+        **machine_code(compiled.asm["cubin"]),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
+    }
+
+
+@functools.cache
+def machine_code(cubin: bytes) -> dict[str, int]:
+    """What NVIDIA's tools read off the machine code: registers, spilled bytes, instructions, those of the main loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run(
@@ -104,15 +118,10 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     main_loop, instructions = loop_of(code)
     return {
-        "kernel": launch[0].__name__,
-        "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
-        "instructions": instructions,
-        "main_loop": main_loop,
-        "capability": capability,
         "registers": int(found["REG"]),
         "spilled_bytes": int(found["LOCAL"]) + int(found["STACK"]),
-        "shared_bytes": compiled.metadata.shared,
-        "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
+        "instructions": instructions,
+        "main_loop": main_loop,
     }
 
 
