@@ -33,6 +33,9 @@ from cavmae_fast.ops.configuration import nearest
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 "Compute capability -> the shared memory that a block may have there."
 CAPABILITIES = tuple(SHARED_KB)
+OWN = (80, 90, 100)
+"""Those with launches of their own, for which every case is compiled. The others take these launches; for them only the
+cases of docs/kernels.md are compiled, and all with `--everywhere`, which takes three times as long."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 "Those of the other capabilities are mma.sync."
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
@@ -157,11 +160,14 @@ def compile_case(name: str, capability: int) -> list[dict]:
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from aot_cases import CASES
+    from aot_table import CASES as TABLED
 
-    wanted = sys.argv[1:]
+    everywhere = "--everywhere" in sys.argv
+    wanted = [word for word in sys.argv[1:] if word != "--everywhere"]
     names = [name for name in CASES if not wanted or any(name.startswith(w) for w in wanted)]
+    pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in OWN or name in TABLED]
     with ProcessPoolExecutor(2) as pool:
-        jobs = [pool.submit(compile_case, name, capability) for name in names for capability in CAPABILITIES]
+        jobs = [pool.submit(compile_case, *pair) for pair in pairs]
         for job in jobs:
             for row in job.result():
                 print(json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
-"""Every kernel, compiled for six architectures in bf16 and fp16: no spills, shared memory within what there is, and matrix
+"""Every kernel, compiled in bf16 and fp16 for six architectures: no spills, shared memory within what there is, and matrix
 units where they belong."""
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import triton
 from tests.ops.aot import SHARED_KB, loop_of
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
-# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. With any
-# version, the assembler puts eight bytes on the stack for sm_86, sm_89 and sm_120 in single cases, none of the models' in
-# bfloat16: attention of width 128, of odd sizes and of ones, and LayerNorm in fp16.
-SPILLED_BYTES = {
-    capability: 8 if triton.__version__ == "3.6.0" or capability in (86, 89, 120) else 0 for capability in SHARED_KB
-}
+# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. (On sm_86,
+# sm_89 and sm_120 any version puts eight bytes on the stack in a few cases that are not compiled here: attention of width
+# 128, of odd sizes and of ones, and LayerNorm of the shared block in fp16.)
+SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
 
 #: kernels whose products must run on the matrix units
 MATRIX_KERNELS: set[str] = {
@@ -33,7 +31,7 @@ def rows() -> list[dict]:
 
 def test_all_kernels_compile_without_spills(rows):
     assert {row["capability"] for row in rows} == set(SHARED_KB)
-    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES[row["capability"]]]
+    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES]
     assert not failures, "\n".join(map(str, failures))
 
 
