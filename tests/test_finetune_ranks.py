@@ -118,8 +118,9 @@ def test_resumed_from_two_ranks_onto_one(job, runs, tmp_path, options):
         ("--mode", "audioonly", "--model", "audio", "--shard"),
         ("--recipe", "linear-probe"),
         ("--recipe", "linear-probe", "--shard"),
+        ("--recompute", "block", "--shard"),
     ],
-    ids=["one-modality-shards", "audio-branch-shards", "frozen-ddp", "frozen-shards"],
+    ids=["one-modality-shards", "audio-branch-shards", "frozen-ddp", "frozen-shards", "recomputed-shards"],
 )
 def test_what_is_trained_in_part(runs, options):
     alone = tuple(option for option in options if option != "--shard")
