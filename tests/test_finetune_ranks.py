@@ -118,16 +118,25 @@ def test_resumed_from_two_ranks_onto_one(job, runs, tmp_path, options):
         ("--mode", "audioonly", "--model", "audio", "--shard"),
         ("--recipe", "linear-probe"),
         ("--recipe", "linear-probe", "--shard"),
+        ("--recompute", "block", "--shard"),
     ],
-    ids=["one-modality-shards", "audio-branch-shards", "frozen-ddp", "frozen-shards"],
+    ids=["one-modality-shards", "audio-branch-shards", "frozen-ddp", "frozen-shards", "recomputed-shards"],
 )
 def test_what_is_trained_in_part(runs, options):
     alone = tuple(option for option in options if option != "--shard")
     assert_same_result(runs(2, *options), runs(1, *alone))
 
 
+OTHER_DTYPES = """
+import os
+from cavmae_fast.evaluation import running
+running.choose_dtype = lambda device: ("bfloat16" if os.environ.get("RANK") == "1" else "float32", "measured")
+"""
+
+
 def test_two_ranks_judge_as_one(job, runs, tmp_path):
-    """A clip that cannot be used included, whichever rank met it: that is the second one."""
+    """A clip that cannot be used included, whichever rank met it (here the second), and a dtype that each would choose
+    otherwise."""
     listed = json.loads(job.test_shapes.read_text())["data"]
     for row in listed:
         row["video"] = str((job.test.parent / row["video"]).resolve())
@@ -135,18 +144,18 @@ def test_two_ranks_judge_as_one(job, runs, tmp_path):
     listed[-1]["video"] = str(tmp_path / "no-film.mp4")
     (tmp_path / "list.json").write_text(json.dumps({"data": listed}))
     words = ["evaluate", runs(1) / "model", "--data", tmp_path / "list.json", "--labels", job.shapes, "--mode", "all"]
-    words += ["--frames", 10, "--device", "cpu", "--dtype", "float32", "--batch-size", 3, "--out"]
+    words += ["--frames", 10, "--device", "cpu", "--batch-size", 3, "--out"]
     reports = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        with started(count, tmp_path / f"logs{count}", [*words, out]) as run:
+        with started(count, tmp_path / f"logs{count}", [*words, out], OTHER_DTYPES) as run:
             run.finish()
         assert not any(run.codes), "\n".join(run.texts)
         assert "8 clips, 10 pictures of each" in run.texts[0] and not any("mAP" in text for text in run.texts[1:])
         reports.append(json.loads((out / "evaluation.json").read_text()))
     one, two = reports
     assert [Path(reject["path"]).name for reject in one["rejects"]] == ["no-film.mp4"]
-    assert one == two
+    assert one == two and one["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("batch", [3, 99], ids=["odd", "more-than-there-are-clips"])

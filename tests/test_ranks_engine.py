@@ -50,6 +50,13 @@ def test_masks_in_parts(runs):
     assert_same(runs(2, *IN_PARTS, "--shard"), runs(2, *IN_PARTS))
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@kinds
+def test_recomputation(runs, kind, recompute):
+    """In the backward pass, where shards that were dropped after the forward pass are needed again."""
+    assert_same_training(runs(2, *kind, "--recompute", recompute), runs(1))
+
+
 OVERFLOW = """
 import os
 from cavmae_fast.training.state import RunState

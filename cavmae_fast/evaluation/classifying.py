@@ -63,7 +63,7 @@ def classify(
         CheckpointError, LabelError, MediaError: a file cannot be used.
         ValueError: the model has no head, another number of classes or not that mode, or an argument is out of range.
     """
-    running = running or Running()
+    running = (running or Running()).settled()
     precision = running.precision()
     model = ready_model(model, precision)
     if isinstance(model, CAVMAE):

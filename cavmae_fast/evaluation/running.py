@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from cavmae_fast.data.decode.choosing import choose_backend
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.opening import Clips
+from cavmae_fast.evaluation.sharing import gather
 from cavmae_fast.models import CAVMAE, CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.opening import open_model
 from cavmae_fast.models.precision import DTYPES, Precision, choose_dtype, find_device
@@ -43,6 +44,12 @@ class Running:
             raise ValueError(f"--batch-size is {self.batch_size}; it must be 1 or more")
         device = find_device(self.device)
         return Precision(device, DTYPES[choose_dtype(device)[0] if self.dtype == "auto" else self.dtype])
+
+    def settled(self) -> Running:
+        """With what 'auto' stands for in place of that dtype: on every rank what the first one takes, for each measures."""
+        if self.dtype != "auto":
+            return self
+        return replace(self, dtype=gather(choose_dtype(find_device(self.device))[0])[0])
 
     def open_loader(
         self,

@@ -44,7 +44,7 @@ class EvaluateConfig(Running):
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """The command's job: the report that is also written to `evaluation.json`. Ranks share it, and the first one writes."""
-    data = data_of(config.data)
+    data, config = data_of(config.data), config.settled()
     precision = config.precision()
     model = open_model(config.checkpoint)
     modes = getattr(model, "modes", ()) if config.mode == "all" else (config.mode,)
