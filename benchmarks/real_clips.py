@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     running = Running(device=str(device), dtype="float32", workers=0)
     command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
     settings = {"steps": options.steps, "train_clips": options.train_clips, "load": os.getloadavg()[0]}
-    record: dict[str, Any] = {"kind": "real_clips", "settings": settings, "after": []}
+    record: dict[str, Any] = {"kind": "real_clips", "provenance": provenance(device, command, options.commit)}
+    record |= {"settings": settings, "after": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sounds = halves(videos, folder)
@@ -126,7 +127,6 @@ def main(arguments: list[str] | None = None) -> int:
             training = {"init": options.checkpoint, "steps": options.steps, "learning_rate": 3e-4, "seed": seed}
             pretrain(PretrainConfig(data=(*train, parts), out=out, device=str(device), workers=0, **training))
             record["after"].append(ranks(out / "model", options.generated, sounds, folder, running))
-    record["provenance"] = provenance(device, command, options.commit)
     write_json(options.out / device_name(device) / "real_clips.json", record)
     rows = [("before", record["before"]), *((f"after, seed {seed}", row) for seed, row in enumerate(record["after"]))]
     headings = ["", *(f"{name}, among {streams}s" for name in sounds for streams in ("sound", "picture"))]

@@ -275,7 +275,8 @@ def test_the_command(folder, videos, tmp_path):  # noqa: F811
     done = cli("search", folder, "--video", clip(videos, 3), "--match", "same", "--top", 4, "--report", page, *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "the nearest of 10 clips" in lines[0] and clip(videos, 3).stem in lines[1] and len(lines) == 6
+    assert "the nearest of 10 clips" in lines[0] and clip(videos, 3).stem in lines[1] and len(lines) == 7
+    assert lines[-1].startswith("next:  cavmae-fast inpaint ") and lines[-1].endswith(f"--data {clip(videos, 3)}")
     assert page.read_text().count("<audio") == 5
     for arguments, words in (
         (("--top", 0), "top is 0"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, table
 from benchmarks.evidence.claims import Figures, Verdict, judge
+from benchmarks.evidence.clips import ATTRIBUTES
 from cavmae_fast.evaluation.drawing import new_figure
 
 Record = dict[str, Any]
@@ -76,19 +77,20 @@ def figures_table(record: Record) -> str:
             rows([*unlabeled, error("audio"), error("video")], [*recall, *[f"{(clips + 1) / 2:.1f}"] * 2, "1", "1"]),
         )
     ]
-    streams = {"joint": "both together", "audio": "sound", "video": "picture"}
+    streams = {"joint": "both", "audio": "sound", "video": "picture"}
+    own = [f"{100 * chance[name]:.1f}" for name in ATTRIBUTES]
+    mean = f"{100 * chance['accuracy']:.1f}"
     probes = [percent("probe", stream, "accuracy") for stream in streams]
-    parts.append(
-        table(
-            ["linear probe, accuracy, %", *streams.values()],
-            rows(probes, [f"{100 * chance['accuracy']:.1f}"] * len(streams)),
-        )
-    )
+    probes += [percent("probe", "joint", name) for name in ATTRIBUTES]
+    kinds = [f"{name}, both" for name in ATTRIBUTES]
+    parts.append(table(["linear probe, accuracy, %", *streams.values(), *kinds], rows(probes, [mean] * len(streams) + own)))
     tuned = [percent("finetuned", mode, "accuracy") for mode in MODES]
+    tuned += [percent("finetuned", "multimodal", name) for name in ATTRIBUTES]
+    tuned.append(of("finetuned", "multimodal", "mAP", digits=3))
     parts.append(
         table(
-            ["fine-tuned, accuracy, %", *MODES.values(), "mAP, both"],
-            rows([*tuned, of("finetuned", "multimodal", "mAP", digits=3)], [f"{100 * chance['accuracy']:.1f}"] * 5 + ["-"]),
+            ["fine-tuned, accuracy, %", *MODES.values(), *kinds, "mAP, both"],
+            rows(tuned, [mean] * len(MODES) + own + ["-"]),
         )
     )
     return "\n\n".join(parts)
