@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -33,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import BenchmarkError, provenance, table, write_json
 from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.data.media.synthetic_lists import write_lists
+from cavmae_fast.models import CAVMAE, PRESETS
 from cavmae_fast.training.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,19 +181,15 @@ def campaign(job: Job, out: Path, kills: int, draw: random.Random, several: bool
 
 def jobs(folder: Path, steps: int) -> list[Job]:
     """Pretraining and fine-tuning of the small model, with one rank and with two, saving every third step."""
-    train, held_out = generate_clips(folder / "clips", num_train=24, num_test=8)
-    data = ["--data", str(train[0].parent), "--eval-data", str(held_out[0].parent)]
-    common = [*data, "--batch-size", "4", "--device", "cpu", "--dtype", "float32", "--save-every", "3"]
-    pretraining = ["pretrain", *common, "--steps", str(steps)]
-    first = folder / "init"
-    if subprocess.run([*launcher(1), *pretraining, "--out", str(first), "--steps", "1"], cwd=ROOT).returncode != 0:
-        raise BenchmarkError("a pretraining run of one step failed")
-    labels = json.loads((first / "config.json").read_text()).get("labels")
-    tuning = ["finetune", *common, "--init", str(first / "model"), "--steps", str(steps)]
-    tuning += ["--labels", labels] if labels else []
+    generate_clips(folder / "clips", num_train=24, num_test=8)
+    lists = write_lists(folder / "clips", folder / "lists")
+    common = ["--data", str(lists.train), "--eval-data", str(lists.test), "--steps", str(steps), "--save-every", "3"]
+    common += ["--batch-size", "4", "--device", "cpu", "--dtype", "float32"]
+    model = CAVMAE(**PRESETS["small"].model).save_pretrained(folder / "model")
+    tuning = ["--init", str(model), "--labels", str(lists.labels), "--recipe", "small", "--average-epochs", "3", "4"]
     return [
-        Job(f"{name[0]}, {ranks} rank{'s' * (ranks > 1)}", [*launcher(ranks), *name], "model/model.safetensors")
-        for name in (pretraining, tuning)
+        Job(f"{name}, {ranks} rank{'s' * (ranks > 1)}", [*launcher(ranks), name, *options], "model/model.safetensors")
+        for name, options in (("pretrain", common), ("finetune", [*common, *tuning]))
         for ranks in (1, 2)
     ]
 
