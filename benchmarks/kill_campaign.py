@@ -158,12 +158,14 @@ def campaign(job: Job, out: Path, kills: int, draw: random.Random, several: bool
     """Kills one run `kills` times, lets it end, and compares."""
     done: Counter[str] = Counter()
     for number in range(kills):
+        if (out / "summary.json").exists():
+            break  # it was killed when all was done, or got there before
         moment = MOMENTS[(number + draw.randrange(3)) % 3]
         process = start(job, out)
         if not wait_for_moment(process, moment, out, job.seconds, draw):
             if process.returncode != 0:
                 raise BenchmarkError(f"{job.name} failed when it was started again: {reason(out)}")
-            break  # it got to its end
+            continue
         one = several and draw.random() < 0.5
         kill(process, one, draw)
         done[moment + (", one rank" if one else "")] += 1
