@@ -86,33 +86,36 @@ def start(job: Job, out: Path) -> subprocess.Popen:
         )
 
 
-def members(group: int) -> list[int]:
-    """Processes of a group that are alive, the leader left out."""
-    found = []
+def descendants(process: int) -> list[int]:
+    """The processes that `process` and its own started and that are alive. (torchrun gives each rank a group of its own.)"""
+    parents = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != group:
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+    found = [process]
+    for one in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def kill(process: subprocess.Popen, one: bool, draw: random.Random) -> None:
-    """SIGKILL to the whole group, or to one of its processes, whose end must then end the rest."""
-    if one and (others := members(process.pid)):
+    """SIGKILL to all of a command's processes, or to one that it started, whose end must then end the rest."""
+    started = descendants(process.pid)
+    if one and started:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(draw.choice(others), signal.SIGKILL)
+            os.kill(draw.choice(started), signal.SIGKILL)
         try:
             process.wait(ENDING_SECONDS)
         except subprocess.TimeoutExpired as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             raise BenchmarkError(f"the other ranks had not ended {ENDING_SECONDS} s after one was killed") from error
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            started += descendants(process.pid)
+    for number in [process.pid, *started]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.wait()
 
 
