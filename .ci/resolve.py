@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = ("dali", "xformers", "test")
+EXTRAS = ("dali", "xformers")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)]
 PLATFORMS += [f"manylinux{name}_x86_64" for name in ("1", "2010", "2014")]
 ATTEMPTS, PAUSE, LIMIT = 3, 10, 120
