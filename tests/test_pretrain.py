@@ -147,7 +147,7 @@ def test_a_skipped_step_is_named_and_the_run_goes_on(clips, tmp_path, monkeypatc
     summary = job.pretrain(config)
     recorded, named = rows(tmp_path / "metrics.jsonl"), rows(tmp_path / "skipped.jsonl")
     assert summary["steps"] == 6 and summary["skipped_steps"] == 2 and summary["loss"] == recorded[4]["loss"] > 0
-    assert [row["loss"] is None for row in recorded] == [False, True, False, False, False, True]
+    assert [row["loss"] is None for row in recorded] == [False, True, False, False, False, True, False]  # and the end
     assert [row["step"] for row in named] == [2, 6]
     assert len(named[0]["clips"]) == 2 and "because the audio of" in named[0]["reason"]
     assert capsys.readouterr().out.count("was skipped") == 1

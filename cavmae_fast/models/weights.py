@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.errors import CavmaeError, first_line
 from cavmae_fast.models import hub
 from cavmae_fast.models.positions import Adaptation, adapt
 
@@ -71,8 +71,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {reason}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {first_line(error)}") from error
     return _unwrapped(state, f"checkpoint {path}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +91,7 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
     read = time.perf_counter() - begin
     loader.close()
     flops = task.step_flops(model)
-    few = _first(batch, 2 if flops is None else max(2, int(PROBE_FLOPS / flops)))
+    few = batch[: 2 if flops is None else max(2, int(PROBE_FLOPS / flops))]
     _timed_step(task, model, few, precision)  # loads what the first step has to wait for
     seconds = min(_timed_step(task, model, few, precision) for _ in range(TIMED_STEPS))
     model.zero_grad(set_to_none=True)
@@ -114,12 +113,6 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
         device_bytes=total,
         shapes=(list(batch.audio.shape), list(batch.image.shape)),
     )
-
-
-def _first(batch: Batch, count: int) -> Batch:
-    labels = None if batch.labels is None else batch.labels[:count]
-    parts: dict[str, Any] = {"audio": batch.audio[:count], "image": batch.image[:count], "clips": batch.clips[:count]}
-    return replace(batch, ids=batch.ids[:count], labels=labels, **parts)
 
 
 def _empty(batch: Batch) -> Batch:

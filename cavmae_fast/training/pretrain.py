@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.decode.decoder import Reject, UnusableDataError
 from cavmae_fast.data.features import image_features
 from cavmae_fast.data.sets.opening import Clips
-from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS, PretrainOutput, PretrainParts, load_checkpoint
@@ -27,7 +25,6 @@ from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.figures import loss_curve
 from cavmae_fast.training.joining import joined
-from cavmae_fast.training.metrics import JsonLines
 from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
 from cavmae_fast.training.ranks import Ranks, current
 from cavmae_fast.training.recipes import PRETRAINING
@@ -122,17 +119,16 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | DryRun:
     """
     if config.dry_run:
         return _dry_run(config)
-    with joined(config.device) as ranks:
-        return _pretrain(config, ranks)
+    with joined(config.device) as ranks, RunFolder(config.out, config.overwrite) as folder:
+        return _pretrain(config, folder, ranks)
 
 
-def _pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
-    folder = RunFolder(config.out, config.overwrite)
+def _pretrain(config: PretrainConfig, folder: RunFolder, ranks: Ranks) -> dict[str, Any]:
     config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
     train_clips, held_out = open_data(config, config.out / "clips")
     config, task, model = _prepared(config, train_clips, held_out)
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
-    going_on = ranks.from_first(lambda: folder.begin(json.loads(json.dumps(asdict(config), default=str))))
+    going_on = ranks.from_first(lambda: folder.begin(config))
     with RejectList(folder.rejects, ranks) as rejects:
         rows = train(
             config,
@@ -161,14 +157,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
     def close() -> dict[str, Any]:
         last = last_taken(rows)
         summary = {"steps": len(rows), **{k: last[k] for k in LOSSES}, "clips_per_s": rows[-1]["clips_per_s"]}
-        summary |= metrics
-        if held_out:
-            with JsonLines(folder.metrics) as lines:
-                lines.write({"step": len(rows), "final": True, **summary})
-        summary["rejected_clips"] = rejects.count
-        summary["skipped_steps"] = rows[-1]["skipped"]
-        write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
-        return summary
+        return folder.finish(summary | metrics, rows, rejects.count)
 
     return ranks.from_first(close)
 
