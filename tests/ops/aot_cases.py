@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.ops import attention_kernels
+from cavmae_fast.ops import attention_backward, attention_forward
 from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
@@ -82,8 +82,8 @@ def _attention(
     queries, batch = q_lengths or lengths, 1 if lengths == [1] else 2
     q = torch.empty(batch * sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
     kv = torch.empty(batch * sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
-    out, lse = attention_kernels.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
-    attention_kernels.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
+    out, lse = attention_forward.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
+    attention_backward.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
