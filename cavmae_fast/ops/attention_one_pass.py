@@ -1,18 +1,18 @@
-"""The backward pass of `attention` in Triton in one launch, each score computed once: one program for one head of one sample.
+"""The backward pass of `attention` in Triton in one launch that computes each score once, a program for a head of a sample.
 
 A program keeps a block of keys with their dk and dv in registers, while the queries pass by (c, p and ds as in
 `attention_backward.py`; scores are formed transposed, [keys, queries]):
 
-    dv += p^T dout,    dk += ds^T q,    dq = ds k
+    dv += p^T dout,    dk += ds^T q,    dq += ds k
 
 Five products and one exponential for each score, instead of seven and two. A query's dq is the sum over the blocks of keys.
-It is kept in float32 in a piece of memory of the program's own, which stays in the L2 cache: the first block writes it, the
-next ones add to it, the last one writes the result instead. Nobody else touches that piece, so no atomics are needed and the
-order of the sum is fixed. There are as many programs as run at a time, and each takes one head after the other; so the memory
-is small. A barrier between blocks lets any thread of the program read what another one wrote.
+Until the last block it is kept in float32 in a piece of memory of the program's own, which stays in the L2 cache. Nobody
+else touches that piece, so no atomics are needed and the order of the sum is fixed. There are as many programs as run at a
+time, and each takes one head after the other; so the memory is small. Barriers let the threads of a program read what others
+of them wrote.
 
-A head whose keys fit into one block (`resident`, short streams) needs no such memory: its dq is written at once, and delta is
-formed from out and dout where they pass. Otherwise delta is formed before the blocks, which read it several times.
+A head whose keys fit into one block (RESIDENT, short streams) needs no such memory: its dq is written at once, and delta is
+formed from out and dout where they pass. Otherwise delta is formed before the blocks, because each of them reads it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def _step(
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     else:
         delta = tl.load(delta_start + rows, mask=inside, other=0.0) if MASK_Q else tl.load(delta_start + rows)
+    # Not tl.fma: its negated lse would be instructions of their own, and the compiler makes one of product and difference.
     p = exp2(tl.dot(k, q.T, input_precision="ieee") * c - lse[None, :], ON_FMA)  # [keys, BLOCK]
     if MASK_K:
         p = tl.where((key_rows < k_count)[:, None], p, 0.0)  # exp2(0 - lse) may be infinite
@@ -66,6 +67,7 @@ def _step(
     if RESIDENT:
         store_rows(dq_start, rows, count, dq * scale, Q_STRIDE, W, BLOCK_W)
     else:
+        # As one row of numbers, so that the compiler reads and writes them in one layout: it changes that of dq once.
         place = first * BLOCK_W + tl.arange(0, BLOCK * BLOCK_W)
         within = place < count * BLOCK_W
         before = tl.load(kept_start + place, mask=within & later, other=0.0)
@@ -178,7 +180,7 @@ def attention_one_pass_kernel(
             tl.debug_barrier()  # the next head uses the memory anew
         if SUMS:
             column = tl.arange(0, BLOCK_W)
-            sums_start = sums + (number // HEADS).to(tl.int64) * (3 * D) + head * W + column
+            sums_start = sums + number // HEADS * (3 * D) + head * W + column
             tl.store(sums_start, q_sum * scale, mask=column < W)
             tl.store(sums_start + D, k_sum * scale, mask=column < W)
             tl.store(sums_start + 2 * D, v_sum, mask=column < W)
@@ -193,19 +195,19 @@ def _processors(device: torch.device) -> int:
 def attention_one_pass_triton(
     dout, q, kv, out, lse, batch, q_lengths, lengths, heads, options, peel, sums: Tensor | None = None
 ):
-    """(dq, dkv) as `attention_backward_triton` returns them. `options`: a launch of this form, in which PER_SM programs
-    run on a multiprocessor at a time.
+    """(dq, dkv) as `attention_backward_triton` returns them. `options`: a launch of this form, of which PER_SM programs are
+    on a multiprocessor at a time.
 
-    `sums`, where given: fp32 `[streams * batch, 3 D]`, filled with the sums of dq, dk and dv over the tokens of each sample,
-    as they were before they were rounded.
+    `sums`, where given: fp32 `[streams * batch, 3 D]`. It is filled with the sums of dq, dk and dv over the tokens of each
+    sample, formed before they are rounded: the bias gradient of the layer that made q, k and v is the sum of its rows.
     """
     qs, ks, vs = columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
     options = dict(options)
-    programs, tiles = options.pop("PER_SM") * _processors(q.device), len(lengths) * batch * heads
+    at_a_time, tiles = options.pop("PER_SM") * _processors(q.device), len(lengths) * batch * heads
     resident = max(lengths) <= options["OUTER"]
-    programs, longest = (tiles, 0) if resident else (min(programs, tiles), max(q_lengths))
+    programs, longest = (tiles, 0) if resident else (min(at_a_time, tiles), max(q_lengths))
     dq = torch.empty_like(q)
     dkv = q.new_empty(0) if kv is None else torch.empty_like(kv)
     kept = q.new_empty(programs * longest * block_w, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of `attention` share: where a program works, rows of a head, exponentials, how they are launched."""
+"""What the Triton kernels of `attention` share: where a program works, rows of a head, exponentials, launches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ are the bound there (products take half their time, all other instructions of th
 masks, and PEEL gives the rest a block just long enough: 708 = 11 * 64 + 4 tokens then cost 720 columns of exponentials and
 not 768. At width 128 products are the bound, and a second copy of the loop's body would make the compiler spill on sm_80.
 
+A 16-bit launch may have ON_FMA, an eighth of the exponentials for each unit of it, which are then computed without the unit
+for exponentials (`exp2`).
+
 Backward: read off the sm_90 machine code, not measured on a GPU. At width 32, (128, 32) with 4 warps has the fewest
 instructions per score (16 in both loops) and 2 programs per SM. At width 64, (64, 64) has 22 instructions against 28 of
 (64, 32), but 2 programs per SM against 3, and it spills on sm_80.
 
 float32 runs without matrix units, exactly; small blocks keep it in registers."""
-
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -79,7 +81,6 @@ def store_rows(start, rows, count, tile, STRIDE: tl.constexpr, W: tl.constexpr, 
     column = tl.arange(0, BLOCK_W)
     valid = (rows < count)[:, None] & (column < W)[None, :]
     tl.store(start + rows[:, None] * STRIDE + column[None, :], tile.to(start.dtype.element_ty), mask=valid)
-
 
 
 @triton.jit
@@ -138,5 +139,5 @@ def launch_of(kernel: str, architecture: str, dtype: torch.dtype, lengths: Seque
     exponentials that the dtype is too exact for."""
     options = {"ON_FMA": 0} | launch(kernel, architecture, dtype, launch_key(lengths, width))
     if options["ON_FMA"] and dtype.itemsize > 2:
-        raise ConfigurationError(f"{kernel} is launched with ON_FMA={options['ON_FMA']} for {dtype}; 16-bit dtypes alone take it")
+        raise ConfigurationError(f"{kernel} has a launch with ON_FMA for {dtype}; its exponentials are for 16-bit dtypes")
     return options, options.pop("PEEL")
