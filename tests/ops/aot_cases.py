@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.ops import attention_backward, attention_forward, attention_tiles, configuration
+from cavmae_fast.ops import attention_backward, attention_forward, attention_one_pass, attention_tiles, configuration
 from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
@@ -124,6 +124,20 @@ for _name, _sizes in {
     CASES[f"attention-{_name}-one-pass-bf16"] = partial(_attention_candidates, _BOTH[1:], {"ONE_PASS"}, *_sizes)
     CASES[f"offered-attention-{_name}-bf16"] = partial(_attention_candidates, _BOTH, set(), *_sizes)
 CASES["attention-decoder-registers-bf16"] = partial(_attention_candidates, _BOTH[:1], {"maxnreg", "ON_FMA"}, 32, 16, [708])
+
+
+def _attention_sums(architecture: str) -> None:
+    """The one-pass backward of the decoder that also adds up columns, by the first of its launches that the tuner tries."""
+    found = configuration.alternatives("attention_backward", architecture, torch.bfloat16, "long 32")
+    options = {"ON_FMA": 0, **next(options for options in found if "ONE_PASS" in options)}
+    peel = options.pop("PEEL")
+    del options["ONE_PASS"]
+    qkv, out, lse = torch.empty(1416, 1536).bfloat16(), torch.empty(1416, 512).bfloat16(), torch.empty(16, 1416)
+    arguments = (out, qkv, None, out, lse, 2, [708], [708], 16, options, peel)
+    attention_one_pass.attention_one_pass_triton(*arguments, sums=torch.empty(2, 1536))
+
+
+CASES["attention-decoder-sums-bf16"] = _attention_sums
 CASES["attention-long-bf16"] = partial(_attention, torch.bfloat16, 64, 12, [708], None)
 CASES["attention-wide-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [177], None)
 CASES["attention-wide-long-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [708], None)

@@ -18,6 +18,7 @@ SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
 MATRIX_KERNELS: set[str] = {
     "attention_forward_kernel",
     "attention_backward_kernel",
+    "attention_one_pass_kernel",
     "contrastive_tile_kernel",
     "contrastive_backward_kernel",
     "log_mel_fbank_kernel",
