@@ -51,6 +51,9 @@ LAUNCH_SECONDS = 1e-6
 
 
 PRODUCTS = ("mm", "addmm", "bmm", "matmul", "_linear_pointwise")
+ATTENTION = {"attention_forward_kernel": (2, 1), "attention_backward_kernel": (7, 2), "attention_one_pass_kernel": (5, 1)}
+"""Kernel -> products and exponentials of each score. The backward pass of two kinds of program forms scores and their
+gradients twice."""
 EXPONENTIAL = ("_softmax", "gelu", "gelu_", "gelu_backward")
 PROBES = (2, 3)
 "Clips of the two steps that are computed; a single one would be copied less."
@@ -169,12 +172,11 @@ def _of_triton(name: str, values: dict[str, Any]) -> Launch:
     moved = _once(iter([v for v in values.values() if isinstance(v, Tensor)]))
     if name == "dgelu_bias_kernel":
         return Launch(name, moved, 0.0, float(values["pre"].numel()))
-    if name not in ("attention_forward_kernel", "attention_backward_kernel"):
+    if name not in ATTENTION:
         return Launch(name, moved)
     scores = sum(float(values[f"q{i}"]) * values[f"k{i}"] for i in range(3)) * values["batch"] * values["HEADS"]
-    forward = name == "attention_forward_kernel"
-    # The backward kernel forms the scores and their gradients twice: 7 products and 2 exponentials of each.
-    return Launch(name, moved, (4 if forward else 14) * scores * values["W"], scores if forward else 2 * scores)
+    products, exponentials = ATTENTION[name]
+    return Launch(name, moved, 2 * products * scores * values["W"], exponentials * scores)
 
 
 # ----------------------------------------------------------------------------------------------------------- the step

@@ -9,6 +9,7 @@ from benchmarks import roofline
 from benchmarks.roofline import GPUS, SHARES, Launch, launches_of, seconds, step_launches, table
 from cavmae_fast.models import CAVMAE, create_model
 from cavmae_fast.models.flops import step_flops
+from cavmae_fast.ops import configuration
 from cavmae_fast.reference.cavmae import CAVMAE as Published
 from tests.tiny import one_thread  # noqa: F401
 
@@ -29,6 +30,21 @@ def test_operations_are_those_of_the_model():
         p.numel() * n for p, n in ((model.patch_embed_a.proj.weight, 128), (model.patch_embed_v.proj.weight, 49))
     )
     assert counted == pytest.approx(8 * (step_flops(model) - 2 * projections), rel=0.005)
+
+
+def test_the_one_pass_backward_computes_less():
+    """Five products and one exponential of each score instead of seven and two, and no launch for delta."""
+    cases = configuration.read(configuration.shipped_file(configuration.INTERPRETED))["launches"]["attention_backward"]
+    one_pass = {case: launch | {"ONE_PASS": True, "PER_SM": 1} for case, launch in cases.items()}
+    model, forms = CAVMAE(**SMALL), []
+    for launches in ({}, {"attention_backward": one_pass}):
+        with configuration.trial({"implementations": {}, "launches": launches}):
+            forms.append([launch for launch in launches_of(model, 2) if launch.name.startswith("attention_")])
+    names = [{launch.name for launch in form} for form in forms]
+    assert names[1] == {"attention_forward_kernel", "attention_one_pass_kernel"}
+    assert names[0] - names[1] == {"attention_backward_kernel", "attention_delta_kernel"}
+    flops, exponentials = ([sum(launch[i] for launch in form) for form in forms] for i in (2, 3))
+    assert flops[1] / flops[0] == pytest.approx(7 / 9) and exponentials[1] / exponentials[0] == pytest.approx(2 / 3)
 
 
 def test_the_model_is_left_as_it_was_and_operators_run_again():

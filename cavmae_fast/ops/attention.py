@@ -4,10 +4,10 @@
     lse = log2 sum exp of each row of q k^T / sqrt(W)       kept for the backward, in base 2 as the kernels use it
 
 Two forms: `attention` reads one packed qkv `[R, 3 D]`, and its backward writes one dqkv; `query_attention` reads the
-queries `[Rq, D]` of one layout, and keys and values `[R, 2 D]` of another. Either is one launch forward, two backward:
-dS = P * (dout v^T - rowsum(dout * out)), with P formed again from lse. The kernels are in `attention_kernels.py`, their
-PyTorch counterpart in `attention_torch.py` and, for CPUs, `attention_cpu.py`. Other people's kernels
-(`attention_backends.py`) can take their place by name (`backend=`).
+queries `[Rq, D]` of one layout, and keys and values `[R, 2 D]` of another. Either is one launch forward, and one or two
+backward: dS = P * (dout v^T - rowsum(dout * out)), with P formed again from lse. The kernels are in `attention_forward.py`,
+`attention_backward.py` and `attention_one_pass.py`, their PyTorch counterpart in `attention_torch.py` and, for CPUs,
+`attention_cpu.py`. Other people's kernels (`attention_backends.py`) can take their place by name (`backend=`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from torch import Tensor
 
 from cavmae_fast import compat
 from cavmae_fast.ops import attention_backends
-from cavmae_fast.ops.attention_kernels import (
-    MAX_HEAD_WIDTH,
-    attention_backward_triton,
-    attention_forward_triton,
-    launch_key,
-)
+from cavmae_fast.ops.attention_backward import attention_backward_triton
+from cavmae_fast.ops.attention_forward import attention_forward_triton
+from cavmae_fast.ops.attention_tiles import MAX_HEAD_WIDTH, launch_key
 from cavmae_fast.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from cavmae_fast.ops.dispatch import choose, interpreting, register
 from cavmae_fast.ops.layout import StreamLayout

@@ -1,4 +1,4 @@
-"""Multi-head attention of packed streams from PyTorch's operators: what `attention_kernels.py` does, on any device."""
+"""Multi-head attention of packed streams from PyTorch's operators: what the Triton kernels do, on any device."""
 
 from __future__ import annotations
 

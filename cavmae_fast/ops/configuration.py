@@ -49,7 +49,8 @@ Content = Mapping[str, Mapping[str, Mapping[str, Any]]]
 "What a file holds: section -> operator or kernel -> case -> value."
 
 SEARCH = FOLDER / "search.json"
-"Kernel -> words of a case -> changes of its launch that are worth a try: the tuner's search space."
+"""Kernel -> words of a case -> changes of its launch that are worth a try: the tuner's search space. "sm_80|sm_86" is one of
+these architectures: there alone the compiler was seen to need no more registers or shared memory than there are."""
 
 _trial: Content | None = None
 _recorded: list[tuple[str, torch.dtype, str]] | None = None
@@ -348,10 +349,12 @@ def search_space() -> dict[str, dict[str, list[dict[str, Any]]]]:
 def alternatives(kernel: str, target: str, dtype: torch.dtype, key: str = "") -> list[dict[str, Any]]:
     """Launches of `kernel` to be tried beside the present one, which is not among them."""
     present = dict(_launch(kernel, target, dtype, key))
-    words = {name_of(dtype), "any", *(["16-bit"] if dtype.itemsize == 2 else []), *key.split()}
+    architecture = target.partition(" ")[0]
+    words = {name_of(dtype), "any", *(["16-bit"] if dtype.itemsize == 2 else []), *key.split(), architecture}
     found: list[dict[str, Any]] = []
     for pattern, changes in search_space().get(kernel, {}).items():
-        for change in changes if set(pattern.split()) <= words else ():
+        fits = all(words & set(word.split("|")) for word in pattern.split())
+        for change in changes if fits else ():
             if (other := present | change) != present and other not in found:
                 found.append(other)
     return found

@@ -12,7 +12,7 @@ from cavmae_fast.errors import CavmaeError
 from cavmae_fast.models import PRESETS
 from cavmae_fast.models.precision import DTYPES
 from cavmae_fast.ops import catalogue
-from cavmae_fast.ops.attention_kernels import launch_key
+from cavmae_fast.ops.attention_tiles import launch_key
 from cavmae_fast.ops.catalogue import Case, Sizes, calls
 from cavmae_fast.ops.configuration import name_of
 from cavmae_fast.ops.layout import StreamLayout

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,18 +29,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cavmae_fast.ops.configuration import nearest
-
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 "Compute capability -> the shared memory that a block may have there."
 CAPABILITIES = tuple(SHARED_KB)
 OWN = (80, 90, 100)
 """Those with launches of their own, for which every case is compiled. The others take these launches; for them only the
-cases of docs/kernels.md are compiled, and all with `--everywhere`, which takes three times as long."""
+cases of docs/kernels.md are compiled, and all with `--everywhere`, which takes three times as long. Cases whose names begin
+with "offered", all that the tuner tries, are compiled when they are asked for by name."""
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 "Those of the other capabilities are mma.sync."
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
-SHOWN = ("BLOCK_Q", "BLOCK_K", "OUTER", "INNER", "BLOCK_R", "BLOCK_N", "D", "num_warps", "num_stages", "maxnreg")
+SHOWN = ("BLOCK_Q", "BLOCK_K", "OUTER", "INNER", "ON_FMA", "BLOCK_R", "BLOCK_N", "D", "num_warps", "num_stages", "maxnreg")
 "Launch options that the report names."
 POINTERS = {
     torch.float32: "fp32",
@@ -107,7 +107,7 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
 
 
 @functools.cache
-def machine_code(cubin: bytes) -> dict[str, int]:
+def machine_code(cubin: bytes) -> dict[str, Any]:
     """What NVIDIA's tools read off the machine code: registers, spilled bytes, instructions, those of the main loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -119,18 +119,18 @@ def machine_code(cubin: bytes) -> dict[str, int]:
             for option in ("-res-usage", "-sass")
         )
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    main_loop, instructions = loop_of(code)
+    loops, instructions = loops_of(code)
     return {
         "registers": int(found["REG"]),
         "spilled_bytes": int(found["LOCAL"]) + int(found["STACK"]),
         "instructions": instructions,
-        "main_loop": main_loop,
+        "loops": loops,
     }
 
 
-def loop_of(code: str) -> tuple[int, int]:
-    """Instructions of the longest loop that holds no other (0 where there is none), and of the whole kernel, in machine
-    code as cuobjdump prints it."""
+def loops_of(code: str) -> tuple[list[tuple[int, int]], int]:
+    """Of each loop that holds no other its instructions and how many of them are exponentials, the longest first; and the
+    instructions of the whole kernel, in machine code as cuobjdump prints it."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", code)
     places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
     loops = []
@@ -139,7 +139,8 @@ def loop_of(code: str) -> tuple[int, int]:
         if jump and (first := places.get(int(jump[1], 16), index)) < index:  # to itself: the padding behind the end
             loops.append((first, index))
     innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    return max((b - a + 1 for a, b in innermost), default=0), len(lines)
+    counts = [(b - a + 1, sum("MUFU.EX2" in text for _, text in lines[a : b + 1])) for a, b in innermost]
+    return sorted(counts, reverse=True), len(lines)
 
 
 def compile_case(name: str, capability: int) -> list[dict]:
@@ -147,8 +148,7 @@ def compile_case(name: str, capability: int) -> list[dict]:
     from aot_cases import CASES
 
     rows = []
-    architecture = nearest(f"sm_{capability}")
-    for launch in capture(lambda: CASES[name](architecture)):
+    for launch in capture(lambda: CASES[name](f"sm_{capability}")):
         try:
             rows.append({"case": name, **compile_launch(launch, capability)})
         except Exception as error:  # reported as this case's failure
@@ -164,7 +164,7 @@ def main() -> None:
 
     everywhere = "--everywhere" in sys.argv
     wanted = [word for word in sys.argv[1:] if word != "--everywhere"]
-    names = [name for name in CASES if not wanted or any(name.startswith(w) for w in wanted)]
+    names = [name for name in CASES if any(name.startswith(w) for w in wanted) or not (wanted or name.startswith("offered"))]
     pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in OWN or name in TABLED]
     with ProcessPoolExecutor(2) as pool:
         jobs = [pool.submit(compile_case, *pair) for pair in pairs]

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.ops import attention_kernels
+from cavmae_fast.ops import attention_backward, attention_forward, attention_one_pass, attention_tiles, configuration
 from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
@@ -77,19 +77,67 @@ for _name, _dtype in LOW_PRECISION.items():
 
 
 def _attention(
-    dtype: torch.dtype, width: int, heads: int, lengths: list[int], q_lengths: list[int] | None, architecture: str
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    lengths: list[int],
+    q_lengths: list[int] | None,
+    architecture: str,
+    kernels: tuple[str, ...] = ("attention_forward", "attention_backward"),
 ) -> None:
     queries, batch = q_lengths or lengths, 1 if lengths == [1] else 2
     q = torch.empty(batch * sum(queries), (1 if q_lengths else 3) * heads * width, dtype=dtype)
     kv = torch.empty(batch * sum(lengths), 2 * heads * width, dtype=dtype) if q_lengths else None
-    out, lse = attention_kernels.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
-    attention_kernels.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
+    out, lse = q.new_empty(len(q), heads * width), torch.empty(heads, len(q))
+    if "attention_forward" in kernels:
+        attention_forward.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
+    if "attention_backward" in kernels:
+        attention_backward.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
     CASES[f"attention-shared-{_name}"] = partial(_attention, _dtype, 64, 12, [128, 49, 177], None)
     CASES[f"attention-decoder-{_name}"] = partial(_attention, _dtype, 32, 16, [708], None)
     CASES[f"attention-queries-{_name}"] = partial(_attention, _dtype, 32, 16, [708], [531])
+
+
+def _attention_candidates(
+    kernels: tuple[str, ...], words: set[str], width: int, heads: int, lengths: list[int], architecture: str
+) -> None:
+    """The launches of `kernels` that the tuner tries in bfloat16 on the architecture, of those that have an option in
+    `words` (none: all)."""
+    key = attention_tiles.launch_key(lengths, width)
+    for kernel in kernels:
+        for options in configuration.alternatives(kernel, architecture, torch.bfloat16, key):
+            content = {"implementations": {}, "launches": {kernel: {f"bfloat16 {key}": options}}}
+            if not words or words & set(options):
+                with configuration.trial(content):
+                    _attention(torch.bfloat16, width, heads, lengths, None, architecture, kernels=(kernel,))
+
+
+_BOTH = ("attention_forward", "attention_backward")
+for _name, _sizes in {
+    "decoder": (32, 16, [708]),
+    "shared": (64, 12, [128, 49, 177]),
+    "encoders": (64, 12, [128, 49]),
+}.items():
+    CASES[f"attention-{_name}-one-pass-bf16"] = partial(_attention_candidates, _BOTH[1:], {"ONE_PASS"}, *_sizes)
+    CASES[f"offered-attention-{_name}-bf16"] = partial(_attention_candidates, _BOTH, set(), *_sizes)
+CASES["attention-decoder-registers-bf16"] = partial(_attention_candidates, _BOTH[:1], {"maxnreg", "ON_FMA"}, 32, 16, [708])
+
+
+def _attention_sums(architecture: str) -> None:
+    """The one-pass backward of the decoder that also adds up columns, by the first of its launches that the tuner tries."""
+    found = configuration.alternatives("attention_backward", architecture, torch.bfloat16, "long 32")
+    options = {"ON_FMA": 0, **next(options for options in found if "ONE_PASS" in options)}
+    peel = options.pop("PEEL")
+    del options["ONE_PASS"]
+    qkv, out, lse = torch.empty(1416, 1536).bfloat16(), torch.empty(1416, 512).bfloat16(), torch.empty(16, 1416)
+    arguments = (out, qkv, None, out, lse, 2, [708], [708], 16, options, peel)
+    attention_one_pass.attention_one_pass_triton(*arguments, sums=torch.empty(2, 1536))
+
+
+CASES["attention-decoder-sums-bf16"] = _attention_sums
 CASES["attention-long-bf16"] = partial(_attention, torch.bfloat16, 64, 12, [708], None)
 CASES["attention-wide-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [177], None)
 CASES["attention-wide-long-bf16"] = partial(_attention, torch.bfloat16, 128, 8, [708], None)

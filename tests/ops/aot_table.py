@@ -18,6 +18,8 @@ CASES = (
     "attention-decoder-bf16",
     "attention-queries-bf16",
     "attention-shared-bf16",
+    "attention-decoder-one-pass-bf16",
+    "attention-encoders-one-pass-bf16",
     "stream_layer_norm-decoder-bf16",
     "stream_layer_norm-shared-bf16",
     "dgelu_bias-decoder-bf16",
@@ -30,18 +32,25 @@ CASES = (
 SIZES = {
     "attention_forward_kernel": ("BLOCK_Q", "BLOCK_K"),
     "attention_backward_kernel": ("OUTER", "INNER"),
+    "attention_one_pass_kernel": ("OUTER", "INNER"),
     "stream_layer_norm_forward_kernel": ("BLOCK_R", "D"),
     "stream_layer_norm_backward_kernel": ("BLOCK_R", "D"),
     "dgelu_bias_kernel": ("BLOCK_R", "BLOCK_N"),
 }
 "Kernel -> the two sizes whose product is the scores or elements of one pass of its loop."
+LOOPS = {"attention_backward_kernel": 2}
+"Kernel -> its longest loops that every score passes through, where it is not one."
 HEAD = """# What the compiler makes of the kernels
 
 Written by `python tests/ops/aot_table.py`, which compiles every kernel at the shapes of a training step, without a GPU, with
 Triton {version}; a test compares this page with what is compiled. No number here is a measurement. In each column stand the
 registers of a thread, the shared memory of a block in KB, and, where it is counted, the instructions that a thread executes
-for each score or element: those of the main loop, or of the whole kernel where there is no loop. `mma` marks products on
-matrix units. Several launches of one kernel in a case share a line, which holds the most of them.
+for each score or element (`i`): those of the main loop, or of the whole kernel where there is no loop; for attention, how
+many of them are exponentials (`e`). `mma` marks products on matrix units. Several launches of one kernel in a case share a
+line, which holds the most of them.
+
+Every score passes both loops of attention_backward, so their instructions are added. The cases `one-pass` are the launches
+of attention's backward pass that the tuner tries in its place.
 
 A block may have 163 KB of shared memory on sm_80, 99 on sm_86, sm_89 and sm_120, and 227 on sm_90 and sm_100
 (`tests/ops/test_aot.py` asserts it). An architecture without launches of its own takes those of the nearest older one.
@@ -80,14 +89,22 @@ def _cell(kernel: str, rows: list[dict]) -> str:
     """`registers, shared KB, instructions per element`, the most of each."""
     parts = [f"{max(row['registers'] for row in rows)} r", f"{max(row['shared_bytes'] for row in rows) / 1024:.0f} KB"]
     if kernel in SIZES:
-        parts.append(f"{max(map(per_element, rows)):.1f} i")
+        instructions, exponentials = (max(numbers) for numbers in zip(*map(per_element, rows)))
+        parts.append(f"{instructions:.1f} i" + (f" {exponentials:.1f} e" if kernel.startswith("attention") else ""))
     return ", ".join(parts) + (" mma" if all(row["matrix"] for row in rows) else "")
 
 
-def per_element(row: dict) -> float:
-    """Instructions of a thread for each score or element that it computes."""
+def per_element(row: dict) -> tuple[float, float]:
+    """Instructions of a thread for each score or element that it computes, and how many of them are exponentials."""
     first, second = (row["launch"][name] for name in SIZES[row["kernel"]])
-    return (row["main_loop"] or row["instructions"]) * 32 * row["launch"]["num_warps"] / (first * second)
+    elements = first * second / (32 * row["launch"]["num_warps"])
+    instructions = exponentials = 0.0
+    for count, of_them in row["loops"][: LOOPS.get(row["kernel"], 1)] or [(row["instructions"], 0)]:
+        # The assembler may have put two passes into one; then there are twice as many exponentials as scores.
+        passes = max(1, round(of_them / elements)) if row["kernel"].startswith("attention") else 1
+        instructions += count / (passes * elements)
+        exponentials += of_them / (passes * elements)
+    return instructions, exponentials
 
 
 if __name__ == "__main__":

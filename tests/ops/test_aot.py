@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import triton
 
-from tests.ops.aot import SHARED_KB, loop_of
+from tests.ops.aot import SHARED_KB, loops_of
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
 # Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. (On sm_86,
@@ -18,6 +18,7 @@ SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
 MATRIX_KERNELS: set[str] = {
     "attention_forward_kernel",
     "attention_backward_kernel",
+    "attention_one_pass_kernel",
     "contrastive_tile_kernel",
     "contrastive_backward_kernel",
     "log_mel_fbank_kernel",
@@ -57,7 +58,7 @@ def test_the_page_of_the_docs_is_what_was_compiled(rows):
     assert all(case in text for case in CASES)
 
 
-def test_the_longest_innermost_loop_is_found():
+def test_the_innermost_loops_are_found():
     code = """
         /*0000*/ MOV R1, c[0x0][0x28] ;
         /*0010*/ IADD3 R2, R2, 0x1, RZ ;
@@ -71,5 +72,6 @@ def test_the_longest_innermost_loop_is_found():
         /*0090*/ EXIT ;
         /*00a0*/ BRA 0xa0;
     """
-    assert loop_of(code) == (3, 11)
-    assert loop_of("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") == (0, 2)
+    assert loops_of(code) == ([(3, 0)], 11)
+    assert loops_of(code.replace("FMUL R3, R3, R4", "MUFU.EX2 R3, R3")) == ([(3, 1)], 11)
+    assert loops_of("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") == ([], 2)
