@@ -52,11 +52,9 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, ranks: Ranks, generated
     """One run; clips that have to be generated for it lie in the folder `generated`."""
     config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
     train_clips, held_out = open_data(config, generated)
-    run = prepared(config, train_clips, held_out)
-    config, teacher = run.config, run.teacher
+    config, task, model, teacher = with_cached_targets(prepared(config, train_clips, held_out), train_clips)
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
     going_on = ranks.from_first(lambda: folder.begin(config))
-    _, task, model, _ = run = with_cached_targets(run, train_clips)
     with RejectList(folder.rejects, ranks) as rejects:
         rows = train(
             config,

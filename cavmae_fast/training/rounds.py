@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.models.opening import open_model
-from cavmae_fast.training.pretrain_config import PretrainConfig, resolve
-from cavmae_fast.training.pretrain_options import flag
+from cavmae_fast.training.pretrain_config import PretrainConfig, preset_name, resolve
+from cavmae_fast.training.pretrain_options import family_of, flag
 from cavmae_fast.training.ranks import Ranks
 from cavmae_fast.training.run_folder import RunFolder
 
@@ -22,6 +22,9 @@ def stage_configs(config: PretrainConfig) -> dict[str, PretrainConfig]:
 
     Raises ValueError when `rounds` is below 1, when the options are not those of a chain, or not those of one of its runs.
     """
+    family = family_of(preset_name(config.model))
+    if family != "MAViL":
+        raise ValueError(f"--rounds is for MAViL; --model is {config.model}")
     if config.rounds < 1:
         raise ValueError(
             f"--rounds is {config.rounds}; it must be 1 or more, the rounds of stage 2 that follow stage 1 (for stage 1 "
@@ -47,7 +50,7 @@ def stage_configs(config: PretrainConfig) -> dict[str, PretrainConfig]:
             cache_targets=None if config.cache_targets is None else config.cache_targets / name,
         )
     for run in runs.values():
-        resolve(run)
+        resolve(replace(run, dtype="float32"))  # another one might have to be measured
     return runs
 
 
@@ -60,32 +63,31 @@ def chain(
     Returns the last run's summary, and those of all by name under `stages`. Raises as `run` does, and ValueError for options
     that do not fit.
     """
-    folder = RunFolder(config.out, config.overwrite)
-
-    def begin() -> PretrainConfig:
-        from_before = folder.unfinished() or {}
-        if config.dtype == "auto":  # all runs compute in the same dtype
-            settled = replace(config, dtype=from_before.get("dtype") or resolve(next(iter(runs.values()))).dtype)
-        else:
-            settled = config
-        folder.begin(json.loads(json.dumps(asdict(settled), default=str)))
-        return settled
-
     runs = stage_configs(config)
-    config = ranks.from_first(begin)
-    summaries: dict[str, Any] = {}
-    for name, options in stage_configs(config).items():
-        finished = None if config.overwrite else ranks.from_first(functools.partial(_summary, options.out))
-        ranks.say(f"{name} of {', '.join(runs)}" + ("" if finished is None else " is finished"))
-        summaries[name] = finished or run(options, ranks, config.out / "clips")
+    with RunFolder(config.out, config.overwrite) as folder:
 
-    def close() -> dict[str, Any]:
-        open_model(options.out / "model").save_pretrained(folder.model)
-        summary = {**summaries[name], "stages": summaries}
-        write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
-        return summary
+        def begin() -> PretrainConfig:
+            before = folder.unfinished() or {}
+            settled = config
+            if config.dtype == "auto":  # all runs compute in the same dtype
+                settled = replace(config, dtype=before.get("dtype") or resolve(runs["stage-1"]).dtype)
+            folder.begin(settled)
+            return settled
 
-    return ranks.from_first(close)
+        settled = ranks.from_first(begin)
+        summaries: dict[str, Any] = {}
+        for name, options in stage_configs(settled).items():
+            finished = None if config.overwrite else ranks.from_first(functools.partial(_summary, options.out))
+            ranks.say(f"{name} of {', '.join(runs)}" + ("" if finished is None else " is finished"))
+            summaries[name] = finished or run(options, ranks, config.out / "clips")
+
+        def close() -> dict[str, Any]:
+            open_model(options.out / "model").save_pretrained(folder.model)
+            summary = {**summaries[name], "stages": summaries}
+            write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
+            return summary
+
+        return ranks.from_first(close)
 
 
 def _summary(out: Path) -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -188,7 +190,8 @@ def _put(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     data = save(tensors)
-    put_whole(path, lambda file: file.write(data))
+    mark = f".{socket.gethostname()}.{os.getpid()}"  # runs with the same teacher may share a cache
+    put_whole(path, lambda file: file.write(data), mark)
 
 
 def _open(path: Path) -> Any:
