@@ -168,7 +168,9 @@ class Pretrained:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"class": type(self).__name__, **self.config}
+        # FSDP puts a class of its own, FSDPCAVMAE say, in front of a model's.
+        kind = next(kind for kind in type(self).__mro__ if not kind.__name__.startswith("FSDP"))
+        config = {"class": kind.__name__, **self.config}
         state = {name: value.detach().cpu().contiguous() for name, value in (weights or self.state_dict()).items()}
         partial = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
         try:
