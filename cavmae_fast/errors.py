@@ -11,3 +11,9 @@ class CavmaeError(Exception):
 
     exit_code: ClassVar[int] = 1
     "Of the program when the error ends it: 1, the job failed; 2, wrong usage."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence that names its reason; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -113,13 +113,15 @@ def test_killed_again_and_again(clips, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_asked_to_leave(clips, undisturbed, tmp_path, number):
-    """A checkpoint and exit code 75; a longer way to go than the test has time for."""
+    """A checkpoint and exit code 75; a longer way to go than the test has time for. Nothing else may write there before."""
     run = start(clips, tmp_path, "--steps", 100_000)
     for _ in range(600):
         if (tmp_path / "metrics.jsonl").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 2:
             break
         assert run.poll() is None, finish(run)[1]
         time.sleep(0.1)
+    code, text = finish(start(clips, tmp_path, "--steps", 100_000, "--overwrite"))
+    assert code == 1 and f"{tmp_path} is in use by process {run.pid} on" in text and "Traceback" not in text
     run.send_signal(number)
     code, text = finish(run)
     assert code == 75 and f"{number.name}: left after step" in text and "Traceback" not in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,17 @@ class Batch:
     epoch: int
     position: int
     rejects: list[Reject]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """The batch of some of the clips, in views of the same memory."""
+        return replace(
+            self,
+            ids=self.ids[rows],
+            audio=self.audio[rows],
+            image=self.image[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            clips=self.clips[rows],
+        )
 
 
 @dataclass(frozen=True)

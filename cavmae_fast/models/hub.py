@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.errors import CavmaeError, first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -48,7 +48,7 @@ def download(
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=list(files), **options))
     except Exception as error:  # the client raises errors of the network library it was built with
-        raise HubError(f"{repository} is no folder here, and cannot be read from the Hub: {_reason(error)}") from error
+        raise HubError(f"{repository} is no folder here, and cannot be read from the Hub: {first_line(error)}") from error
 
 
 def upload(
@@ -70,7 +70,7 @@ def upload(
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision)
     except Exception as error:
-        raise HubError(f"{repository} cannot be written on the Hub: {_reason(error)}") from error
+        raise HubError(f"{repository} cannot be written on the Hub: {first_line(error)}") from error
     return commit.commit_url
 
 
@@ -80,9 +80,3 @@ def _client(purpose: str) -> ModuleType:
     except ImportError as error:
         raise HubError(f"{purpose}, huggingface_hub must be installed: pip install 'cavmae_fast[hub]'") from error
     return huggingface_hub
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what the client says."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

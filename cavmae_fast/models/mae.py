@@ -10,6 +10,7 @@ from cavmae_fast.models.encoder import compute_dtype, mean_tokens
 from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.reference.mae_parameters import MAEFTParameters, MAEParameters
+from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import MAEInpaintOutput, MAEOutput
 from cavmae_fast.reference.tower import Tower
@@ -56,14 +57,17 @@ class MAE(Pretrained, TowersFillIn, PackedTower, MAEParameters):
         nothing."""
         self.check_input("x", x)
         self.check_removed(mask_ratio, "mask_ratio")
-        dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
+        return MAEOutput(self.compute(x, masking), masking.mask)
+
+    def compute(self, x: Tensor, masking: Masking) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything: the loss."""
+        dtype = compute_dtype(self.norm.weight)
         state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed([self], state, dtype)
         (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
-        loss = towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
-        return MAEOutput(loss, masking.mask)
+        return towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
 
     def forward_inpaint(self, x: Tensor, mask_ratio: float = 0.8) -> MAEInpaintOutput:
         """Predictions for every patch of masked inputs. Raises as `forward` does."""

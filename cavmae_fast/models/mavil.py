@@ -27,7 +27,7 @@ from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
 from cavmae_fast.reference.operators import take_tokens
-from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput, MAViLParts
 
 
 class PackedMAViL(PackedTowers, MAViLEncoderParameters):
@@ -103,7 +103,9 @@ class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
         inter_loss_weight: float = 0.1,
         intra_loss_weight: float = 0.01,
         regression_loss_weight: float = 0.0,
-    ) -> MAViLOutput:
+        *,
+        parts: bool = False,
+    ) -> MAViLOutput | MAViLParts:
         """One pretraining pass.
 
         Args:
@@ -114,6 +116,8 @@ class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
                 audio and video and of that between two masked views of each: 1, 0.1 and 0.01 (remembered).
             regression_loss_weight: of the regression of a teacher's tokens. Stage 2 takes 1 and 0 for raw_loss_weight (the
                 scheme is certain, the 1 remembered).
+            parts: return the embeddings in place of the contrastive losses, which ask for the clips of the whole batch:
+                `contrast` computes these from the embeddings of all parts of a batch.
 
         Raises TypeError or ValueError, naming the argument, for inputs and targets that do not fit, ratios that keep
         nothing or leave nothing to reconstruct, and in training for the weight of a loss that is out of force.
@@ -128,30 +132,54 @@ class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
             self.check_targets(targets, len(audio))
         views = 2 if weights.intra != 0 else 1
         maskings = self.draw_masks(len(audio), views, audio.device, mask_ratio_a, mask_ratio_v)
-        first = [Masking(*(part[: len(audio)] for part in masking)) for masking in maskings]
         zero = torch.zeros((), device=audio.device)
-        raw_a = raw_v = inter = intra = regression = c_acc = zero
+        raws, regressions, embeddings = (zero, zero), (zero, zero), ()
         if any(weight != 0 for weight in weights):
-            dtype = compute_dtype(self.fusion.norm.weight)
-            ids_keep = [masking.ids_keep for masking in maskings]
-            state = towers.encode(
-                self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute
+            raw, inter, intra, regression = (weight != 0 for weight in weights)
+            raws, regressions, embeddings = self.compute(
+                audio, imgs, targets, maskings, raw=raw, contrast=inter or intra, regression=regression
             )
-        if weights.inter != 0 or weights.intra != 0:
+        loss_raw, loss_regression = weights.raw * sum(raws), weights.regression * sum(regressions)
+        if parts:
+            return MAViLParts(loss_raw, *raws, loss_regression, embeddings)
+        inter, intra, c_acc = self.contrast(embeddings, weights) if embeddings else (zero, zero, zero)
+        loss_inter, loss_intra = weights.inter * inter, weights.intra * intra
+        masks = [masking.mask[: len(audio)] for masking in maskings]
+        loss = loss_raw + loss_inter + loss_intra + loss_regression
+        return MAViLOutput(loss, loss_raw, *raws, loss_inter, loss_intra, loss_regression, *masks, c_acc)
+
+    def compute(
+        self,
+        audio: Tensor,
+        imgs: Tensor,
+        targets: FeatureOutput | None,
+        maskings: Sequence[Masking],
+        *,
+        raw: bool,
+        contrast: bool,
+        regression: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        """All of a pass that is heavy, and neither draws nor checks anything -> the errors of reconstruction and those of
+        regression, of audio and of video, and the embeddings, as `contrast` takes them; zeros, and an empty tuple, for what
+        is not asked for."""
+        dtype = compute_dtype(self.fusion.norm.weight)
+        zero = torch.zeros((), device=audio.device)
+        raws, regressions, embeddings = (zero, zero), (zero, zero), ()
+        ids_keep = [masking.ids_keep for masking in maskings]
+        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute)
+        if contrast:
             x, tokens = towers.normed(self.towers, state, dtype)
-            inter, intra, c_acc = self.contrast(tokens, views, weights)
+            embeddings = self.pool(tokens, len(audio))
             state = State(x, None, state.layout)
-        if weights.raw != 0 or weights.regression != 0:
+        if raw or regression:
+            first = [Masking(*(part[: len(audio)] for part in masking)) for masking in maskings]
             encoded = [stream[: len(audio)] for stream in state.layout.streams(state.value())]
             decoded = self.decode_removed(encoded, first, dtype)
-        if weights.raw != 0:
-            raw_a, raw_v = self.raw_losses([audio, imgs], decoded, first)
-        if weights.regression != 0:
-            regression = self.regression_loss(decoded, targets, first)
-        raw, regression = weights.raw * (raw_a + raw_v), weights.regression * regression
-        inter, intra = weights.inter * inter, weights.intra * intra
-        masks = first[0].mask, first[1].mask
-        return MAViLOutput(raw + inter + intra + regression, raw, raw_a, raw_v, inter, intra, regression, *masks, c_acc)
+            if raw:
+                raws = self.raw_losses([audio, imgs], decoded, first)
+            if regression:
+                regressions = self.regression_losses(decoded, targets, first)
+        return raws, regressions, embeddings
 
     def decode_removed(self, encoded: Sequence[Tensor], maskings: Sequence[Masking], dtype: torch.dtype) -> list[Tensor]:
         """Encoded tokens `[B, 1 + K, D]` -> what the decoders make of them for the removed patches, `[B, M, width]`; nothing
@@ -162,37 +190,47 @@ class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
             self.towers, self.fuse(*encoded, dtype), maskings, dtype, self.attention, self.recompute
         )
 
-    def raw_losses(self, inputs: Sequence[Tensor], decoded: Sequence[Tensor], maskings: Sequence[Masking]) -> list[Tensor]:
+    def raw_losses(
+        self, inputs: Sequence[Tensor], decoded: Sequence[Tensor], maskings: Sequence[Masking]
+    ) -> tuple[Tensor, Tensor]:
         """The mean squared errors on the removed patches of audio and of video."""
         losses = []
         for tower, x, tokens, masking in zip(self.towers, inputs, decoded, maskings):
             pred = towers.predict(tower.decoder_pred, tokens)
             losses.append(towers.removed_loss(tower, x, pred, masking, self.norm_pix_loss, self.clip_spec))
-        return losses
+        return losses[0], losses[1]
 
-    def regression_loss(self, decoded: Sequence[Tensor], targets: FeatureOutput, maskings: Sequence[Masking]) -> Tensor:
-        """The sum over both modalities of the mean squared error against the teacher's tokens at the removed places; 0 where
+    def regression_losses(
+        self, decoded: Sequence[Tensor], targets: FeatureOutput, maskings: Sequence[Masking]
+    ) -> tuple[Tensor, Tensor]:
+        """The mean squared errors, of audio and of video, against the teacher's tokens at the removed places; 0 where
         nothing is removed."""
-        loss = torch.zeros((), device=targets.audio.device)
-        for tokens, target, masking, head in zip(decoded, targets, maskings, (self.target_pred_a, self.target_pred_v)):
+        losses = [torch.zeros((), device=targets.audio.device)] * 2
+        heads = self.target_pred_a, self.target_pred_v
+        for number, (tokens, target, masking, head) in enumerate(zip(decoded, targets, maskings, heads)):
             pred = towers.predict(head, tokens)
             exact = torch.promote_types(pred.dtype, torch.float32)
             want = take_tokens(target, masking.ids_removed).to(exact)
             if self.normalize_targets:
                 want = F.layer_norm(want, want.shape[-1:], eps=1e-6)
-            loss = loss + F.mse_loss(pred.to(exact), want)
-        return loss
+            losses[number] = F.mse_loss(pred.to(exact), want)
+        return losses[0], losses[1]
 
-    def contrast(self, tokens: Sequence[Tensor], views: int, weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed tokens `[views * B, 1 + K, D]` of audio and video -> the inter-modal and the intra-modal contrastive loss,
-        and the inter-modal accuracy; 0 for a loss whose weight is 0."""
-        chosen("negatives", self.negatives, NEGATIVES)
+    def pool(self, tokens: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+        """Normed tokens `[views * batch, 1 + K, D]` of audio and of video -> the mean token `[batch, D]` of each view of
+        audio, then of each of video."""
         first = 0 if self.pool_class_token else 1
         means = [mean_tokens(part[:, first:], self.fusion.norm.weight) for part in tokens]
-        pooled = torch.cat([view for mean in means for view in mean.chunk(views)], dim=1)
+        return tuple(view for mean in means for view in mean.split(batch))
+
+    def contrast(self, embeddings: Sequence[Tensor], weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings `[B, D]` of each view of audio, then of each of video -> the inter-modal and the intra-modal
+        contrastive loss, and the inter-modal accuracy, of all ranks or one; 0 for a loss whose weight is 0."""
+        chosen("negatives", self.negatives, NEGATIVES)
+        pooled = torch.cat([*embeddings], dim=1)  # one exchange for all of them
         if self.negatives == "all":
             pooled = gather_rows(pooled)
-        width = means[0].shape[1]
+        width = embeddings[0].shape[1]
         audio, video = (part.split(width, dim=1) for part in pooled.chunk(2, dim=1))
         inter = intra = accuracy = torch.zeros((), device=pooled.device)
         if weights.inter != 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.errors import CavmaeError, first_line
 from cavmae_fast.models import hub
 from cavmae_fast.models.positions import Adaptation, adapt
 
@@ -71,8 +71,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {reason}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read as tensors alone: {first_line(error)}") from error
     return _unwrapped(state, f"checkpoint {path}")
 
 
@@ -169,7 +168,9 @@ class Pretrained:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"class": type(self).__name__, **self.config}
+        # FSDP puts a class of its own, FSDPCAVMAE say, in front of a model's.
+        kind = next(kind for kind in type(self).__mro__ if not kind.__name__.startswith("FSDP"))
+        config = {"class": kind.__name__, **self.config}
         state = {name: value.detach().cpu().contiguous() for name, value in (weights or self.state_dict()).items()}
         partial = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
         try:

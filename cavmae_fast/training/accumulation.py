@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,17 +19,7 @@ def split(batch: Batch, count: int) -> list[Batch]:
     clips = len(batch.ids)
     count = min(count, clips)
     bounds = [clips * part // count for part in range(count + 1)]
-    return [
-        replace(
-            batch,
-            ids=batch.ids[first:last],
-            audio=batch.audio[first:last],
-            image=batch.image[first:last],
-            labels=None if batch.labels is None else batch.labels[first:last],
-            clips=batch.clips[first:last],
-        )
-        for first, last in itertools.pairwise(bounds)
-    ]
+    return [batch[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def accumulate(task: Task, state: RunState, batch: Batch) -> dict[str, Tensor]:

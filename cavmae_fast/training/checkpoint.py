@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cavmae_fast.data.sets.shards import put_whole
-from cavmae_fast.errors import CavmaeError
+from cavmae_fast.errors import CavmaeError, first_line
 from cavmae_fast.training import sharded_checkpoint
 from cavmae_fast.training.preemption import Preempted, Preemption
 from cavmae_fast.training.ranks import PATIENCE, Agreement, Ranks
@@ -77,8 +77,8 @@ def read_newest(folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | No
         return read(path)
     except Exception as error:
         raise SaveError(
-            f"{path}, which the first rank can read, cannot be read here ({_reason(error)}); --out must lie on a disk that "
-            "all machines share"
+            f"{path}, which the first rank can read, cannot be read here ({first_line(error)}); --out must lie on a disk "
+            "that all machines share"
         ) from error
 
 
@@ -88,14 +88,10 @@ def _newest(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
         try:
             return path, read(path)
         except Exception as error:  # a damaged file can raise anything
-            reasons.append(f"{path}: {_reason(error)}")
+            reasons.append(f"{path}: {first_line(error)}")
     if reasons:
         raise SaveError(f"none of the {len(reasons)} checkpoints can be read; the newest is {reasons[0]}")
     return None, None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class CheckpointWriter:
@@ -149,7 +145,7 @@ class CheckpointWriter:
             work(path, state)
             self.failure = None
         except Exception as error:
-            self.failure = f"{path} could not be written: {_reason(error)}; the checkpoints before it are whole"
+            self.failure = f"{path} could not be written: {first_line(error)}; the checkpoints before it are whole"
             if self._ranks.first:
                 self.report(f"{self.failure}; training goes on")
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +72,15 @@ class DryRun:
         )
 
 
-def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, precision: Precision, epochs: int) -> DryRun:
+def dry_run(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    loader: Loader,
+    precision: Precision,
+    epochs: int,
+    teacher_bytes: int = 0,
+) -> DryRun:
     """Reads a batch, computes a few small steps with it, and reports. The model's weights stay as they are.
 
     Args:
@@ -82,6 +89,7 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
         loader: of the training clips; it is closed.
         precision: of the run.
         epochs: of the run, where its options do not name steps.
+        teacher_bytes: weights of a teacher that the task asks, beside those of the model.
 
     Raises:
         MediaError: no clip can be used.
@@ -92,13 +100,14 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
     read = time.perf_counter() - begin
     loader.close()
     flops = task.step_flops(model)
-    few = _first(batch, 2 if flops is None else max(2, int(PROBE_FLOPS / flops)))
+    few = batch[: 2 if flops is None else max(2, int(PROBE_FLOPS / flops))]
     _timed_step(task, model, few, precision)  # loads what the first step has to wait for
     seconds = min(_timed_step(task, model, few, precision) for _ in range(TIMED_STEPS))
     model.zero_grad(set_to_none=True)
     memory = step_memory(
         model, precision.dtype, lambda light: task.losses(light, _empty(batch))["loss"], precision.device.type
     )
+    memory = replace(memory, model=memory.model + teacher_bytes, peak=memory.peak + teacher_bytes)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.cuda.get_device_properties(precision.device).total_memory if precision.device.type == "cuda" else None
@@ -114,12 +123,6 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
         device_bytes=total,
         shapes=(list(batch.audio.shape), list(batch.image.shape)),
     )
-
-
-def _first(batch: Batch, count: int) -> Batch:
-    labels = None if batch.labels is None else batch.labels[:count]
-    parts: dict[str, Any] = {"audio": batch.audio[:count], "image": batch.image[:count], "clips": batch.clips[:count]}
-    return replace(batch, ids=batch.ids[:count], labels=labels, **parts)
 
 
 def _empty(batch: Batch) -> Batch:

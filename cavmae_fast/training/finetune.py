@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +89,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
     """
     if config.dry_run:
         return _dry_run(config)
-    with joined(config.device) as ranks:
-        return _finetune(config, ranks)
+    with joined(config.device) as ranks, FinetuneFolder(config.out, config.overwrite) as folder:
+        return _finetune(config, folder, ranks)
 
 
-def _finetune(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
-    folder = FinetuneFolder(config.out, config.overwrite)
+def _finetune(config: FinetuneConfig, folder: FinetuneFolder, ranks: Ranks) -> dict[str, Any]:
     config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
     config = with_data(config, config.out)
     config, task, model = _prepared(config)
     data = task.data
     # Only now, when options, data and weights have been found good, may an earlier run be removed.
-    going_on = ranks.from_first(lambda: folder.begin(json.loads(json.dumps(asdict(config), default=str))))
+    going_on = ranks.from_first(lambda: folder.begin(config))
     with RejectList(folder.rejects, ranks) as rejects:
 
         def passes(frame: int | None) -> Iterator[Batch]:

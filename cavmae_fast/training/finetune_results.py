@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.sets.opening import frames_of
-from cavmae_fast.data.sets.shards import write_whole
 from cavmae_fast.evaluation.class_figures import draw_classes
 from cavmae_fast.evaluation.classification import evaluate_scores, write_classes
 from cavmae_fast.evaluation.predicting import predict
@@ -20,7 +18,6 @@ from cavmae_fast.training.finetune_config import FinetuneConfig
 from cavmae_fast.training.finetune_folder import FinetuneFolder
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS
 from cavmae_fast.training.finetune_setup import LabeledData
-from cavmae_fast.training.metrics import JsonLines
 from cavmae_fast.training.ranks import current
 from cavmae_fast.training.run import last_taken, precision_of
 from cavmae_fast.training.sharding import gathered, load_whole, whole_state
@@ -85,12 +82,7 @@ def conclude(
             "best_epoch": _best(evaluations, config.metric),
             "modes": results,
         }
-        with JsonLines(folder.metrics) as metrics:
-            metrics.write({"step": len(rows), "final": True, **summary})
-        summary["rejected_clips"] = rejects.count
-        summary["skipped_steps"] = rows[-1]["skipped"]
-        write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
-        return summary
+        return folder.finish(summary, rows, rejects.count)
 
     return ranks.from_first(close)
 

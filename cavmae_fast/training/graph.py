@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cavmae_fast.data.batches import Batch
+from cavmae_fast.errors import first_line
 from cavmae_fast.training.guard import TrainingError
 from cavmae_fast.training.random_state import random_state, set_random_state
 from cavmae_fast.training.state import RunState
@@ -83,7 +84,7 @@ def graphed(run: Step, state: RunState, batch: Batch, required: bool, report: Ca
         try:
             step = ReplayedStep(run, state, batch, CudaCapture(state.precision.device))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
         else:
             report("the step is replayed as a CUDA graph, which was found to compute what the step without one does")
             return step

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import socket
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from cavmae_fast.data.sets.shards import write_whole
+from cavmae_fast.errors import CavmaeError
+from cavmae_fast.ops.configuration import fingerprint
+from cavmae_fast.training.metrics import JsonLines
+from cavmae_fast.training.run_config import RunConfig
 
 FREE = {
     "workers",
@@ -23,12 +31,18 @@ FREE = {
     "dry_run",
     "shard",
     "recompute",
+    "teacher",
 }
-"Options that change no result: a run may go on with others."
+"Options that change no result: a run may go on with others. (A teacher is known by its hash, wherever it lies.)"
+
+
+class FolderInUseError(CavmaeError):
+    """Another process writes into the folder of the run."""
 
 
 class RunFolder:
-    """The files of one run.
+    """The files of one run. As a context manager it lets go of the lock that `begin` takes: a run's processes may outlive
+    the command that started them, and a second start must not write beside them.
 
     Args:
         path: the folder, made if absent.
@@ -42,6 +56,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.losses, self.reconstruction = path / "loss.png", path / "reconstruction.png"
         self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self._held: IO[str] | None = None
         path.mkdir(parents=True, exist_ok=True)
 
     def _clear(self) -> None:
@@ -75,11 +90,14 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.config} cannot be read ({error}); name another --out, or add --overwrite") from error
 
-    def begin(self, config: dict[str, Any]) -> bool:
-        """Notes the (JSON-able) configuration of the run that begins here, or finds that it was begun here before.
+    def begin(self, options: RunConfig) -> bool:
+        """Locks the folder and notes the options of the run that begins here, or finds that it was begun here before.
 
-        Returns whether it was. Raises ValueError, listing the differences, when another was.
+        Returns whether it was. Raises ValueError, listing the differences, when another was; FolderInUseError when a run is
+        going on here.
         """
+        self._lock()
+        config = json.loads(json.dumps(asdict(options), default=str))
         before = self.unfinished()
         if before is None:
             if self.overwrite:
@@ -96,3 +114,43 @@ class RunFolder:
                 f"--out {self.path} was begun with other options ({now}); name another folder, or add --overwrite"
             )
         return True
+
+    def finish(self, summary: dict[str, Any], rows: list[dict[str, Any]], rejected: int) -> dict[str, Any]:
+        """Writes and returns the summary, to which the steps that were skipped, the clips that were `rejected` and the
+        fingerprint of the operators in force are added; what it held before is the last row of `metrics.jsonl`, too. A run
+        that has a summary is finished."""
+        with JsonLines(self.metrics) as lines:
+            lines.write({"step": len(rows), "final": True, **summary})
+        device = json.loads(self.config.read_text())["device"]
+        found = {"rejected_clips": rejected, "skipped_steps": rows[-1]["skipped"], "operators": fingerprint(device)}
+        summary = {**summary, **found}
+        write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _lock(self) -> None:
+        """Takes the folder for this process, until `__exit__` or its end, however it ends."""
+        file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise FolderInUseError(
+                f"--out {self.path} is in use by {owner}; wait until it has ended, or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            file.close()
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._held = file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from cavmae_fast.errors import first_line
+
 CACHE_TIMES = 2
 "A GPU's last-level cache is overwritten with this many times its size before a call, which then finds no inputs there."
 
@@ -111,7 +113,7 @@ def captured(
             run()
     except RuntimeError as error:
         torch.cuda.synchronize(device)
-        return run, f"events ({str(error).strip().splitlines()[0][:200]})"
+        return run, f"events ({first_line(error)[:200]})"
     return graph.replay, "graph"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cavmae_fast.errors import first_line
 from cavmae_fast.ops import configuration, dispatch, parity
 from cavmae_fast.ops.catalogue import Case
 from cavmae_fast.tuning.plan import Settings, Unit, units
@@ -82,9 +83,9 @@ def _judge(before: Verdict, candidate: Candidate, case: Case, standard: parity.S
             results = standard.compare(case.ours)
             repeats = parity.repeats(case.ours, standard.inputs)
     except torch.OutOfMemoryError as error:
-        return Verdict("failed", f"{case}: {first_line(error)}", before.share)
+        return Verdict("failed", f"{case}: {failure(error)}", before.share)
     except Exception as error:  # a candidate that cannot run is a finding, not the end of the run
-        return Verdict("failed", f"{case}: {first_line(error)}", before.share)
+        return Verdict("failed", f"{case}: {failure(error)}", before.share)
     share = max([before.share, *(result.error / result.allowed for result in results)])
     wrong = [f"{r.what} is off by {r.error:.1e}, {r.allowed:.1e} is allowed" for r in results if not r.right]
     if not repeats:
@@ -92,7 +93,6 @@ def _judge(before: Verdict, candidate: Candidate, case: Case, standard: parity.S
     return Verdict("wrong" if wrong else "right", f"{case}: {'; '.join(wrong)}" if wrong else "", share)
 
 
-def first_line(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """Kind and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return (f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)[:300]
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

@@ -23,7 +23,7 @@ from cavmae_fast.tuning.clock import Flush, captured, cold, spin
 from cavmae_fast.tuning.journal import Journal
 from cavmae_fast.tuning.plan import Call, Settings, Unit, units
 from cavmae_fast.tuning.processes import end_with_parent
-from cavmae_fast.tuning.proof import Verdict, first_line, prove, release
+from cavmae_fast.tuning.proof import Verdict, failure, prove, release
 from cavmae_fast.tuning.search import Candidate
 
 MARGIN = 0.02
@@ -195,7 +195,7 @@ def compile_ahead(settings: Settings, name: str, part: int, parts: int) -> None:
             try:
                 work.closure(call, candidate, unit)()
             except Exception as error:  # it will fail again where it counts, and be noted there
-                print(f"{candidate.name}: {first_line(error)}", file=sys.stderr)
+                print(f"{candidate.name}: {failure(error)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
