@@ -64,11 +64,12 @@ def rendered(record: Record) -> str:
     """Verdicts and table, with what they were measured with."""
     settings, seeds = record["settings"], {row["seed"] for row in record["runs"]}
     minutes = sum(sum(row["seconds"].values()) for row in record["runs"]) / 60
+    machine = f"{record['provenance']['device']}, {record['provenance']['threads']} threads"
     text = (
         f"{settings['steps']} steps of pretraining per system and round with {settings['batch_size']} of "
         f"{settings['train_clips']} clips each, {settings['epochs']} epochs of fine-tuning, {settings['test_clips']} "
-        f"held-out clips, {len(seeds)} seeds, {settings['dtype']}: {minutes:.0f} minutes in all on "
-        f"{record['provenance']['device']}, {record['provenance']['threads']} threads. Mean ± standard deviation over the seeds."
+        f"held-out clips, {len(seeds)} seeds, {settings['dtype']}: {minutes:.0f} minutes in all on {machine}. "
+        "Mean ± standard deviation over the seeds."
     )
     return "\n\n".join([text, verdicts(record), figures_table(record)])
 
