@@ -62,7 +62,7 @@ class MAEParameters(Tower):
             DecoderSizes(decoder_embed_dim, decoder_depth, decoder_num_heads),
         )
         self.attention = chosen("attention", attention, self.attentions)
-        self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
+        self.clip_spec = fitting(clip, clip_of(img_size, frames if modality == "v" else 0, audio_length))
         self.norm_pix_loss = norm_pix_loss
         self.config = config | {"norm_eps": self.norm.eps}
         initialize_weights(self, *SMALL_EMBEDDINGS)
@@ -107,7 +107,7 @@ class MAEFTParameters(Tower):
             None,
         )
         self.attention = chosen("attention", attention, self.attentions)
-        self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
+        self.clip_spec = fitting(clip, clip_of(img_size, frames if modality == "v" else 0, audio_length))
         self.mlp_head = head(label_dim, embed_dim, norm_layer)
         self.config = config | {"norm_eps": self.norm.eps}
         initialize_weights(self, *SMALL_EMBEDDINGS)

@@ -18,8 +18,7 @@ from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import logits, predict
-from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
-from cavmae_fast.models.flops import classifier_macs
+from cavmae_fast.models.classifiers import Classifier, family_of
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
@@ -27,7 +26,14 @@ from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_
 from cavmae_fast.training.finetune_folder import FinetuneFolder
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
 from cavmae_fast.training.finetune_results import conclude
-from cavmae_fast.training.finetune_setup import LabeledData, check_masks, open_labeled, start_classifier, with_data
+from cavmae_fast.training.finetune_setup import (
+    LabeledData,
+    check_masks,
+    check_pictures,
+    open_labeled,
+    start_classifier,
+    with_data,
+)
 from cavmae_fast.training.joining import joined
 from cavmae_fast.training.optimizers import HEAD
 from cavmae_fast.training.ranks import Ranks, current
@@ -51,7 +57,7 @@ class FineTuneTask:
     data: LabeledData
     frozen_base: bool = False
 
-    def prepare(self, model: CAVMAEFT | CAVMAEFTAudio) -> None:
+    def prepare(self, model: Classifier) -> None:
         """Freezes what the mode does not reach, and everything but the head where the base is frozen."""
         model.train_with(self.mode)
         if self.frozen_base:
@@ -64,9 +70,9 @@ class FineTuneTask:
         function = F.binary_cross_entropy_with_logits if self.loss == "bce" else F.cross_entropy
         return {"loss": function(logits(model, batch, self.mode).float(), batch.labels)}
 
-    def step_flops(self, model: CAVMAEFT | CAVMAEFTAudio) -> float:
+    def step_flops(self, model: Classifier) -> float:
         """A forward pass, and two backward ones through what is trained: nothing goes back through a frozen base."""
-        base, head = classifier_macs(model, self.mode), model.mlp_head[-1].weight.numel()
+        base, head = family_of(model).macs(model, self.mode), model.mlp_head[-1].weight.numel()
         return (2 if self.frozen_base else 6) * base + 6 * head
 
     def judge(self, model: nn.Module, batches: Iterable[Batch]) -> Classification:
@@ -139,7 +145,7 @@ def _keep(
     config: FinetuneConfig,
     epoch: int,
     figures: dict[str, Any],
-    model: CAVMAEFT | CAVMAEFTAudio,
+    model: Classifier,
     weights: dict[str, Tensor],
     folder: FinetuneFolder,
 ) -> None:
@@ -152,7 +158,7 @@ def _keep(
         model.save_pretrained(folder.best, weights)
 
 
-def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAVMAEFT | CAVMAEFTAudio]:
+def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, Classifier]:
     """The model with its weights, on its device, and what it is trained for; no batch is larger than the data."""
     ranks = current()
     recipe = fine_tuning_in_force(config)
@@ -160,7 +166,8 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     config = replace(config, batch_size=min(config.batch_size, len(data.train)))
     ranks.share(config.batch_size)
     torch.manual_seed(config.seed)
-    model, said = start_classifier(config, len(data.label_set))
+    model, config, said = start_classifier(config, len(data.label_set))
+    check_pictures(data, model)
     check_masks(config, model)
     model.to(config.device).train()
     model.recompute = config.recompute
@@ -177,7 +184,7 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     return config, task, model
 
 
-def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: CAVMAEFT | CAVMAEFTAudio) -> Loader:
+def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: Classifier) -> Loader:
     augmentation = fine_tuning_in_force(config).augmentation
     options = {"augmentation": augmentation, "labels": task.data.label_set, "weights": task.data.weights}
     return open_loader(config, task.data.train, model.clip_spec, training=True, **options)

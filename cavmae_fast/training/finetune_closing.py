@@ -24,8 +24,8 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
         lines.append(f"the model is the average of epochs {epochs[0]} to {epochs[-1]}")
     else:
         lines.append("the model is that of the last step: no epoch that the recipe averages was done")
-    pictures = f"with 1 and with {summary['frames']} pictures of each" if summary["frames"] > 1 else "each with its picture"
-    lines.append(f"on {summary['clips']} held-out clips, {pictures} (chance mAP {_figure(summary['chance_mAP'])}):")
+    pictures = f", with 1 and with {summary['frames']} pictures of each" if summary["frames"] > 1 else ""
+    lines.append(f"on {summary['clips']} held-out clips{pictures} (chance mAP {_figure(summary['chance_mAP'])}):")
     for mode, by_frames in summary["modes"].items():
         shown = "   and   ".join(shown_figures(figures, metric) for figures in by_frames.values())
         lines.append(f"  {mode:<17}{shown}{'   (trained in this mode)' if mode == summary['mode'] else ''}")
@@ -47,7 +47,8 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
     data = config.eval_data or (lists / "test.json",)
     labels = config.labels if config.data else config.labels or lists / "labels.csv"
     named = () if labels is None else ("--labels", labels)
-    lines.append(next_line("evaluate", out / "model", "--data", *data, *named, "--frames", 10))
+    frames = ("--frames", 10) if summary["frames"] > 1 else ()
+    lines.append(next_line("evaluate", out / "model", "--data", *data, *named, *frames))
     return printable(lines)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cavmae_fast.data.decode.workers import unusable
 from cavmae_fast.data.media.encoded import SAMPLE_RATE, decode_image, decode_sound, encode_image, encode_sound
-from cavmae_fast.data.media.files import MediaError, read_clip
+from cavmae_fast.data.media.files import MediaError, read_clip, read_sound_file
 from cavmae_fast.data.sets.labels import foreign_labels
 from cavmae_fast.data.sets.shards import PreparedClip
 from cavmae_fast.data.sets.sources import Source, read_file
@@ -55,6 +55,8 @@ class EncodeClip:
         return PreparedClip(key, meta, sound, images)
 
     def _from_video(self, source: Source) -> tuple[list[bytes], np.ndarray]:
+        if not self.frames:
+            return [], read_sound_file(source.video, seconds=self.seconds)
         clip = read_clip(source.video, num_frames=self.frames, size=self.size, seconds=self.seconds)
         return [encode_image(frame, self.quality) for frame in clip.frames], clip.waveform
 

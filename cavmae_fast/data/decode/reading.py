@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.decode.workers import unusable
 from cavmae_fast.data.media.crop import FRAME_SECONDS, Crop, crop_at
 from cavmae_fast.data.media.encoded import decode_image, decode_sound
-from cavmae_fast.data.media.files import MediaError, read_clip, read_frames, read_sound
+from cavmae_fast.data.media.files import MediaError, read_clip, read_frames, read_sound, read_sound_file
 from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
 from cavmae_fast.data.sets.shards import ShardClip
 from cavmae_fast.data.sets.sources import Source
@@ -67,7 +67,7 @@ class Reader:
         name, labels, sound = self._once(record, lambda: self._sound(record))
         crop = self._crop(moment, sound)
         pictures = {k: self._once((record, k), lambda k=k: self._image(record, k)) for k in crop.frames}
-        return self._arrays(name, labels, crop, np.stack([pictures[k] for k in crop.frames]), sound)
+        return self._arrays(name, labels, crop, [pictures[k] for k in crop.frames], sound)
 
     def check_labels(self, record: Record, labels: tuple[str, ...]) -> None:
         """Raises MediaError when a label is not one of the classes."""
@@ -79,7 +79,10 @@ class Reader:
         frames = {"num_frames": self.num_frames, "size": self.clip.image_size[0]}
         # The crop may begin anywhere in the seconds from which frames are chosen.
         sound_of = {"sample_rate": rate, "seconds": self.clip.samples / rate + FRAME_SECONDS * cropped}
-        if self.keep:
+        if not self.clip.frames:
+            sound = self._once(record, lambda: read_sound_file(record.video, **sound_of))
+            crop, images = self._crop(moment, sound), ()
+        elif self.keep:
             whole = self._once(record, lambda: read_clip(record.video, **frames, **sound_of))
             sound, crop = whole.waveform, self._crop(moment, whole.waveform)
             images = whole.frames[list(crop.frames)]
@@ -105,9 +108,13 @@ class Reader:
     def _crop(self, moment: float, sound: np.ndarray) -> Crop:
         return crop_at(self.clip, moment, self.num_frames, len(sound) / self.clip.sample_rate)
 
-    def _arrays(self, name: str, labels: tuple[str, ...], crop: Crop, images: np.ndarray, sound: np.ndarray) -> Arrays:
+    def _arrays(
+        self, name: str, labels: tuple[str, ...], crop: Crop, images: Sequence[np.ndarray], sound: np.ndarray
+    ) -> Arrays:
+        """images: `[S, S, 3]` each; there may be none."""
         heard = sound[crop.sound(self.clip.sample_rate, self.clip.samples)]
-        return Arrays(ClipInfo(name, labels, len(heard)), images, heard)
+        shape = (self.clip.frames, *self.clip.image_size, 3)
+        return Arrays(ClipInfo(name, labels, len(heard)), np.asarray(images, np.uint8).reshape(shape), heard)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns or raises; it is called once for each key where clips are kept."""

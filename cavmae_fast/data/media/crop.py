@@ -26,7 +26,8 @@ def crop_at(clip: ClipSpec, moment: float, num_frames: int, duration: float) -> 
     """The crop of a clip at a `moment` in [0, 1): 0 is as early as possible, 0.5 the middle.
 
     A clip has `num_frames` frames, which lie evenly over its first ten seconds, or over its `duration` where that is
-    shorter. Without a frame rate, the picture is the frame `int(moment * num_frames)` and the sound begins at 0. With one,
+    shorter. Without a frame rate, the picture, where one is wanted, is the frame `int(moment * num_frames)` and the sound
+    begins at 0. With one,
     the crop lies within these seconds, and its pictures are the frames nearest to its moments. A clip that is shorter than
     the crop is taken from 0 on; after its end, its last frame is repeated.
 
@@ -37,7 +38,7 @@ def crop_at(clip: ClipSpec, moment: float, num_frames: int, duration: float) -> 
         duration: of the clip, in seconds; looked at only where there is a frame rate.
     """
     if clip.frame_rate is None:
-        return Crop(0.0, (int(moment * num_frames),))
+        return Crop(0.0, (int(moment * num_frames),) * clip.frames)
     span = min(duration, FRAME_SECONDS)
     start = moment * max(0.0, span - max(clip.crop_seconds, WINDOW_SECONDS))
     moments = (start + number / clip.frame_rate for number in range(clip.frames))

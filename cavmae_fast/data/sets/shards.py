@@ -336,7 +336,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ShardError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
         counts = [manifest[name] for name in ("listed", "clips", "frames")]
         counts += [shard[name] for shard in manifest["shards"] for name in ("number", "clips", "bytes")]
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or not 1 <= manifest["frames"] <= MAX_FRAMES:
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or not manifest["frames"] <= MAX_FRAMES:
             raise ShardError(f"{path}: not a manifest that `cavmae-fast prepare` wrote (a number is out of range)")
         return manifest
     except FileNotFoundError as error:
