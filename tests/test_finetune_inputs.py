@@ -52,7 +52,7 @@ def relabeled(source: Path, path: Path, labels: str) -> Path:
         ({"steps": 0}, "--steps is 0; it must be above 0"),
         (
             {"recipe": None},
-            "--recipe is not given; with --data it must be one of as20k, as2m, vggsound, linear-probe, small",
+            "--recipe is not given; with --data it must be one of as20k, as2m, vggsound, esc50, speechcommands,",
         ),
         ({"init": None}, "--init is not given"),
         ({"eval_data": ()}, "--eval-data is not given"),

@@ -24,6 +24,7 @@ from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
 from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_force, resolve
 from cavmae_fast.training.finetune_folder import FinetuneFolder
+from cavmae_fast.training.finetune_folds import cross_validate, folds_in_turn, with_splits
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
 from cavmae_fast.training.finetune_results import conclude
 from cavmae_fast.training.finetune_setup import (
@@ -87,20 +88,29 @@ class FineTuneTask:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
     """Runs the whole job and returns the summary that is also written to `summary.json`; or what it would take, if that is
-    all that is asked for. Under torchrun, all ranks do.
+    all that is asked for. Of a data set in folds, one run for each fold. Under torchrun, all ranks do.
 
     Raises ValueError for a bad option, LabelError and MediaError for data that cannot be used, CheckpointError for `init`,
     TrainingError when no step can be taken any more; RanksError when another rank failed. The first three come before
     anything is trained.
     """
+    folds = folds_in_turn(config)
     if config.dry_run:
-        return _dry_run(config)
-    with joined(config.device) as ranks, FinetuneFolder(config.out, config.overwrite) as folder:
-        return _finetune(config, folder, ranks)
+        return _dry_run(replace(config, fold=int(folds[0])) if folds else config)
+    with joined(config.device) as ranks:
+
+        def run(one: FinetuneConfig) -> dict[str, Any]:
+            with FinetuneFolder(one.out, one.overwrite) as folder:
+                return _finetune(one, folder, ranks)
+
+        def look(one: FinetuneConfig, begun: dict[str, Any] | None) -> FinetuneConfig:
+            return _prepared(ranks.from_first(lambda: resolve(with_splits(one), begun)))[0]
+
+        return cross_validate(config, folds, ranks, look, run) if folds else run(config)
 
 
 def _finetune(config: FinetuneConfig, folder: FinetuneFolder, ranks: Ranks) -> dict[str, Any]:
-    config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
+    config = ranks.from_first(lambda: resolve(with_splits(config), folder.unfinished()))
     config = with_data(config, config.out)
     config, task, model = _prepared(config)
     data = task.data
@@ -193,7 +203,7 @@ def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: Classifi
 def _dry_run(config: FinetuneConfig) -> DryRun:
     """What the run would take; what has to be generated for it is removed again."""
     with tempfile.TemporaryDirectory() as folder:
-        config, task, model = _prepared(with_data(resolve(config), Path(folder)))
+        config, task, model = _prepared(with_data(resolve(with_splits(config)), Path(folder)))
         loader = _training_loader(config, task, model)
         return dry_run(config, task, model, loader, precision_of(config), config.epochs)
 

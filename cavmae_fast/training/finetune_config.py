@@ -27,9 +27,12 @@ class FinetuneConfig(RunConfig):
     out: Path = Path("runs/finetune")
     """Folder for checkpoints, metrics and figures."""
     labels: Path | None = None
-    """CSV of the classes: index, mid, display_name. Default: that of the shards."""
-    recipe: Literal["as20k", "as2m", "vggsound", "linear-probe", "small"] | None = None
+    """CSV of the classes: index, mid, display_name. Default: that of the shards, or of ESC-50 or Speech Commands."""
+    recipe: Literal["as20k", "as2m", "vggsound", "esc50", "speechcommands", "linear-probe", "small"] | None = None
     """Published settings, each of which an option changes. Default with generated clips: small."""
+    fold: int | None = None
+    """With the folder of a data set in folds (ESC-50) as --data: the fold that judges what is trained on the others.
+    Default: each of them in turn, and the mean of their figures."""
     mode: Literal["multimodal", "audioonly", "videoonly"] | None = None
     """What of a clip the classifier is trained with. Default: multimodal; of a classifier with one encoder, that one."""
     model: Literal["av", "audio", "video"] | None = None

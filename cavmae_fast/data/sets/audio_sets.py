@@ -38,6 +38,11 @@ class AudioSet(NamedTuple):
     label_set: LabelSet
     splits: tuple[str, ...]
 
+    @property
+    def folds(self) -> tuple[str, ...]:
+        """The splits, where they are folds of a cross-validation, whose names are numbers; else none."""
+        return self.splits if all(split.isdecimal() for split in self.splits) else ()
+
     def of(self, place: str, splits: Sequence[str]) -> list[Sound]:
         """The clips of some splits. MediaError, which begins with `place`, for a split that is not there."""
         for split in splits:
@@ -93,9 +98,7 @@ def _esc50(folder: Path) -> AudioSet:
         sounds.append(Sound(Path(name).stem, category, str(folder / "audio" / name), str(int(fold))))
     names = tuple(categories[target] for target in sorted(categories))
     if sorted(categories) != list(range(len(names))) or len(set(names)) != len(names):
-        raise MediaError(
-            f"{path}: its targets are {sorted(categories)}; allowed: 0 to K - 1, each with a category of its own"
-        )
+        raise MediaError(f"{path}: its targets are {sorted(categories)}; allowed: 0 to K - 1, each with a name of its own")
     folds = sorted({sound.split for sound in sounds}, key=int)
     return AudioSet(sounds, LabelSet(names, names), tuple(folds))
 
