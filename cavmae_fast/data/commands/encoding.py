@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class EncodeClip:
         try:
             if self.known_labels is not None and (unknown := set(source.labels) - self.known_labels):
                 return foreign_labels(source, sorted(unknown))
-            images, waveform = self._from_video(source) if source.video else self._from_files(source)
+            images, waveform, more = self._from_video(source) if source.video else self._from_files(source)
             sound = encode_sound(waveform)
         except Exception as error:
             return unusable(error, source)
@@ -50,17 +51,20 @@ class EncodeClip:
             "source": str(source),
             "duration": len(waveform) / SAMPLE_RATE,
             "samples": len(waveform),
+            **more,
             "hash": digest.hexdigest(),
         }
         return PreparedClip(key, meta, sound, images)
 
-    def _from_video(self, source: Source) -> tuple[list[bytes], np.ndarray]:
+    def _from_video(self, source: Source) -> tuple[list[bytes], np.ndarray, dict[str, Any]]:
+        """Frames, sound, and what else is noted of the clip."""
         if not self.frames:
-            return [], read_sound_file(source.video, seconds=self.seconds)
+            return [], read_sound_file(source.video, seconds=self.seconds), {}
         clip = read_clip(source.video, num_frames=self.frames, size=self.size, seconds=self.seconds)
-        return [encode_image(frame, self.quality) for frame in clip.frames], clip.waveform
+        images = [encode_image(frame, self.quality) for frame in clip.frames]
+        return images, clip.waveform, {"picture_seconds": clip.picture_seconds}
 
-    def _from_files(self, source: Source) -> tuple[list[bytes], np.ndarray]:
+    def _from_files(self, source: Source) -> tuple[list[bytes], np.ndarray, dict[str, Any]]:
         """Extracted frames are taken as they are, byte for byte, once they are known to decode."""
         images: list[bytes] = []
         for number in range(self.frames):
@@ -70,4 +74,4 @@ class EncodeClip:
         for image in set(images):
             decode_image(image, self.size, source.frame_path(images.index(image)))
         waveform = decode_sound(read_file(source.sound), source.sound)
-        return images, waveform[: int(self.seconds * SAMPLE_RATE)]
+        return images, waveform[: int(self.seconds * SAMPLE_RATE)], {}

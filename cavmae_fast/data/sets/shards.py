@@ -238,6 +238,12 @@ class ShardClip(NamedTuple):
         said = json.loads(meta)
         return said["id"], tuple(said["labels"]), sound
 
+    def picture_seconds(self) -> float | None:
+        """Over which seconds its frames are spread; None where that was not noted, and they are as long as the sound: in
+        shards of extracted frames, and of earlier versions."""
+        (meta,) = self._members(0, 0)
+        return json.loads(meta).get("picture_seconds")
+
     def image(self, frame: int) -> bytes:
         """The bytes of a frame; raises as `read` does."""
         return self._members(2 + frame, 2 + frame)[0]

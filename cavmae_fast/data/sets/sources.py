@@ -56,6 +56,9 @@ class Source(NamedTuple):
                 return path
         raise MediaError(f"{self.id}: no frame {number} or earlier in {self.frames}/frame_{{k}}/{self.id}.jpg")
 
+    def picture_seconds(self) -> None:
+        """Extracted frames do not say over which seconds they are spread."""
+
     def image(self, number: int) -> bytes:
         """The bytes of a frame's file."""
         return read_file(self.frame_path(number))
