@@ -24,7 +24,7 @@ from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
 from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_force, resolve
 from cavmae_fast.training.finetune_folder import FinetuneFolder
-from cavmae_fast.training.finetune_folds import cross_validate, folds_in_turn, with_splits
+from cavmae_fast.training.finetune_folds import FoldsFolder, cross_validate, folds_in_turn, with_splits
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
 from cavmae_fast.training.finetune_results import conclude
 from cavmae_fast.training.finetune_setup import (
@@ -106,7 +106,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
         def look(one: FinetuneConfig, begun: dict[str, Any] | None) -> FinetuneConfig:
             return _prepared(ranks.from_first(lambda: resolve(with_splits(one), begun)))[0]
 
-        return cross_validate(config, folds, ranks, look, run) if folds else run(config)
+        if not folds:
+            return run(config)
+        with FoldsFolder(config.out, config.overwrite) as folder:
+            return cross_validate(config, folds, folder, ranks, look, run)
 
 
 def _finetune(config: FinetuneConfig, folder: FinetuneFolder, ranks: Ranks) -> dict[str, Any]:

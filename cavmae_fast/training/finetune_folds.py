@@ -78,6 +78,7 @@ class FoldsFolder(RunFolder):
 def cross_validate(
     config: FinetuneConfig,
     folds: tuple[str, ...],
+    folder: FoldsFolder,
     ranks: Ranks,
     look: Callable[[FinetuneConfig, dict[str, Any] | None], FinetuneConfig],
     run: Callable[[FinetuneConfig], dict[str, Any]],
@@ -88,6 +89,7 @@ def cross_validate(
     Args:
         config: as given.
         folds: their names.
+        folder: where their runs lie.
         ranks: that share the runs.
         look: (a run's options, those that were begun with) -> the options resolved; raises what is wrong with them.
         run: a run's options -> its summary.
@@ -95,18 +97,6 @@ def cross_validate(
     Returns:
         The summary, which is also written to `summary.json`: `folds`, with the figures of each, and the means of these.
     """
-    with FoldsFolder(config.out, config.overwrite) as folder:
-        return _cross_validate(config, folds, ranks, look, run, folder)
-
-
-def _cross_validate(
-    config: FinetuneConfig,
-    folds: tuple[str, ...],
-    ranks: Ranks,
-    look: Callable[[FinetuneConfig, dict[str, Any] | None], FinetuneConfig],
-    run: Callable[[FinetuneConfig], dict[str, Any]],
-    folder: FoldsFolder,
-) -> dict[str, Any]:
     begun = ranks.from_first(folder.unfinished)
 
     def of(name: str) -> FinetuneConfig:
