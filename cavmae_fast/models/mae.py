@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cavmae_fast.models import towers
 from cavmae_fast.models.abilities import Prediction
+from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
 from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
@@ -90,15 +91,26 @@ class MAE(Pretrained, TowersFillIn, PackedTower, MAEParameters):
         return {self.modality: Prediction(*self.forward_inpaint(inputs[self.modality], mask_ratio)[:2])}
 
 
-class MAEFT(Pretrained, PackedTower, MAEFTParameters):
+class MAEFT(Pretrained, DropPath, PackedTower, MAEFTParameters):
     """The classifier of one modality: `forward(a, v)` gives logits, `forward_feat(x)` normed tokens.
 
-    Arguments as in `MAE`, with `label_dim` classes and no decoder. It takes the encoder of an `MAE`, or one of the two of a
-    `MAViL`.
+    Arguments as in `MAE`, with `label_dim` classes and no decoder, and the attribute `drop_path` as in `CAVMAEFT`. It takes
+    the encoder of an `MAE`, or one of the two of a `MAViL`.
     """
 
     def forward(self, a: Tensor | None = None, v: Tensor | None = None, mode: str | None = None) -> Tensor:
         """Logits `[B, label_dim]` from the mean of the patches' tokens. As all classifiers it is given sound, pictures and
         the input mode; what is not of its modality is not looked at and may be None."""
-        mean = mean_tokens(self.forward_feat(self.chosen_input(a, v, mode)), self.norm.weight)
+        x = self.chosen_input(a, v, mode)
+        return self.compute(x, self.draw_paths(len(x), x.device))
+
+    def compute(self, x: Tensor, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> logits `[B, label_dim]`."""
+        own = None if paths is None else paths[:, :, :1]
+        mean = mean_tokens(self.features({self.modality: x}, own)[self.modality], self.norm.weight)
         return self.mlp_head(mean.to(self.norm.weight.dtype))
+
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.blocks)

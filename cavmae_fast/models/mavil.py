@@ -16,6 +16,7 @@ from torch import Tensor
 from cavmae_fast.models import towers
 from cavmae_fast.models.abilities import Prediction
 from cavmae_fast.models.distributed import NEGATIVES, gather_rows
+from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
 from cavmae_fast.models.packed import State, block, normalize
 from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
@@ -33,35 +34,44 @@ from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOut
 class PackedMAViL(PackedTowers, MAViLEncoderParameters):
     """The encoders and the fusion encoder on packed streams."""
 
-    def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed."""
+    def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype, paths: Tensor | None = None) -> list[Tensor]:
+        """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed.
+        `paths`: what the updates of each block are multiplied by, `[depth, 2, 3, B]`: audio, video, both (None: nothing)."""
         fuse = self._fuse_jointly if self.fusion.form == "joint" else self._fuse_by_bottleneck
-        return fuse([a, v], dtype)
+        return fuse([a, v], dtype, [None] * self.fusion.depth if paths is None else list(paths))
 
-    def _fuse_jointly(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def _fuse_jointly(self, tokens: Sequence[Tensor], dtype: torch.dtype, paths: Sequence[Tensor | None]) -> list[Tensor]:
         state = towers.pack([torch.cat([*tokens], dim=1)])
-        for one in self.fusion.blocks:
-            state = block(state, [one], [None], dtype, self.attention, recompute=self.recompute)
+        for one, path in zip(self.fusion.blocks, paths, strict=True):
+            own = None if path is None else path[:, 2:]
+            state = block(state, [one], [None], dtype, self.attention, own, self.recompute)
         (joint,) = state.layout.streams(normalize(state, [self.fusion.norm], dtype)[1])
         return list(joint.split([part.shape[1] for part in tokens], dim=1))
 
-    def _fuse_by_bottleneck(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def _fuse_by_bottleneck(
+        self, tokens: Sequence[Tensor], dtype: torch.dtype, paths: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         count = self.fusion.bottleneck.shape[1]
         streams, shared = list(tokens), self.fusion.bottleneck.expand(len(tokens[0]), -1, -1)
-        for blocks in zip(self.fusion.blocks_a, self.fusion.blocks_v):
+        for *blocks, path in zip(self.fusion.blocks_a, self.fusion.blocks_v, paths, strict=True):
             state = towers.pack([torch.cat([stream, shared.to(stream.dtype)], dim=1) for stream in streams])
-            state = block(state, blocks, [None, None], dtype, self.attention, recompute=self.recompute)
+            own = None if path is None else path[:, :2]
+            state = block(state, blocks, [None, None], dtype, self.attention, own, self.recompute)
             with_shared = state.layout.streams(state.value())
             streams = [stream[:, :-count] for stream in with_shared]
             shared = (with_shared[0][:, -count:] + with_shared[1][:, -count:]) / 2
         packed = towers.pack(streams)
         return packed.layout.streams(normalize(packed, [self.fusion.norm] * 2, dtype)[1])
 
-    def fused(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
-        """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`."""
+    def fused(self, audio: Tensor, imgs: Tensor, paths: Tensor | None = None) -> FeatureOutput:
+        """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`. `paths`: of
+        `DropPath.draw_paths`."""
         dtype = compute_dtype(self.fusion.norm.weight)
-        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention, self.recompute)
-        a, v = self.fuse(*state.layout.streams(state.value()), dtype)
+        alone = together = None
+        if paths is not None:
+            alone, together = paths[: -self.fusion.depth, :, :2], paths[-self.fusion.depth :]
+        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention, self.recompute, alone)
+        a, v = self.fuse(*state.layout.streams(state.value()), dtype, together)
         return FeatureOutput(a[:, 1:], v[:, 1:])
 
 
@@ -280,10 +290,11 @@ class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
         return FeatureOutput(tokens["a"], tokens["v"])
 
 
-class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
+class MAViLFT(Pretrained, DropPath, PackedMAViL, MAViLFTParameters):
     """The audio-visual classifier: both encoders, the fusion encoder, and a head on the mean tokens of both modalities.
 
-    Arguments as in `MAViL`, with `label_dim` classes and no decoder. For one modality alone: `MAEFT`.
+    Arguments as in `MAViL`, with `label_dim` classes and no decoder, and the attribute `drop_path` as in `CAVMAEFT`. For one
+    modality alone: `MAEFT`.
     """
 
     def forward(self, a: Tensor, v: Tensor, mode: str = "multimodal") -> Tensor:
@@ -291,5 +302,14 @@ class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
         that do not fit, and for another mode."""
         check_mode(self, mode)
         self.check_inputs(a=a, v=v)
-        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(a, v)]
+        return self.compute(a, v, self.draw_paths(len(a), a.device))
+
+    def compute(self, a: Tensor, v: Tensor, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> logits `[B, label_dim]`."""
+        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(a, v, paths)]
         return self.mlp_head(torch.cat(means, dim=1).to(self.fusion.norm.weight.dtype))
+
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.audio.blocks) + self.fusion.depth

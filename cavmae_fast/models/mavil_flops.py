@@ -88,6 +88,11 @@ def fused_macs(model: MAViLEncoderParameters) -> float:
     return encoders + fusion_macs(model, *(length + 1 for length in lengths))
 
 
+def tower_classifier_macs(model: Tower | MAViLEncoderParameters) -> float:
+    """One sample's forward pass of an `MAEFT` or a `MAViLFT`, without the head."""
+    return fused_macs(model) if isinstance(model, MAViLEncoderParameters) else encoder_macs(model, model.num_patches)
+
+
 def step_flops(model: MAViLParameters, stage: int = 1) -> float:
     """Operations of one sample in a training step at 80 % masking; in stage 2 with the teacher's pass."""
     if stage == 1:

@@ -29,19 +29,19 @@ class PackedTowers(Embeds):
         """Patches by modality."""
         return {tower.modality: tower.num_patches for tower in self.towers}
 
-    def encoded(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `features`, with the class token first: `[B, 1 + L, D]`."""
+    def encoded(self, inputs: dict[str, Tensor], paths: Tensor | None = None) -> dict[str, Tensor]:
+        """As `features`, with the class token first: `[B, 1 + L, D]`. `paths`: as in `towers.encode`."""
         chosen = [tower for tower in self.towers if tower.modality in inputs]
         dtype = compute_dtype(chosen[0].norm.weight)
         given = [inputs[tower.modality] for tower in chosen]
-        state = towers.whole(chosen, given, self.clip_spec, dtype, self.attention, self.recompute)
+        state = towers.whole(chosen, given, self.clip_spec, dtype, self.attention, self.recompute, paths)
         _, tokens = towers.normed(chosen, state, dtype)
         return {tower.modality: part for tower, part in zip(chosen, tokens)}
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def features(self, inputs: dict[str, Tensor], paths: Tensor | None = None) -> dict[str, Tensor]:
         """Unmasked inputs by modality ('a', 'v', or both) -> the normed tokens `[B, L, D]` of all patches of each, seen
-        alone."""
-        return {m: tokens[:, 1:] for m, tokens in self.encoded(inputs).items()}
+        alone. `paths`: as in `towers.encode`."""
+        return {m: tokens[:, 1:] for m, tokens in self.encoded(inputs, paths).items()}
 
     def embeddings(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """As in `Embeds`; the mean is over the tokens that are contrasted."""

@@ -60,11 +60,14 @@ def encode(
     dtype: torch.dtype,
     backend: str,
     recompute: str,
+    paths: Tensor | None = None,
 ) -> State:
-    """Inputs of all towers through all their blocks; class tokens included, not yet normed."""
+    """Inputs of all towers through all their blocks; class tokens included, not yet normed. `paths [depth, 2, towers, B]`:
+    what the updates of each block are multiplied by (None: nothing)."""
     state = pack([embed(*each, clip, dtype) for each in zip(towers, inputs, ids_keep, strict=True)])
-    for blocks in zip(*(tower.blocks for tower in towers), strict=True):
-        state = block(state, blocks, [None] * len(towers), dtype, backend, recompute=recompute)
+    for index, blocks in enumerate(zip(*(tower.blocks for tower in towers), strict=True)):
+        own = None if paths is None else paths[index]
+        state = block(state, blocks, [None] * len(towers), dtype, backend, own, recompute)
     return state
 
 
@@ -75,9 +78,10 @@ def whole(
     dtype: torch.dtype,
     backend: str,
     recompute: str,
+    paths: Tensor | None = None,
 ) -> State:
     """As `encode`, of unmasked inputs."""
-    return encode(towers, inputs, [None] * len(towers), clip, dtype, backend, recompute)
+    return encode(towers, inputs, [None] * len(towers), clip, dtype, backend, recompute, paths)
 
 
 def normed(towers: Sequence[Tower], state: State, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import ClassVar
 
 import torch
@@ -73,7 +73,8 @@ class EncoderParameters(Recomputing, Freezing):
         self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         check_norm_layer(norm_layer, embed_dim)
-        self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), audio_length=audio_length))
+        frames = 1 if "v" in self.modalities else 0
+        self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), frames=frames, audio_length=audio_length))
         self.in_chans = in_chans
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
@@ -106,6 +107,11 @@ class EncoderParameters(Recomputing, Freezing):
         for stack in stacks:
             for block in stack:
                 block.freeze_modality_norms()
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks that a token of the encoder passes, by name: stage after stage, of each the stacks side by side."""
+        return tuple(f"blocks_{m}" for m in self.modalities), ("blocks_u",)
 
     @property
     def patch_size(self) -> int:
@@ -192,9 +198,12 @@ def check_divides(patch_size: int, name: str, value: int) -> None:
 
 
 def fitting(clip: ClipSpec | None, own: ClipSpec) -> ClipSpec:
-    """`clip`, or `own` where it is None. ValueError where `clip` differs from `own` in what the other arguments decide."""
+    """`clip`, or `own` where it is None. Of a model of sound alone, it says nothing of pictures. ValueError where `clip`
+    differs from `own` in what the other arguments decide."""
     if clip is None:
         return own
+    if own.frames == 0:
+        clip = replace(clip, frames=0, frame_rate=None)
     for name in ("image_size", "audio_length", "frames", "mel_bins"):
         value, allowed = getattr(clip, name), getattr(own, name)
         value = tuple(value) if name == "image_size" else value

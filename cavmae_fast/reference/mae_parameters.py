@@ -64,7 +64,7 @@ class MAEParameters(Recomputing, Tower):
         )
         self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
-        self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
+        self.clip_spec = fitting(clip, clip_of(img_size, frames if modality == "v" else 0, audio_length))
         self.norm_pix_loss = norm_pix_loss
         self.config = config | {"norm_eps": self.norm.eps}
         initialize_weights(self, *SMALL_EMBEDDINGS)
@@ -111,7 +111,7 @@ class MAEFTParameters(Recomputing, Tower):
         )
         self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
-        self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
+        self.clip_spec = fitting(clip, clip_of(img_size, frames if modality == "v" else 0, audio_length))
         self.mlp_head = head(label_dim, embed_dim, norm_layer)
         self.config = config | {"norm_eps": self.norm.eps}
         initialize_weights(self, *SMALL_EMBEDDINGS)

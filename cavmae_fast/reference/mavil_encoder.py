@@ -43,6 +43,11 @@ class Fusion(nn.Module):
             self.bottleneck = nn.Parameter(torch.zeros(1, tokens, width))
         self.norm = norm_layer(width)
 
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.blocks if self.form == "joint" else self.blocks_a)
+
 
 class MAViLEncoderParameters(Recomputing):
     """What both MAViL models have: a tower for each modality (`audio`, `video`) and the fusion encoder (`fusion`).
@@ -86,6 +91,12 @@ class MAViLEncoderParameters(Recomputing):
     @property
     def towers(self) -> tuple[Tower, Tower]:
         return self.audio, self.video
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """As in `EncoderParameters`."""
+        fusion = ("fusion.blocks",) if self.fusion.form == "joint" else ("fusion.blocks_a", "fusion.blocks_v")
+        return ("audio.blocks", "video.blocks"), fusion
 
     def check_inputs(self, **inputs: Tensor) -> None:
         """TypeError or ValueError, naming the argument, unless sound (`audio` or `a`) is `[B, audio_length, 128]` and

@@ -26,9 +26,10 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     gathered for the whole pass.
     """
     mesh = torch.distributed.init_device_mesh(device.type, (ranks.world_size,))
-    together = [] if hasattr(model, "modes") else [[*blocks] for pair in _side_by_side(model) for blocks in zip(*pair)]
-    known = {block for blocks in together for block in blocks}
-    together += [[block] for block in model.modules() if isinstance(block, Block) and block not in known]
+    stages = [[model.get_submodule(stack) for stack in stage] for stage in model.stacks]
+    together = [] if hasattr(model, "modes") else [list(blocks) for stage in stages for blocks in zip(*stage, strict=True)]
+    grouped = {block for blocks in together for block in blocks}
+    together += [[block] for block in model.modules() if isinstance(block, Block) and block not in grouped]
     for blocks in together:
         fully_shard(blocks if len(blocks) > 1 else blocks[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
