@@ -125,7 +125,7 @@ def run(system: str, seed: int, budget: Budget, data: Data, folder: Path) -> dic
     judged = time.perf_counter()
     figures["finetuned"] = {}
     for encoders, mode in CLASSIFIERS[model.modalities].items():
-        own = fine_tuned(model, seed, budget, data, folder / encoders, (mode,), model=encoders, mode=mode)
+        own = fine_tuned(model, seed, budget, data, folder / encoders, (mode,), {"model": encoders, "mode": mode})
         figures["finetuned"][encoders] = own[mode]
     times = {"pretraining": trained - begin, "judging": judged - trained, "fine-tuning": time.perf_counter() - judged}
     return {"system": system, "seed": seed, "losses": losses, **figures, "seconds": times}
