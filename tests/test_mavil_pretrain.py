@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -97,6 +98,21 @@ def test_one_modality(clips, config, name):
     assert summary["held_out_clips"] == 4 and 0 < summary["held_out_loss"] < 3
     text = pretrained(config, summary)
     assert "loss on 4 held-out clips" in text and f"next:  cavmae-fast inpaint {config.out / 'model'}" in text
+
+
+@pytest.mark.parametrize("changes", [{"model": "a-mae-small"}, {"model": "v-mae-small"}, {"rounds": 1}], ids=str)
+def test_the_demo(config, changes, monkeypatch):
+    """Without --data; a chain has one set of clips."""
+    few = functools.partial(generate_clips, num_train=8, num_test=2, size=48)
+    monkeypatch.setattr("cavmae_fast.training.run.generate_clips", few)
+    config = replace(config, data=(), steps=1, **changes)
+    summary = pretrain(config)
+    assert summary["held_out_clips"] == 2
+    assert [path.parent for path in config.out.rglob("manifest.jsonl")] == [config.out / "clips"]
+    text = pretrained(config, summary)
+    assert f"next:  cavmae-fast finetune --init {config.out / 'model'}" in text
+    assert ("a round of stage 2" in text) is False
+    open_model(config.out / "model")
 
 
 def test_options_reach_the_model_and_the_task(config):
