@@ -60,7 +60,7 @@ def _tower(learning_rate: float, batch_size: int, epochs: int, warm_up: float) -
 _FULL = _tower(2e-4 * 512 / 256, 512, epochs=33, warm_up=3)
 """Optimizer, learning rate, batch size, epochs and warm-up are certain of the same lead author's audio model; of MAViL they
 are not known. The cosine and the weight decay are those of published MAEs."""
-_SMALL = _tower(1e-3, 32, epochs=30, warm_up=3)
+_SMALL = _tower(1e-3, 32, epochs=20, warm_up=2)
 TOWER_PRETRAINING = {
     "a-mae": _FULL,
     "v-mae": _FULL,

@@ -133,9 +133,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value > 0, "above 0"),
     ),
     **dict.fromkeys(("weight_decay", "decay_start", "warmup_steps", "clip_grad"), (lambda value: value >= 0, "0 or more")),
-    **dict.fromkeys(("ema", "drop_path"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
+    **dict.fromkeys(("ema", "drop_path", "warmup_share"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
     "layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "warmup_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "end_factor": (lambda value: 0 <= value <= 1, "in 0 to 1"),
     "betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers, each at least 0 and below 1"),
 }

@@ -19,8 +19,8 @@ def schedule_options(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
     """The values of the options that are not given, for a recipe that has `schedule`. ValueError for one that belongs to
     another schedule, and for one that is missing."""
     options = _options_of(schedule)
-    if config.warmup_steps is not None and config.warmup_share is not None:
-        raise ValueError("--warmup-steps and --warmup-share are both given; one of them must be left out")
+    if config.warmup_steps and config.warmup_share:
+        raise ValueError("--warmup-steps and --warmup-share are both above 0; one of them must be 0 or left out")
     if config.warmup_steps is not None:
         options.pop("warmup_share", None)
     chosen = config.schedule or options["schedule"]
