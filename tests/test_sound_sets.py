@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from media_sets import write_shards
 from sound_sets import CATEGORIES, WORDS, write_esc50, write_speech_commands
+from tiny_mavil import TINY
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.commands.check import CheckConfig, check
@@ -28,6 +30,7 @@ from cavmae_fast.data.sets.audio_sets import read_audio_set
 from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.opening import clip_labels, labels_of, open_clips
 from cavmae_fast.data.sets.sources import find_sources
+from cavmae_fast.models import MAE
 
 SOUND = ClipSpec(frames=0, audio_length=64)
 
@@ -190,6 +193,20 @@ def test_prepared_and_checked(speech, tmp_path):
         assert report["ok"] and report["usable"] == 9 and report["counts"] == {}
         assert [row["clips"] for row in report["classes"]["counts"]] == [3, 3, 3]
     assert report["statistics"]["frames"] == 9 * 98
+
+
+def test_statistics_become_those_of_a_model(speech, tmp_path):
+    """What `check` finds, given to a model as its clip, makes the model's inputs normal; MAViL's have half the deviation."""
+    found = check(CheckConfig((str(speech),), out=tmp_path, workers=1, seconds=0.98))["statistics"]
+    for factor in (1, 2):
+        own = ClipSpec(frames=0, audio_length=96, audio_mean=found["mean"], audio_std=factor * found["std"])
+        model = MAE("a", **TINY | {"audio_length": 96}, clip=replace(own, image_size=(32, 32)))
+        (batch,) = Loader(speech, 15, model.clip_spec, workers=0)
+        assert abs(float(batch.audio.mean())) < 0.02 and float(batch.audio.std()) * factor == pytest.approx(1, abs=0.02)
+        masked = Augmentation(time_mask=90, freq_mask=100)
+        (batch,) = Loader(speech, 15, model.clip_spec, training=True, augmentation=masked, workers=0)
+        silence = -found["mean"] / (factor * found["std"])  # what SpecAugment fills in, as published: 0 before normalization
+        assert float((batch.audio == torch.tensor(silence)).float().mean()) > 0.1
 
 
 def test_clips_that_cannot_be_used_are_named(tmp_path):
