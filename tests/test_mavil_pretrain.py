@@ -87,6 +87,7 @@ def test_stage_1(clips, config):
     assert len(rows(config.out)) == 2 and all(row["loss_regression"] == 0 for row in rows(config.out))
     text = pretrained(config, summary)
     assert "inter " in text and "regression" not in text and "--teacher" in text
+    assert (config.out / "reconstruction.png").read_bytes().startswith(b"\x89PNG") and "reconstruction.png" in text
     assert f"next:  cavmae-fast retrieve {config.out / 'model'}" in text
 
 
@@ -96,6 +97,7 @@ def test_one_modality(clips, config, name):
     summary = pretrain(config)
     assert type(open_model(config.out / "model")) is MAE
     assert summary["held_out_clips"] == 4 and 0 < summary["held_out_loss"] < 3
+    assert (config.out / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
     text = pretrained(config, summary)
     assert "loss on 4 held-out clips" in text and f"next:  cavmae-fast inpaint {config.out / 'model'}" in text
 
@@ -169,6 +171,7 @@ def test_a_teacher_is_known_by_its_weights(config, teacher, tmp_path):
         noted = json.loads((outs[-1] / "config.json").read_text())
         assert noted["teacher_hash"] == weights_hash(open_model(teacher))
     assert losses(outs[0]) == losses(outs[1]) == losses(outs[2])
+    assert not (outs[0] / "reconstruction.png").exists()  # its pixel decoder is not trained
     assert all(regression > 0 for _, regression, _ in losses(outs[0]))
     (outs[1] / "summary.json").unlink()
     (outs[1] / "checkpoints" / "step-00000002.pt").unlink()
@@ -371,10 +374,20 @@ def test_each_tower_from_its_own(config, tmp_path):
     torch.testing.assert_close(weight, other.video.blocks[1].mlp.fc1.weight)
 
 
+def test_positions_of_another_length(config, tmp_path, capsys):
+    place = MAE("a", **TINY | {"audio_length": 64}).save_pretrained(tmp_path / "longer")
+    with pytest.raises(CheckpointError, match="adapt-positions"):
+        pretrain(replace(config, model="a-mae-small", init=place))
+    pretrain(replace(config, model="a-mae-small", init=place, adapt_positions=True, steps=1, recompute="mlp"))
+    assert "adapted pos_embed" in "".join(capsys.readouterr())
+
+
 def test_what_cannot_initialize(config, tmp_path):
     place = CAVMAE(**ENCODER).save_pretrained(tmp_path / "cavmae")
     with pytest.raises(CheckpointError, match=f"{place}.*no block for audio.blocks.0"):
         pretrain(replace(config, init=place))
+    with pytest.raises(ValueError, match=r"--adapt-positions is given, but .* is of another class than MAViL"):
+        pretrain(replace(config, init=place, adapt_positions=True))
     deeper = MAE("a", **TINY | {"embed_dim": 96}).save_pretrained(tmp_path / "wide")
     with pytest.raises(CheckpointError, match=f"{deeper}.*shape"):
         pretrain(replace(config, init_audio=deeper))
@@ -392,7 +405,6 @@ def test_what_cannot_initialize(config, tmp_path):
         ({"model": "a-mae-small", "init_video": Path("x")}, "--init-video is given, but --model is a-mae-small"),
         ({"mae_loss_weight": 1.0}, "--mae-loss-weight is for CAV-MAE; --model is mavil-small"),
         ({"mask_mode": "time"}, "--mask-mode is for CAV-MAE"),
-        ({"adapt_positions": True}, "--adapt-positions is for CAV-MAE"),
         ({"inter_loss_weight": -1.0}, "--inter-loss-weight is -1.0; it must be 0 or more"),
         ({"regression_loss_weight": 1.0}, "without --teacher, in stage 1, it must be 0"),
         ({"cache_targets": Path("x")}, "--cache-targets is for stage 2, which needs --teacher"),

@@ -46,7 +46,7 @@ def pretrained(config: PretrainConfig, summary: dict[str, Any] | DryRun) -> str:
         ("summary.json", "summary"),
         ("rejects.jsonl", "rejected clips"),
     ):
-        if name != "reconstruction.png" or family == "CAV-MAE":
+        if (out / name).exists() or name != "reconstruction.png":
             lines.append(f"{what:<16}{out / name}")
     lines += _next(config, model, family)
     return printable(lines)

@@ -28,6 +28,11 @@ class MAETask:
     shown: ClassVar = {}
     panels: ClassVar = {"reconstruction": {"removed patches": "loss"}}
 
+    @property
+    def reconstructs(self) -> bool:
+        """It is all that it learns."""
+        return True
+
     def prepare(self, model: MAE) -> None:
         """The loss reaches every parameter. ValueError when nothing would be left to reconstruct."""
         model.check_removed(self.mask_ratio, "mask_ratio")

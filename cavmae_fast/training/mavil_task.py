@@ -53,6 +53,11 @@ class MAViLTask:
         "contrastive (weighted)": {"audio-video": "loss_inter", "between views": "loss_intra"},
     }
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the model learns to fill in pixels."""
+        return self.weights.raw != 0
+
     def prepare(self, model: MAViL) -> None:
         """The losses in force decide what is trained. Raises ValueError when nothing would be left to reconstruct."""
         model.train_losses(**{loss: weight != 0 for loss, weight in self.weights._asdict().items()})

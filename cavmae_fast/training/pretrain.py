@@ -11,7 +11,6 @@ from torch import nn
 from cavmae_fast.data.features import image_features
 from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.evaluation.reconstruction import draw_reconstructions
-from cavmae_fast.models import CAVMAE
 from cavmae_fast.training.cavmae_task import PretrainTask as PretrainTask  # earlier versions had it here
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
@@ -74,7 +73,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, ranks: Ranks, generated
             model.save_pretrained(folder.model, weights)
             loss_curve(rows, task.panels, folder.losses)
         with gathered(model), precision_of(config).autocast():
-            if ranks.first and isinstance(model, CAVMAE):
+            if ranks.first and task.reconstructs:
                 _draw(config, model, held_out or train_clips, rejects, folder.reconstruction)
             metrics = {}
             if held_out:

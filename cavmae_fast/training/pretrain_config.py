@@ -118,8 +118,6 @@ def _check_towers(config: PretrainConfig, name: str) -> None:
         return
     if config.mask_mode != "unstructured":
         raise ValueError(f"--mask-mode is for CAV-MAE; --model is {name}, which masks each patch by itself")
-    if config.adapt_positions:
-        raise ValueError(f"--adapt-positions is for CAV-MAE; --model is {name}, whose checkpoints must have its sizes")
     if family_of(name) != "MAViL":
         other = {"a": "init_video", "v": "init_audio"}[TOWER_PRESETS[name].model["modality"]]
         if getattr(config, other) is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from cavmae_fast.data.draws import Augmentation
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.opening import Clips
-from cavmae_fast.models import MAE, MAViL, create_model, load_checkpoint, load_mae, load_tower
+from cavmae_fast.models import MAE, PRESETS, MAViL, load_checkpoint, load_mae, load_tower
 from cavmae_fast.models.mavil import LossWeights
 from cavmae_fast.models.mavil_presets import TOWER_PRESETS
 from cavmae_fast.models.weights import CheckpointError, LoadReport, read_state
@@ -22,7 +22,7 @@ from cavmae_fast.training.clips import make_loader
 from cavmae_fast.training.mae_task import MAETask
 from cavmae_fast.training.mavil_task import MAViLTask
 from cavmae_fast.training.pretrain_config import PretrainConfig
-from cavmae_fast.training.pretrain_options import MAVIL_LOSSES, MAVIL_MODEL, SWITCHES, family_of
+from cavmae_fast.training.pretrain_options import MAVIL_LOSSES, MAVIL_MODEL, SWITCHES, family_of, flag
 from cavmae_fast.training.ranks import current
 from cavmae_fast.training.run import open_loader, precision_of
 from cavmae_fast.training.target_cache import FIXED_CROPS, STEP_CLIPS, fill
@@ -40,11 +40,15 @@ class PretrainingTask(Task, Protocol):
         recorded: names of the losses that the summary has, `loss` first.
         shown: those that the progress bar and the closing text show, by what they are called there.
         panels: those that are plotted, see `figures.loss_curve`.
+        reconstructs: whether the model learns to fill in pixels, so that there is something to draw.
     """
 
     recorded: ClassVar[tuple[str, ...]]
     shown: ClassVar[dict[str, str]]
     panels: ClassVar[dict[str, dict[str, str]]]
+
+    @property
+    def reconstructs(self) -> bool: ...
 
 
 class Prepared(NamedTuple):
@@ -131,13 +135,11 @@ def training_loader(config: PretrainConfig, clips: Clips, model: nn.Module) -> L
 def _model(config: PretrainConfig) -> nn.Module:
     """With the weights of the seed."""
     if family_of(config.model) == "CAV-MAE":
-        return create_model(config.model, recompute=config.recompute)
+        return PRESETS[config.model].create(recompute=config.recompute)
     names = ("norm_pix_loss", *(MAVIL_MODEL if family_of(config.model) == "MAViL" else ()))
     arguments = {name: getattr(config, name) for name in names}
     arguments |= {name: arguments[name] == "on" for name in SWITCHES if name in arguments}
-    if config.recompute != "none":
-        arguments["recompute"] = config.recompute
-    return TOWER_PRESETS[config.model].create(**arguments)
+    return TOWER_PRESETS[config.model].create(**arguments, recompute=config.recompute)
 
 
 def _task(config: PretrainConfig, teacher: Teacher | None) -> PretrainingTask:
@@ -156,11 +158,11 @@ def _initialized(config: PretrainConfig, model: nn.Module) -> Iterable[str]:
         for option in ("init", "init_audio", "init_video"):
             if (path := getattr(config, option)) is not None:
                 part = {"init": model, "init_audio": _tower(model, "audio"), "init_video": _tower(model, "video")}[option]
-                report = _from_towers(part, path)
-                flag = f"--{option.replace('_', '-')}"
+                report = _from_towers(part, path, config.adapt_positions)
+                yield from (f"adapted {line}" for line in report.adapted)
                 for names, what in ((report.missing, "not found, so as drawn"), (report.unexpected, "not used")):
                     if names:
-                        yield f"{flag} {path}: {what}: {', '.join(names)}"
+                        yield f"{flag(option)} {path}: {what}: {', '.join(names)}"
     elif config.init is not None:
         for line in load_checkpoint(model, config.init, adapt_positions=config.adapt_positions).adapted:
             yield f"adapted {line}"
@@ -170,9 +172,15 @@ def _tower(model: nn.Module, name: str) -> nn.Module:
     return getattr(model, name) if isinstance(model, MAViL) else model
 
 
-def _from_towers(model: nn.Module, path: Path) -> LoadReport:
-    """Loads a checkpoint of the model's own class, of a MAViL into one of its towers, or of an image or audio MAE."""
-    state = read_state(path)
+def _from_towers(model: nn.Module, path: Path, adapt_positions: bool) -> LoadReport:
+    """Loads a checkpoint of the model's own class, of a MAViL into one of its towers, or of an image or audio MAE. Positions
+    are brought to the model's size in a checkpoint of its own class alone; ValueError for another one."""
+    state, own = read_state(path), model.state_dict()
+    kernels = [name for name in own if name.endswith("patch_embed.proj.weight")]
+    if state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in kernels):
+        return load_checkpoint(model, path, adapt_positions=adapt_positions)
+    if adapt_positions:
+        raise ValueError(f"--adapt-positions is given, but {path} is of another class than {type(model).__name__}")
     of_mavil = any(name.startswith("fusion.") for name in state)
     try:
         if of_mavil:
