@@ -21,7 +21,7 @@ class ClipSpec:
 
     Attributes:
         image_size: height and width of a picture, in pixels.
-        frames: pictures per clip.
+        frames: pictures per clip; 0: the model takes the sound alone, and no picture is looked at.
         frame_rate: pictures per second of the crop that is cut out of the clip: `frames / frame_rate` seconds, and the
             sound from where the crop begins. None: no crop; the pictures are drawn from the whole clip, the sound is
             heard from its beginning.
@@ -49,7 +49,6 @@ class ClipSpec:
     def __post_init__(self) -> None:
         for name, value in (
             ("image_size", min(self.image_size)),
-            ("frames", self.frames),
             ("audio_length", self.audio_length),
             ("mel_bins", self.mel_bins),
         ):
@@ -60,8 +59,12 @@ class ClipSpec:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.frame_rate is not None and not self.frame_rate > 0:
             raise ValueError(f"frame_rate is {self.frame_rate}; it must be above 0, or None")
-        if self.frame_rate is None and self.frames != 1:
-            raise ValueError(f"frames is {self.frames} without a frame_rate; it must be 1, or frame_rate be given")
+        if self.frames < 0:
+            raise ValueError(f"frames is {self.frames}; it must be 0 or more")
+        if self.frame_rate is None and self.frames > 1:
+            raise ValueError(f"frames is {self.frames} without a frame_rate; it must be 0 or 1, or frame_rate be given")
+        if self.frame_rate is not None and not self.frames:
+            raise ValueError(f"frame_rate is {self.frame_rate} with frames 0; it must be None where there are no pictures")
         if self.sample_rate < 1000:
             raise ValueError(f"sample_rate is {self.sample_rate}; it must be 1000 or more")
 
@@ -70,6 +73,12 @@ class ClipSpec:
         """Samples of sound that `audio_length` frames of the spectrogram cover."""
         shift, window = (int(self.sample_rate * seconds) for seconds in (SHIFT_SECONDS, WINDOW_SECONDS))
         return (self.audio_length - 1) * shift + window
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one clip's spectrogram `(T, mel_bins)`, and of its pictures: `(3, H, W)`, or `(frames, 3, H, W)` of several."""
+        frames = () if self.frames == 1 else (self.frames,)
+        return (self.audio_length, self.mel_bins), (*frames, 3, *self.image_size)
 
     @property
     def crop_seconds(self) -> float | None:

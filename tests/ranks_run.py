@@ -53,11 +53,14 @@ def processes() -> multiprocessing.context.ForkServerContext:
 
 
 def shrink() -> None:
-    """Makes the small model a tiny one, and leaves out the figures, which take longer to draw than it takes to train."""
+    """Makes the small models tiny ones, and leaves out the figures, which take longer to draw than it takes to train."""
     from cavmae_fast.models import PRESETS
+    from cavmae_fast.models.mavil_presets import TOWER_PRESETS
     from cavmae_fast.training import finetune_results, pretrain
+    from tests.tiny_mavil import tiny_presets
 
     PRESETS["small"] = replace(PRESETS["small"], model=TINY)
+    TOWER_PRESETS.update(tiny_presets())
     pretrain.loss_curve = pretrain.draw_reconstructions = lambda *_: None
     finetune_results.draw_classes = finetune_results.fine_tuning_curves = lambda *_: None
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -534,7 +535,8 @@ CLIP = ClipSpec(
 def test_statistics_are_kept(tmp_path, kind):
     model = kind(**TINY, clip=CLIP) if kind is CAVMAE else kind(5, **ENCODER, clip=CLIP)
     again = kind.from_pretrained(model.save_pretrained(tmp_path))
-    assert again.clip_spec == CLIP and hash(again.clip_spec) == hash(CLIP) and again.config == model.config
+    clip = replace(CLIP, frames=0) if kind is CAVMAEFTAudio else CLIP  # it takes no pictures
+    assert again.clip_spec == clip and hash(again.clip_spec) == hash(clip) and again.config == model.config
 
 
 def test_folders_without_statistics_are_those_of_cav_mae(tmp_path, trained):
@@ -544,7 +546,7 @@ def test_folders_without_statistics_are_those_of_cav_mae(tmp_path, trained):
     assert CAVMAE.from_pretrained(tmp_path).clip_spec == ClipSpec(image_size=(32, 32), audio_length=64)
 
 
-@pytest.mark.parametrize("value", [3, None, "x", [], {"frames": 0}, {"audio_std": "wide"}, {"colour": 1}])
+@pytest.mark.parametrize("value", [3, None, "x", [], {"frames": -1}, {"audio_std": "wide"}, {"colour": 1}])
 def test_statistics_that_cannot_be_read(tmp_path, trained, value):
     trained.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"clip": value}

@@ -28,7 +28,7 @@ FINETUNED = {
     **PRETRAINED,
     "metric": "mAP",
     "averaged_epochs": [],
-    "frames": 1,
+    "frames": 10,
     "clips": 1,
     "chance_mAP": 0.1,
     "modes": {},

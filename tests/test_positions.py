@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_mavil
 import torch
 from tiny import one_thread  # noqa: F401
 
 from cavmae_fast import CAVMAE, CAVMAEFT, PRESETS, PRETRAINED_TO_FINE_TUNED, CheckpointError, load_checkpoint
 from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.models import MAE, MAEFT, MAViL, MAViLFT
 from cavmae_fast.models.positions import adapt
+from cavmae_fast.models.tower_weights import TOWERS_TO_FINE_TUNED
 from cavmae_fast.models.weights import LoadReport
 from cavmae_fast.reference.positions import sincos_positions
 from cavmae_fast.training.pretrain import pretrain
@@ -124,3 +127,44 @@ def test_pretrained_to_fine_tuned_on_shorter_sound():
     report = load_checkpoint(model, pretrained.state_dict(), **PRETRAINED_TO_FINE_TUNED, adapt_positions=True)
     assert report.adapted == ("pos_embed_a: 8 x 4 -> 8 x 3, time columns 0 to 2 kept",)
     assert torch.equal(model.pos_embed_a[0], sincos_positions(48, 8, 3))
+
+
+@pytest.mark.parametrize("modality", ["a", "v"])
+def test_towers_of_another_size(modality):
+    """Sound is cut to the table of a model that short, exactly; each frame of pictures is interpolated by itself."""
+    whole = MAE(modality, **tiny_mavil.TINY | {"audio_length": 64})
+    small = {"audio_length": 32, "img_size": 48}
+    model = MAEFT(3, modality, **tiny_mavil.TOWER | small)
+    with pytest.raises(CheckpointError, match=r"pos_embed has shape .*--adapt-positions"):
+        load_checkpoint(model, whole.state_dict(), **TOWERS_TO_FINE_TUNED)
+    fresh = model.pos_embed.clone()
+    report = load_checkpoint(model, whole.state_dict(), **TOWERS_TO_FINE_TUNED, adapt_positions=True)
+    if modality == "a":
+        assert report.adapted == ("pos_embed: 8 x 4 -> 8 x 2, time columns 0 to 1 kept",)
+        assert torch.equal(model.pos_embed, fresh)
+        longer = MAEFT(3, "a", **tiny_mavil.TOWER | {"audio_length": 96})
+        load_checkpoint(longer, whole.state_dict(), **TOWERS_TO_FINE_TUNED, adapt_positions=True)
+        table = whole.pos_embed[:, 1:].unflatten(1, (4, 8)).transpose(1, 2).flatten(1, 2)  # frequency by frequency
+        want = adapt("pos_embed", table, 8, (8, 6)).table.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
+        assert torch.equal(longer.pos_embed[:, 1:], want)
+    else:
+        assert report.adapted == ("pos_embed: 2 x 2 -> 3 x 3, interpolated (bicubic)",)
+        frames = model.pos_embed[0, 1:].unflatten(0, (2, 9))
+        want = [adapt("pos_embed", part.unsqueeze(0), None, (3, 3)).table[0] for part in whole.pos_embed[0, 1:].split(4)]
+        torch.testing.assert_close(frames, torch.stack(want))
+    assert torch.equal(model.pos_embed[:, :1], whole.pos_embed[:, :1])
+
+
+def test_both_towers_of_mavil_and_bad_tables():
+    whole = MAViL(**tiny_mavil.MAVIL)
+    model = MAViLFT(3, **tiny_mavil.TOWER | {"audio_length": 16, "img_size": 48})
+    report = load_checkpoint(model, whole.state_dict(), **TOWERS_TO_FINE_TUNED, adapt_positions=True)
+    assert [line.split(":")[0] for line in report.adapted] == ["audio.pos_embed", "video.pos_embed"]
+    for name, length, words in (
+        ("audio.pos_embed", 1 + 12, "audio.pos_embed holds 12 positions, which fill no grid of 8 rows"),
+        ("video.pos_embed", 1 + 7, "video.pos_embed holds 7 positions, which are not those of 2 frames"),
+        ("video.pos_embed", 1 + 6, "video.pos_embed holds 3 positions, which fill no square"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            state = whole.state_dict() | {name: torch.zeros(1, length, 48)}
+            load_checkpoint(model, state, **TOWERS_TO_FINE_TUNED, adapt_positions=True)

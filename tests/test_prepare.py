@@ -254,7 +254,7 @@ def test_what_is_lost_is_made_again(mixed, undisturbed, tmp_path, lost):
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("frames", 0),
+        ("frames", -1),
         ("frames", 1001),
         ("size", 0),
         ("size", 4097),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_training_learns_and_repeats(clips, tmp_path):
     first = job.pretrain(config)
     losses = [row["loss_mae"] for row in rows(tmp_path / "a" / "metrics.jsonl")[:12]]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    second = job.pretrain(job.replace(config, out=tmp_path / "b"))
+    second = job.pretrain(replace(config, out=tmp_path / "b"))
     assert first["loss"] == second["loss"]
 
 

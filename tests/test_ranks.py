@@ -13,6 +13,8 @@ from ranks_run import started
 from safetensors.torch import load_file
 
 from cavmae_fast.data.media.synthetic import generate_clips
+from cavmae_fast.models import CAVMAE
+from cavmae_fast.models.opening import open_model
 from cavmae_fast.training.checkpoint import SaveError, read, read_newest
 
 STEPS, BATCH = 6, 8
@@ -123,6 +125,7 @@ def test_shards_are_on_the_disk_only(runs):
     state, whole = read(folder / "step-00000006"), weights(runs(2, "--shard"))
     assert all(torch.equal(state["model"][name], weight) for name, weight in whole.items())
     assert len(state["optimizer"]["state"]) == len(state["optimizer"]["param_groups"][0]["params"])
+    assert type(open_model(runs(2, "--shard") / "model")) is CAVMAE
 
 
 class Evil:

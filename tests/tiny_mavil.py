@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from cavmae_fast.models.mavil_presets import TOWER_PRESETS, MAEPreset, MAViLPreset
 
 TOWER = {
     "img_size": 32,
@@ -17,6 +21,12 @@ TOWER = {
 DECODER = {"decoder_embed_dim": 32, "decoder_num_heads": 4, "decoder_depth": 2}
 TINY = TOWER | DECODER
 MAVIL = TINY | {"fusion_depth": 2}
+
+
+def tiny_presets() -> dict[str, MAEPreset | MAViLPreset]:
+    """The small presets with models of these sizes."""
+    models = {"a-mae-small": {"modality": "a", **TINY}, "v-mae-small": {"modality": "v", **TINY}, "mavil-small": MAVIL}
+    return {name: replace(TOWER_PRESETS[name], model=model) for name, model in models.items()}
 
 
 def clips(config: dict | None = None, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

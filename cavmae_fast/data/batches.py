@@ -24,8 +24,9 @@ class Batch:
     Attributes:
         ids: names of the clips.
         audio: `[B, audio_length, mel_bins]` float32, normalized log-mel.
-        image: `[B, 3, S, S]` RGB where a clip is one picture, else `[B, frames, 3, S, S]`, with each picture's channels last
-            in memory: uint8 (the models normalize it), or float32, normalized by color as `ClipSpec` says.
+        image: `[B, 3, S, S]` RGB where a clip is one picture, else `[B, frames, 3, S, S]` (with 0 frames it is empty), with
+            each picture's channels last in memory: uint8 (the models normalize it), or float32, normalized by color as
+            `ClipSpec` says.
         labels: `[B, classes]` float32, or None where the loader knows no classes.
         clips: `[B]` int64 NumPy array, the numbers in the data set of the clips that are there.
         epoch, position: of the step; `Loader.batch_at` rebuilds the batch from them.

@@ -10,12 +10,11 @@ from typing import Literal, NamedTuple
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.data.decode.decoder import Reject
 from cavmae_fast.data.sets.labels import LabelError, LabelSet, check_labels
-from cavmae_fast.data.sets.opening import Clips, clip_labels, frames_of, labels_of, open_clips
+from cavmae_fast.data.sets.opening import Clips, clip_labels, labels_of, open_clips, views_of
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import Activation, Predictions, predict
 from cavmae_fast.evaluation.running import Model, Running, ready_model
 from cavmae_fast.evaluation.sharing import gather
-from cavmae_fast.models import CAVMAE
 
 
 class Classified(NamedTuple):
@@ -50,12 +49,12 @@ def classify(
     clips, and all of them have the whole result.
 
     Args:
-        model: a `CAVMAEFT` or `CAVMAEFTAudio`, or a checkpoint of one.
+        model: a classifier, or a checkpoint of one.
         data: a folder that `cavmae-fast prepare` wrote, or folders, media files, lists: with labels.
         labels: the classes, or their CSV; default: those of the shards.
-        frames: 1, the middle picture of a clip, or 10: the scores are the mean over all the pictures that it was cut into
-            (10 unless shards were prepared with another number), as published.
-        modes: input modes, see `CAVMAEFT.forward`.
+        frames: 1, the middle picture (or crop) of a clip, or 10: the scores are the mean over all the pictures that it was
+            cut into (10 unless shards were prepared with another number), as published; for models of one picture.
+        modes: input modes, of `model.modes`.
         activation: 'sigmoid' for clips with any number of labels, 'softmax' for those with one; 'auto' looks at the labels.
         running: device, dtype, batch size; default: `Running()`.
 
@@ -66,14 +65,19 @@ def classify(
     running = (running or Running()).settled()
     precision = running.precision()
     model = ready_model(model, precision)
-    if isinstance(model, CAVMAE):
-        raise ValueError("the checkpoint is a CAVMAE, which has no classes; allowed: one that `cavmae-fast finetune` made")
+    if not hasattr(model, "modes"):
+        kind = type(model).__name__
+        raise ValueError(f"the checkpoint is a {kind}, which has no classes; allowed: one that `cavmae-fast finetune` made")
     for mode in modes:
         if mode not in model.modes:
             raise ValueError(f"mode is {mode!r}; for {type(model).__name__} it must be one of {', '.join(model.modes)}")
     if frames not in (1, 10):
         raise ValueError(f"frames is {frames}; it must be 1 or 10")
     clips = open_clips(data)
+    views = views_of(clips, model.clip_spec)
+    if frames > 1 and model.clip_spec.frames != 1:
+        taken = f"{model.clip_spec.frames} pictures of a clip at once" if model.clip_spec.frames else "no picture"
+        raise ValueError(f"frames is {frames}, but a {type(model).__name__} takes {taken}; it must be 1")
     label_set = clip_labels(labels, clips)
     if label_set is None:
         raise LabelError("labels is not given, and the clips are no shards with classes; name the labels CSV")
@@ -96,7 +100,7 @@ def classify(
             rejects.update(loader.rejects)
             loader.close()
 
-    chosen = [None] if frames == 1 else list(range(frames_of(clips, model.clip_spec)))
+    chosen = [None] if frames == 1 else list(range(views))
     with precision.autocast():
         predictions = predict(model, map(one_pass, chosen), modes, activation)
     results = {mode: evaluate_scores(one.scores, one.targets, label_set) for mode, one in predictions.items()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.evaluation.sharing import gather
-from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
+from cavmae_fast.models import CAVMAEFTAudio
+from cavmae_fast.models.classifiers import Classifier
 from cavmae_fast.reference.cavmae_parameters import MODES
 
 Activation = Literal["sigmoid", "softmax"]
@@ -46,7 +47,7 @@ def logits(model: nn.Module, batch: Batch, mode: str) -> Tensor:
 
 @torch.no_grad()
 def predict(
-    model: CAVMAEFT | CAVMAEFTAudio,
+    model: Classifier,
     passes: Iterable[Iterable[Batch]],
     modes: Sequence[str] = ("multimodal",),
     activation: Activation = "sigmoid",

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.reference.own_rows import own_rows
+
+
+class DropPath:
+    """A model with `drop_path`: beside `nn.Module`, its modalities, and the blocks that a token passes (`depth`)."""
+
+    drop_path = 0.0
+    "Chance that a clip leaves out a branch of the last block in training; it falls linearly to 0 in the first. 0: no drop."
+    modalities: ClassVar[str]
+    depth: int
+    training: bool
+
+    def draw_paths(self, batch: int, device: torch.device) -> Tensor | None:
+        """What the blocks' updates are multiplied by in a pass over `batch` clips, `[depth, 2, streams, batch]`: the streams
+        are the modalities, each alone, and all of them together. None, and nothing drawn, unless some are left out.
+
+        Raises ValueError when `drop_path` is out of range.
+        """
+        if not (self.training and self.drop_path):
+            return None
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
+        return draw_paths(self.drop_path, self.depth, len(self.modalities) + 1, batch, device)
 
 
 def draw_paths(rate: float, depth: int, streams: int, batch: int, device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cavmae_fast.models.drop_path import draw_paths
+from cavmae_fast.models.abilities import Embeds
+from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
@@ -26,22 +27,11 @@ def mean_tokens(tokens: Tensor, parameter: Tensor) -> Tensor:
     return tokens.mean(dim=1, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-class PackedEncoder(EncoderParameters):
+class PackedEncoder(Embeds, DropPath, EncoderParameters):
     """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
     attentions = ("auto", *BACKENDS)
     recomputations = RECOMPUTE
-    drop_path = 0.0
-    "Chance that a clip leaves out a branch of the last block in training; it falls linearly to 0 in the first. 0: no drop."
-
-    def draw_paths(self, batch: int, device: torch.device) -> Tensor | None:
-        """What the blocks' updates are multiplied by in a pass over `batch` clips, `[depth, 2, streams, batch]`: the streams
-        are the modalities, each alone, and all of them together. None, and nothing drawn, unless some are left out."""
-        if not (self.training and self.drop_path):
-            return None
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
-        return draw_paths(self.drop_path, self.depth, len(self.modalities) + 1, batch, device)
 
     @property
     def depth(self) -> int:
@@ -120,6 +110,11 @@ class PackedEncoder(EncoderParameters):
         packed = StreamLayout(layout.batch, tuple(lengths))
         tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype, paths)
         return dict(zip(streams, packed.streams(tokens)))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Patches by modality."""
+        return {m: getattr(self, f"patch_embed_{m}").num_patches for m in self.modalities}
 
     def features(self, inputs: dict[str, Tensor], paths: Tensor | None = None) -> dict[str, Tensor]:
         """Unmasked inputs by modality -> the normed tokens `[B, L, D]` of each, seen alone."""

@@ -5,19 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from cavmae_fast.models import towers
+from cavmae_fast.models.abilities import Prediction
+from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
+from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
-from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.reference.mae_parameters import MAEFTParameters, MAEParameters
+from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import MAEInpaintOutput, MAEOutput
 from cavmae_fast.reference.tower import Tower
 
 
-class PackedTower(Tower):
+class PackedTower(PackedTowers, Tower):
     """A tower by itself: one stream."""
 
-    attentions = ("auto", *BACKENDS)
+    @property
+    def towers(self) -> tuple[Tower]:
+        return (self,)
 
     def forward_feat(self, x: Tensor) -> Tensor:
         """Unmasked inputs -> the normed tokens of all patches, `[B, L, D]`."""
@@ -29,15 +34,8 @@ class PackedTower(Tower):
         for name, x in inputs.items():
             self.check_input(name, x)
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `MAViL.features`, of this modality."""
-        dtype = compute_dtype(self.norm.weight)
-        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention)
-        _, (tokens,) = towers.normed([self], state, dtype)
-        return {self.modality: tokens[:, 1:]}
 
-
-class MAE(Pretrained, PackedTower, MAEParameters):
+class MAE(Pretrained, TowersFillIn, PackedTower, MAEParameters):
     """A masked autoencoder of one modality, for pretraining; state-dict keys are those of published image and audio MAEs.
 
     Args:
@@ -50,6 +48,7 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         norm_pix_loss: true patches are normalized, each by itself.
         attention: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here).
         clip: a `ClipSpec` with what the inputs are normalized with, where it is not MAViL's.
+        recompute: what the backward pass forms again instead of keeping it, one of `packed.RECOMPUTE`, as in `CAVMAE`.
 
     Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
     """
@@ -59,14 +58,17 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         nothing."""
         self.check_input("x", x)
         self.check_removed(mask_ratio, "mask_ratio")
-        dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        return MAEOutput(self.compute(x, masking), masking.mask)
+
+    def compute(self, x: Tensor, masking: Masking) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything: the loss."""
+        dtype = compute_dtype(self.norm.weight)
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed([self], state, dtype)
-        (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention)
+        (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
-        loss = towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
-        return MAEOutput(loss, masking.mask)
+        return towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
 
     def forward_inpaint(self, x: Tensor, mask_ratio: float = 0.8) -> MAEInpaintOutput:
         """Predictions for every patch of masked inputs. Raises as `forward` does."""
@@ -74,24 +76,41 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         self.check_removed(mask_ratio, "mask_ratio")
         dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed([self], state, dtype)
-        (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention)
+        (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
         removed = take_tokens(pred, masking.ids_removed)
         loss = towers.removed_loss(self, x, removed, masking, self.norm_pix_loss, self.clip_spec)
         return MAEInpaintOutput(pred, masking.mask, loss)
 
+    def fill_in(
+        self, inputs: dict[str, Tensor], mask_ratio: float, mask_mode: str = "unstructured"
+    ) -> dict[str, Prediction]:
+        """As in `FillsIn`."""
+        return {self.modality: Prediction(*self.forward_inpaint(inputs[self.modality], mask_ratio)[:2])}
 
-class MAEFT(Pretrained, PackedTower, MAEFTParameters):
+
+class MAEFT(Pretrained, DropPath, PackedTower, MAEFTParameters):
     """The classifier of one modality: `forward(a, v)` gives logits, `forward_feat(x)` normed tokens.
 
-    Arguments as in `MAE`, with `label_dim` classes and no decoder. It takes the encoder of an `MAE`, or one of the two of a
-    `MAViL`.
+    Arguments as in `MAE`, with `label_dim` classes and no decoder, and the attribute `drop_path` as in `CAVMAEFT`. It takes
+    the encoder of an `MAE`, or one of the two of a `MAViL`.
     """
 
     def forward(self, a: Tensor | None = None, v: Tensor | None = None, mode: str | None = None) -> Tensor:
         """Logits `[B, label_dim]` from the mean of the patches' tokens. As all classifiers it is given sound, pictures and
         the input mode; what is not of its modality is not looked at and may be None."""
-        mean = mean_tokens(self.forward_feat(self.chosen_input(a, v, mode)), self.norm.weight)
+        x = self.chosen_input(a, v, mode)
+        return self.compute(x, self.draw_paths(len(x), x.device))
+
+    def compute(self, x: Tensor, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> logits `[B, label_dim]`."""
+        own = None if paths is None else paths[:, :, :1]
+        mean = mean_tokens(self.features({self.modality: x}, own)[self.modality], self.norm.weight)
         return self.mlp_head(mean.to(self.norm.weight.dtype))
+
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.blocks)

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.models import towers
+from cavmae_fast.models.abilities import Prediction
 from cavmae_fast.models.distributed import NEGATIVES, gather_rows
+from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
 from cavmae_fast.models.packed import State, block, normalize
+from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
-from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference.encoder_parameters import chosen
 from cavmae_fast.reference.mae_parameters import check_mode
@@ -26,52 +28,50 @@ from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.mavil_encoder import MAViLEncoderParameters
 from cavmae_fast.reference.mavil_parameters import MAViLFTParameters, MAViLParameters
 from cavmae_fast.reference.operators import take_tokens
-from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput
+from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput, MAViLParts
 
 
-class PackedMAViL(MAViLEncoderParameters):
+class PackedMAViL(PackedTowers, MAViLEncoderParameters):
     """The encoders and the fusion encoder on packed streams."""
 
-    attentions = ("auto", *BACKENDS)
-
-    def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed."""
+    def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype, paths: Tensor | None = None) -> list[Tensor]:
+        """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed.
+        `paths`: what the updates of each block are multiplied by, `[depth, 2, 3, B]`: audio, video, both (None: nothing)."""
         fuse = self._fuse_jointly if self.fusion.form == "joint" else self._fuse_by_bottleneck
-        return fuse([a, v], dtype)
+        return fuse([a, v], dtype, [None] * self.fusion.depth if paths is None else list(paths))
 
-    def _fuse_jointly(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def _fuse_jointly(self, tokens: Sequence[Tensor], dtype: torch.dtype, paths: Sequence[Tensor | None]) -> list[Tensor]:
         state = towers.pack([torch.cat([*tokens], dim=1)])
-        for one in self.fusion.blocks:
-            state = block(state, [one], [None], dtype, self.attention)
+        for one, path in zip(self.fusion.blocks, paths, strict=True):
+            own = None if path is None else path[:, 2:]
+            state = block(state, [one], [None], dtype, self.attention, own, self.recompute)
         (joint,) = state.layout.streams(normalize(state, [self.fusion.norm], dtype)[1])
         return list(joint.split([part.shape[1] for part in tokens], dim=1))
 
-    def _fuse_by_bottleneck(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def _fuse_by_bottleneck(
+        self, tokens: Sequence[Tensor], dtype: torch.dtype, paths: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         count = self.fusion.bottleneck.shape[1]
         streams, shared = list(tokens), self.fusion.bottleneck.expand(len(tokens[0]), -1, -1)
-        for blocks in zip(self.fusion.blocks_a, self.fusion.blocks_v):
+        for *blocks, path in zip(self.fusion.blocks_a, self.fusion.blocks_v, paths, strict=True):
             state = towers.pack([torch.cat([stream, shared.to(stream.dtype)], dim=1) for stream in streams])
-            state = block(state, blocks, [None, None], dtype, self.attention)
+            own = None if path is None else path[:, :2]
+            state = block(state, blocks, [None, None], dtype, self.attention, own, self.recompute)
             with_shared = state.layout.streams(state.value())
             streams = [stream[:, :-count] for stream in with_shared]
             shared = (with_shared[0][:, -count:] + with_shared[1][:, -count:]) / 2
         packed = towers.pack(streams)
         return packed.layout.streams(normalize(packed, [self.fusion.norm] * 2, dtype)[1])
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unmasked inputs by modality ('a', 'v', or both) -> the normed tokens `[B, L, D]` of each, seen alone."""
+    def fused(self, audio: Tensor, imgs: Tensor, paths: Tensor | None = None) -> FeatureOutput:
+        """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`. `paths`: of
+        `DropPath.draw_paths`."""
         dtype = compute_dtype(self.fusion.norm.weight)
-        chosen_towers = [tower for tower in self.towers if tower.modality in inputs]
-        given = [inputs[tower.modality] for tower in chosen_towers]
-        state = towers.whole(chosen_towers, given, self.clip_spec, dtype, self.attention)
-        _, tokens = towers.normed(chosen_towers, state, dtype)
-        return {tower.modality: part[:, 1:] for tower, part in zip(chosen_towers, tokens)}
-
-    def fused(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
-        """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`."""
-        dtype = compute_dtype(self.fusion.norm.weight)
-        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention)
-        a, v = self.fuse(*state.layout.streams(state.value()), dtype)
+        alone = together = None
+        if paths is not None:
+            alone, together = paths[: -self.fusion.depth, :, :2], paths[-self.fusion.depth :]
+        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention, self.recompute, alone)
+        a, v = self.fuse(*state.layout.streams(state.value()), dtype, together)
         return FeatureOutput(a[:, 1:], v[:, 1:])
 
 
@@ -84,12 +84,13 @@ class LossWeights(NamedTuple):
     regression: float
 
 
-class MAViL(Pretrained, PackedMAViL, MAViLParameters):
+class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
     """MAViL for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, frames, 3, H, W]`, floating-point or uint8
     RGB, which is normalized on the way with the statistics in `clip_spec`.
 
-    Arguments as in `MAViLParameters`, which says how certain each default is, and `attention`, the back end, one of
-    `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here).
+    Arguments as in `MAViLParameters`, which says how certain each default is, and two that are no property of the weights:
+    `attention`, the back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here), and
+    `recompute`, what the backward pass forms again instead of keeping it, one of `packed.RECOMPUTE`, as in `CAVMAE`.
 
     Stage 1 reconstructs the pixels of removed patches. In stage 2 a frozen model of stage 1, or of an earlier round of
     stage 2, is the teacher: `teacher.targets(audio, imgs)` are its fused tokens of the whole clip, and the student
@@ -112,7 +113,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         inter_loss_weight: float = 0.1,
         intra_loss_weight: float = 0.01,
         regression_loss_weight: float = 0.0,
-    ) -> MAViLOutput:
+        *,
+        parts: bool = False,
+    ) -> MAViLOutput | MAViLParts:
         """One pretraining pass.
 
         Args:
@@ -123,6 +126,8 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
                 audio and video and of that between two masked views of each: 1, 0.1 and 0.01 (remembered).
             regression_loss_weight: of the regression of a teacher's tokens. Stage 2 takes 1 and 0 for raw_loss_weight (the
                 scheme is certain, the 1 remembered).
+            parts: return the embeddings in place of the contrastive losses, which ask for the clips of the whole batch:
+                `contrast` computes these from the embeddings of all parts of a batch.
 
         Raises TypeError or ValueError, naming the argument, for inputs and targets that do not fit, ratios that keep
         nothing or leave nothing to reconstruct, and in training for the weight of a loss that is out of force.
@@ -137,67 +142,105 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
             self.check_targets(targets, len(audio))
         views = 2 if weights.intra != 0 else 1
         maskings = self.draw_masks(len(audio), views, audio.device, mask_ratio_a, mask_ratio_v)
-        first = [Masking(*(part[: len(audio)] for part in masking)) for masking in maskings]
         zero = torch.zeros((), device=audio.device)
-        raw_a = raw_v = inter = intra = regression = c_acc = zero
+        raws, regressions, embeddings = (zero, zero), (zero, zero), ()
         if any(weight != 0 for weight in weights):
-            dtype = compute_dtype(self.fusion.norm.weight)
-            ids_keep = [masking.ids_keep for masking in maskings]
-            state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention)
-        if weights.inter != 0 or weights.intra != 0:
+            raw, inter, intra, regression = (weight != 0 for weight in weights)
+            raws, regressions, embeddings = self.compute(
+                audio, imgs, targets, maskings, raw=raw, contrast=inter or intra, regression=regression
+            )
+        loss_raw, loss_regression = weights.raw * sum(raws), weights.regression * sum(regressions)
+        if parts:
+            return MAViLParts(loss_raw, *raws, loss_regression, embeddings)
+        inter, intra, c_acc = self.contrast(embeddings, weights) if embeddings else (zero, zero, zero)
+        loss_inter, loss_intra = weights.inter * inter, weights.intra * intra
+        masks = [masking.mask[: len(audio)] for masking in maskings]
+        loss = loss_raw + loss_inter + loss_intra + loss_regression
+        return MAViLOutput(loss, loss_raw, *raws, loss_inter, loss_intra, loss_regression, *masks, c_acc)
+
+    def compute(
+        self,
+        audio: Tensor,
+        imgs: Tensor,
+        targets: FeatureOutput | None,
+        maskings: Sequence[Masking],
+        *,
+        raw: bool,
+        contrast: bool,
+        regression: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        """All of a pass that is heavy, and neither draws nor checks anything -> the errors of reconstruction and those of
+        regression, of audio and of video, and the embeddings, as `contrast` takes them; zeros, and an empty tuple, for what
+        is not asked for."""
+        dtype = compute_dtype(self.fusion.norm.weight)
+        zero = torch.zeros((), device=audio.device)
+        raws, regressions, embeddings = (zero, zero), (zero, zero), ()
+        ids_keep = [masking.ids_keep for masking in maskings]
+        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute)
+        if contrast:
             x, tokens = towers.normed(self.towers, state, dtype)
-            inter, intra, c_acc = self.contrast(tokens, views, weights)
+            embeddings = self.pool(tokens, len(audio))
             state = State(x, None, state.layout)
-        if weights.raw != 0 or weights.regression != 0:
+        if raw or regression:
+            first = [Masking(*(part[: len(audio)] for part in masking)) for masking in maskings]
             encoded = [stream[: len(audio)] for stream in state.layout.streams(state.value())]
             decoded = self.decode_removed(encoded, first, dtype)
-        if weights.raw != 0:
-            raw_a, raw_v = self.raw_losses([audio, imgs], decoded, first)
-        if weights.regression != 0:
-            regression = self.regression_loss(decoded, targets, first)
-        raw, regression = weights.raw * (raw_a + raw_v), weights.regression * regression
-        inter, intra = weights.inter * inter, weights.intra * intra
-        masks = first[0].mask, first[1].mask
-        return MAViLOutput(raw + inter + intra + regression, raw, raw_a, raw_v, inter, intra, regression, *masks, c_acc)
+            if raw:
+                raws = self.raw_losses([audio, imgs], decoded, first)
+            if regression:
+                regressions = self.regression_losses(decoded, targets, first)
+        return raws, regressions, embeddings
 
     def decode_removed(self, encoded: Sequence[Tensor], maskings: Sequence[Masking], dtype: torch.dtype) -> list[Tensor]:
         """Encoded tokens `[B, 1 + K, D]` -> what the decoders make of them for the removed patches, `[B, M, width]`; nothing
         where nothing is removed."""
         if all(masking.ids_removed.shape[1] == 0 for masking in maskings):
             return []
-        return towers.decode_removed(self.towers, self.fuse(*encoded, dtype), maskings, dtype, self.attention)
+        return towers.decode_removed(
+            self.towers, self.fuse(*encoded, dtype), maskings, dtype, self.attention, self.recompute
+        )
 
-    def raw_losses(self, inputs: Sequence[Tensor], decoded: Sequence[Tensor], maskings: Sequence[Masking]) -> list[Tensor]:
+    def raw_losses(
+        self, inputs: Sequence[Tensor], decoded: Sequence[Tensor], maskings: Sequence[Masking]
+    ) -> tuple[Tensor, Tensor]:
         """The mean squared errors on the removed patches of audio and of video."""
         losses = []
         for tower, x, tokens, masking in zip(self.towers, inputs, decoded, maskings):
             pred = towers.predict(tower.decoder_pred, tokens)
             losses.append(towers.removed_loss(tower, x, pred, masking, self.norm_pix_loss, self.clip_spec))
-        return losses
+        return losses[0], losses[1]
 
-    def regression_loss(self, decoded: Sequence[Tensor], targets: FeatureOutput, maskings: Sequence[Masking]) -> Tensor:
-        """The sum over both modalities of the mean squared error against the teacher's tokens at the removed places; 0 where
+    def regression_losses(
+        self, decoded: Sequence[Tensor], targets: FeatureOutput, maskings: Sequence[Masking]
+    ) -> tuple[Tensor, Tensor]:
+        """The mean squared errors, of audio and of video, against the teacher's tokens at the removed places; 0 where
         nothing is removed."""
-        loss = torch.zeros((), device=targets.audio.device)
-        for tokens, target, masking, head in zip(decoded, targets, maskings, (self.target_pred_a, self.target_pred_v)):
+        losses = [torch.zeros((), device=targets.audio.device)] * 2
+        heads = self.target_pred_a, self.target_pred_v
+        for number, (tokens, target, masking, head) in enumerate(zip(decoded, targets, maskings, heads)):
             pred = towers.predict(head, tokens)
             exact = torch.promote_types(pred.dtype, torch.float32)
             want = take_tokens(target, masking.ids_removed).to(exact)
             if self.normalize_targets:
                 want = F.layer_norm(want, want.shape[-1:], eps=1e-6)
-            loss = loss + F.mse_loss(pred.to(exact), want)
-        return loss
+            losses[number] = F.mse_loss(pred.to(exact), want)
+        return losses[0], losses[1]
 
-    def contrast(self, tokens: Sequence[Tensor], views: int, weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed tokens `[views * B, 1 + K, D]` of audio and video -> the inter-modal and the intra-modal contrastive loss,
-        and the inter-modal accuracy; 0 for a loss whose weight is 0."""
-        chosen("negatives", self.negatives, NEGATIVES)
+    def pool(self, tokens: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+        """Normed tokens `[views * batch, 1 + K, D]` of audio and of video -> the mean token `[batch, D]` of each view of
+        audio, then of each of video."""
         first = 0 if self.pool_class_token else 1
         means = [mean_tokens(part[:, first:], self.fusion.norm.weight) for part in tokens]
-        pooled = torch.cat([view for mean in means for view in mean.chunk(views)], dim=1)
+        return tuple(view for mean in means for view in mean.split(batch))
+
+    def contrast(self, embeddings: Sequence[Tensor], weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings `[B, D]` of each view of audio, then of each of video -> the inter-modal and the intra-modal
+        contrastive loss, and the inter-modal accuracy, of all ranks or one; 0 for a loss whose weight is 0."""
+        chosen("negatives", self.negatives, NEGATIVES)
+        pooled = torch.cat([*embeddings], dim=1)  # one exchange for all of them
         if self.negatives == "all":
             pooled = gather_rows(pooled)
-        width = means[0].shape[1]
+        width = embeddings[0].shape[1]
         audio, video = (part.split(width, dim=1) for part in pooled.chunk(2, dim=1))
         inter = intra = accuracy = torch.zeros((), device=pooled.device)
         if weights.inter != 0:
@@ -223,15 +266,22 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         maskings = self.draw_masks(len(audio), 1, audio.device, mask_ratio_a, mask_ratio_v)
         dtype = compute_dtype(self.fusion.norm.weight)
         ids_keep = [masking.ids_keep for masking in maskings]
-        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention)
+        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute)
         tokens = self.fuse(*state.layout.streams(state.value()), dtype)
-        decoded = towers.decode(self.towers, tokens, maskings, dtype, self.attention)
+        decoded = towers.decode(self.towers, tokens, maskings, dtype, self.attention, self.recompute)
         pred = [towers.predict(tower.decoder_pred, part) for tower, part in zip(self.towers, decoded)]
         losses = []
         for tower, x, part, masking in zip(self.towers, (audio, imgs), pred, maskings):
             removed = take_tokens(part, masking.ids_removed)
             losses.append(towers.removed_loss(tower, x, removed, masking, self.norm_pix_loss, self.clip_spec))
         return InpaintOutput(*pred, *(masking.mask for masking in maskings), *losses)
+
+    def fill_in(
+        self, inputs: dict[str, Tensor], mask_ratio: float, mask_mode: str = "unstructured"
+    ) -> dict[str, Prediction]:
+        """As in `FillsIn`."""
+        output = self.forward_inpaint(inputs["a"], inputs["v"], mask_ratio, mask_ratio)
+        return {"a": Prediction(output.pred_a, output.mask_a), "v": Prediction(output.pred_v, output.mask_v)}
 
     def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
         """Whole clips -> normed tokens of all patches of each modality seen alone, `[B, La, D]` and `[B, Lv, D]`."""
@@ -240,10 +290,11 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         return FeatureOutput(tokens["a"], tokens["v"])
 
 
-class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
+class MAViLFT(Pretrained, DropPath, PackedMAViL, MAViLFTParameters):
     """The audio-visual classifier: both encoders, the fusion encoder, and a head on the mean tokens of both modalities.
 
-    Arguments as in `MAViL`, with `label_dim` classes and no decoder. For one modality alone: `MAEFT`.
+    Arguments as in `MAViL`, with `label_dim` classes and no decoder, and the attribute `drop_path` as in `CAVMAEFT`. For one
+    modality alone: `MAEFT`.
     """
 
     def forward(self, a: Tensor, v: Tensor, mode: str = "multimodal") -> Tensor:
@@ -251,5 +302,14 @@ class MAViLFT(Pretrained, PackedMAViL, MAViLFTParameters):
         that do not fit, and for another mode."""
         check_mode(self, mode)
         self.check_inputs(a=a, v=v)
-        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(a, v)]
+        return self.compute(a, v, self.draw_paths(len(a), a.device))
+
+    def compute(self, a: Tensor, v: Tensor, paths: Tensor | None) -> Tensor:
+        """All of a pass that is heavy, and neither draws nor checks anything -> logits `[B, label_dim]`."""
+        means = [mean_tokens(tokens, self.fusion.norm.weight) for tokens in self.fused(a, v, paths)]
         return self.mlp_head(torch.cat(means, dim=1).to(self.fusion.norm.weight.dtype))
+
+    @property
+    def depth(self) -> int:
+        """Blocks that a token passes."""
+        return len(self.audio.blocks) + self.fusion.depth

@@ -38,10 +38,13 @@ def fusion_macs(model: MAViLEncoderParameters, tokens_a: int, tokens_v: int) -> 
     return sum(block_macs(block, tokens) for blocks, tokens in stacks for block in blocks)
 
 
-def mae_macs(model: Tower, mask_ratio: float = 0.8) -> dict[str, float]:
-    """One sample's forward pass of an `MAE` in pretraining, by part of the model."""
+def mae_macs(model: Tower, mask_ratio: float = 0.8, *, plain: bool = False) -> dict[str, float]:
+    """One sample's forward pass of an `MAE` in pretraining, by part of the model. `plain`: as in `mavil_macs`."""
     kept = kept_tokens(model.num_patches, mask_ratio, "mask_ratio")
-    return {"encoder": encoder_macs(model, kept), "decoder": decoder_macs(model, kept, [model.decoder_pred])}
+    return {
+        "encoder": encoder_macs(model, kept, model.num_patches if plain else None),
+        "decoder": decoder_macs(model, kept, [model.decoder_pred], plain),
+    }
 
 
 def mavil_macs(
@@ -72,8 +75,9 @@ def mavil_macs(
     if raw or regression:
         parts["fusion"] = fusion_macs(model, *(some + 1 for some in kept))
         for tower, some, target_head in zip(model.towers, kept, (model.target_pred_a, model.target_pred_v)):
-            heads = [tower.decoder_pred] * raw + [target_head] * regression
-            parts["decoders"] += decoder_macs(tower, some, heads, plain)
+            parts["decoders"] += decoder_macs(tower, some, [tower.decoder_pred] * raw, plain)
+            # The reference, too, regresses removed patches alone.
+            parts["decoders"] += regression * (tower.num_patches - some) * target_head.weight.numel()
     return parts
 
 
@@ -82,6 +86,11 @@ def fused_macs(model: MAViLEncoderParameters) -> float:
     lengths = [tower.num_patches for tower in model.towers]
     encoders = sum(encoder_macs(tower, length) for tower, length in zip(model.towers, lengths))
     return encoders + fusion_macs(model, *(length + 1 for length in lengths))
+
+
+def tower_classifier_macs(model: Tower | MAViLEncoderParameters) -> float:
+    """One sample's forward pass of an `MAEFT` or a `MAViLFT`, without the head."""
+    return fused_macs(model) if isinstance(model, MAViLEncoderParameters) else encoder_macs(model, model.num_patches)
 
 
 def step_flops(model: MAViLParameters, stage: int = 1) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,35 @@ class Adapted(NamedTuple):
 
     table: Tensor
     said: str
+
+
+def adapt_tower(name: str, table: Tensor, modality: str, grid: tuple[int, ...], how: Adaptation = "cut") -> Adapted:
+    """As `adapt`, of the positions `[1, 1 + L, width]` of a tower: a class token's before those of its patches.
+
+    The tokens of a tower's sound come moment by moment, those of its pictures frame by frame, of which each is a table of
+    its own; the number of frames stays.
+
+    Args:
+        name, table, how: as in `adapt`.
+        modality: 'a', sound, or 'v', pictures.
+        grid: the tower's patches: moments and frequency rows, or (frames,) rows and columns.
+    """
+    first, places = table[:, :1], table[:, 1:]
+    if modality == "a":
+        moments, rows = grid
+        if places.shape[1] % rows:
+            raise ValueError(f"{name} holds {places.shape[1]} positions, which fill no grid of {rows} rows")
+        by_frequency = places.unflatten(1, (-1, rows)).transpose(1, 2).flatten(1, 2)
+        moved, said = adapt(name, by_frequency, rows, (rows, moments), how)
+        places = moved.unflatten(1, (rows, moments)).transpose(1, 2).flatten(1, 2)
+    else:
+        *frames, rows, columns = grid
+        count = frames[0] if frames else 1
+        if places.shape[1] % count:
+            raise ValueError(f"{name} holds {places.shape[1]} positions, which are not those of {count} frames")
+        moved, said = adapt(name, places[0].unflatten(0, (count, -1)), None, (rows, columns), how)
+        places = moved.flatten(0, 1).unsqueeze(0)
+    return Adapted(torch.cat([first, places], dim=1), said)
 
 
 def adapt(name: str, table: Tensor, rows: int | None, grid: tuple[int, int], how: Adaptation = "cut") -> Adapted:

@@ -104,8 +104,13 @@ def load_tower(model: Tower, source: str | os.PathLike | Mapping[str, Tensor]) -
     Returns what was missing and unexpected. Raises CheckpointError when it holds no such tower or a shape does not fit.
     """
     state, origin = state_of(source)
-    prefix = f"{NAMES[model.modality]}."
-    tower = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    tower = tower_state(state, model.modality)
     if not tower:
-        raise CheckpointError(f"{origin} is no MAViL checkpoint: no name in it begins with {prefix}")
+        raise CheckpointError(f"{origin} is no MAViL checkpoint: no name in it begins with {NAMES[model.modality]}.")
     return load_checkpoint(model, tower, **TOWERS_TO_FINE_TUNED)
+
+
+def tower_state(state: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """What of a MAViL's state dict belongs to the tower of a modality, under the names of a tower by itself."""
+    prefix = f"{NAMES[modality]}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.errors import CavmaeError, first_line
 from cavmae_fast.models import hub
-from cavmae_fast.models.positions import Adaptation, adapt
+from cavmae_fast.models.positions import Adaptation, adapt, adapt_tower
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PRETRAINED_TO_FINE_TUNED = {
@@ -31,7 +31,8 @@ PRETRAINED_TO_FINE_TUNED = {
 "Arguments of `load_checkpoint` that take a pretraining checkpoint into `CAVMAEFT` or `CAVMAEFTAudio`."
 ALWAYS_TOLERATED = "cls_token*"
 "Class tokens: some published checkpoints of CAV-MAE carry them, and no CAV-MAE ever used them."
-_TABLE = re.compile(r"(decoder_)?pos_embed_[av]")
+_TABLE = re.compile(r"((audio|video)\.)?(decoder_)?pos_embed(_[av])?")
+"Names of tables of positions, of CAV-MAE and of towers."
 
 
 class CheckpointError(CavmaeError, ValueError):
@@ -145,9 +146,13 @@ def _adapt(model: nn.Module, state: dict[str, Tensor], tables: list[str], how: A
     """Brings these tables of positions in `state` to the size of the model's; says what was done to each."""
     said = []
     for name in tables:
-        modality = name[-1]
-        grid = getattr(model, f"patch_embed_{modality}").grid
-        state[name], words = adapt(name, state[name], grid[0] if modality == "a" else None, grid, how)
+        if name.endswith("pos_embed"):
+            tower = model.get_submodule(name.rpartition(".")[0])
+            state[name], words = adapt_tower(name, state[name], tower.modality, tower.patch_embed.grid, how)
+        else:
+            modality = name[-1]
+            grid = getattr(model, f"patch_embed_{modality}").grid
+            state[name], words = adapt(name, state[name], grid[0] if modality == "a" else None, grid, how)
         said.append(words)
     return tuple(said)
 
@@ -168,7 +173,9 @@ class Pretrained:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"class": type(self).__name__, **self.config}
+        # FSDP puts a class of its own, FSDPCAVMAE say, in front of a model's.
+        kind = next(kind for kind in type(self).__mro__ if not kind.__name__.startswith("FSDP"))
+        config = {"class": kind.__name__, **self.config}
         state = {name: value.detach().cpu().contiguous() for name, value in (weights or self.state_dict()).items()}
         partial = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,24 @@ from cavmae_fast.reference.layers import ModalityBlock, NormLayer, PatchEmbed, i
 from cavmae_fast.reference.positions import sincos_positions
 
 
-class EncoderParameters(Freezing):
+class Recomputing(nn.Module):
+    """A model with the property `recompute`. It belongs to a run and not to the weights: no configuration notes it."""
+
+    recomputations: ClassVar[tuple[str, ...]] = ("none",)
+    "Allowed values of `recompute`."
+    _recompute = "none"
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        self._recompute = chosen("recompute", value, self.recomputations)
+
+
+class EncoderParameters(Recomputing, Freezing):
     """Patch embeddings, the modality-specific blocks, the shared blocks and the final norms, without a forward pass.
 
     The reference and the fast models both derive from this class and each add a forward pass of their own: so names,
@@ -25,8 +42,6 @@ class EncoderParameters(Freezing):
     "'av', or 'a' for an audio-only model, which carries no parameter of the video stream."
     attentions: ClassVar[tuple[str, ...]]
     "Allowed values of the argument `attention`; the first is its default."
-    recomputations: ClassVar[tuple[str, ...]] = ("none",)
-    "Allowed values of the argument `recompute`."
     clip_spec: ClipSpec
     "What the model takes of a clip: the data path makes its inputs by this."
 
@@ -58,7 +73,8 @@ class EncoderParameters(Freezing):
         self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         check_norm_layer(norm_layer, embed_dim)
-        self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), audio_length=audio_length))
+        frames = 1 if "v" in self.modalities else 0
+        self.clip_spec = fitting(clip, ClipSpec(image_size=(height, width), frames=frames, audio_length=audio_length))
         self.in_chans = in_chans
         grids = {
             "a": (MEL_BINS // patch_size, audio_length // patch_size),
@@ -93,13 +109,9 @@ class EncoderParameters(Freezing):
                 block.freeze_modality_norms()
 
     @property
-    def recompute(self) -> str:
-        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, value: str) -> None:
-        self._recompute = chosen("recompute", value, self.recomputations)
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks that a token of the encoder passes, by name: stage after stage, of each the stacks side by side."""
+        return tuple(f"blocks_{m}" for m in self.modalities), ("blocks_u",)
 
     @property
     def patch_size(self) -> int:
@@ -186,9 +198,12 @@ def check_divides(patch_size: int, name: str, value: int) -> None:
 
 
 def fitting(clip: ClipSpec | None, own: ClipSpec) -> ClipSpec:
-    """`clip`, or `own` where it is None. ValueError where `clip` differs from `own` in what the other arguments decide."""
+    """`clip`, or `own` where it is None. Of a model of sound alone, it says nothing of pictures. ValueError where `clip`
+    differs from `own` in what the other arguments decide."""
     if clip is None:
         return own
+    if own.frames == 0:
+        clip = replace(clip, frames=0, frame_rate=None)
     for name in ("image_size", "audio_length", "frames", "mel_bins"):
         value, allowed = getattr(clip, name), getattr(own, name)
         value = tuple(value) if name == "image_size" else value

@@ -110,3 +110,18 @@ class MAViLOutput(NamedTuple):
     """`[B, Lv]` float32, 1 = removed; of the first view"""
     c_acc: Tensor
     """scalar: the share of clips whose own sound ranks first, and whose own pictures do, the mean of both"""
+
+
+class MAViLParts(NamedTuple):
+    """A pretraining pass of MAViL over a part of a batch, before its clips are contrasted with those of the other parts."""
+
+    loss_raw: Tensor
+    """the sum of both reconstruction losses, times its weight"""
+    loss_raw_a: Tensor
+    """mean squared error on the removed audio patches, not weighted"""
+    loss_raw_v: Tensor
+    """mean squared error on the removed video patches, not weighted"""
+    loss_regression: Tensor
+    """the sum of both modalities' mean squared errors against the teacher's tokens, times its weight"""
+    embeddings: tuple[Tensor, ...]
+    """of each view of audio, then of each of video, `[B, D]`; empty when no contrastive loss has a weight"""

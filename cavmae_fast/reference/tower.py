@@ -6,7 +6,7 @@ Names and shapes are those of published image and audio MAEs, so that their chec
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,9 @@ class Tower(nn.Module):
         """As models of several modalities say it: here its own alone."""
         return self.modality
 
+    stacks: ClassVar[tuple[tuple[str, ...], ...]] = (("blocks",),)
+    "As in `EncoderParameters`."
+
     @property
     def num_patches(self) -> int:
         return self.patch_embed.num_patches
@@ -136,8 +139,8 @@ PICTURE_NAMES = {"a": ("audio_length", "the number of mel bins"), "v": ("img_siz
 
 def clip_of(img_size: int | tuple[int, int], frames: int, audio_length: int, frame_rate: float | None = None) -> ClipSpec:
     """What models of towers take of a clip: `frames` pictures at `frame_rate` (None: 2 per second, as published), and the
-    sound from where they begin."""
-    rate = None if frames == 1 else frame_rate or 2.0
+    sound from where they begin; of one picture or none, the sound from the clip's beginning."""
+    rate = frame_rate or 2.0 if frames > 1 else None
     return ClipSpec(
         image_size=_size_of(img_size),
         frames=frames,

@@ -72,7 +72,15 @@ class DryRun:
         )
 
 
-def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, precision: Precision, epochs: int) -> DryRun:
+def dry_run(
+    config: RunConfig,
+    task: Task,
+    model: nn.Module,
+    loader: Loader,
+    precision: Precision,
+    epochs: int,
+    teacher_bytes: int = 0,
+) -> DryRun:
     """Reads a batch, computes a few small steps with it, and reports. The model's weights stay as they are.
 
     Args:
@@ -81,6 +89,7 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
         loader: of the training clips; it is closed.
         precision: of the run.
         epochs: of the run, where its options do not name steps.
+        teacher_bytes: weights of a teacher that the task asks, beside those of the model.
 
     Raises:
         MediaError: no clip can be used.
@@ -98,6 +107,7 @@ def dry_run(config: RunConfig, task: Task, model: nn.Module, loader: Loader, pre
     memory = step_memory(
         model, precision.dtype, lambda light: task.losses(light, _empty(batch))["loss"], precision.device.type
     )
+    memory = replace(memory, model=memory.model + teacher_bytes, peak=memory.peak + teacher_bytes)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.cuda.get_device_properties(precision.device).total_memory if precision.device.type == "cuda" else None

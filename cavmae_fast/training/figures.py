@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cavmae_fast.evaluation.drawing import new_figure
 
 
-def loss_curve(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plots the training losses in `rows` (dicts with step, loss_mae_a, loss_mae_v, loss_c) into the PNG `path`."""
-    figure, axes = new_figure(1, 2, (10, 4))
+def loss_curve(rows: list[dict[str, Any]], panels: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Plots the training losses in `rows` (dicts with step and losses) into the PNG `path`. `panels`: for each its title,
+    and for each of its lines the label and the name of the loss; a loss that is 0 throughout is left out."""
+    drawn = {
+        title: {label: key for label, key in series.items() if any(row[key] != 0 for row in rows)}
+        for title, series in panels.items()
+    }
+    drawn = {title: series for title, series in drawn.items() if series} or dict(panels)
+    figure, axes = new_figure(1, len(drawn), (5 * len(drawn), 4))
     steps = [row["step"] for row in rows]
     marker = "o" if len(rows) < 10 else None
-    panels = (
-        (axes[0, 0], "reconstruction", {"audio": "loss_mae_a", "video": "loss_mae_v"}),
-        (axes[0, 1], "contrastive (weighted)", {"audio-video": "loss_c"}),
-    )
-    for axis, title, series in panels:
+    for axis, (title, series) in zip(axes.flat, drawn.items()):
         for label, key in series.items():
             axis.plot(steps, [row[key] for row in rows], label=label, linewidth=1, marker=marker)
         axis.set(title=f"{title} loss", xlabel="step")

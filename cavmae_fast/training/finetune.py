@@ -18,16 +18,23 @@ from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.shards import put_whole
 from cavmae_fast.evaluation.classification import Classification, evaluate_scores
 from cavmae_fast.evaluation.predicting import logits, predict
-from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
-from cavmae_fast.models.flops import classifier_macs
+from cavmae_fast.models.classifiers import Classifier, family_of
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.dry_run import DryRun, dry_run
 from cavmae_fast.training.finetune_closing import shown_figures
 from cavmae_fast.training.finetune_config import FinetuneConfig, fine_tuning_in_force, resolve
 from cavmae_fast.training.finetune_folder import FinetuneFolder
+from cavmae_fast.training.finetune_folds import FoldsFolder, cross_validate, folds_in_turn, with_splits
 from cavmae_fast.training.finetune_recipes import ACTIVATIONS, Loss
 from cavmae_fast.training.finetune_results import conclude
-from cavmae_fast.training.finetune_setup import LabeledData, check_masks, open_labeled, start_classifier, with_data
+from cavmae_fast.training.finetune_setup import (
+    LabeledData,
+    check_masks,
+    check_pictures,
+    open_labeled,
+    start_classifier,
+    with_data,
+)
 from cavmae_fast.training.joining import joined
 from cavmae_fast.training.optimizers import HEAD
 from cavmae_fast.training.ranks import Ranks, current
@@ -51,7 +58,7 @@ class FineTuneTask:
     data: LabeledData
     frozen_base: bool = False
 
-    def prepare(self, model: CAVMAEFT | CAVMAEFTAudio) -> None:
+    def prepare(self, model: Classifier) -> None:
         """Freezes what the mode does not reach, and everything but the head where the base is frozen."""
         model.train_with(self.mode)
         if self.frozen_base:
@@ -64,9 +71,9 @@ class FineTuneTask:
         function = F.binary_cross_entropy_with_logits if self.loss == "bce" else F.cross_entropy
         return {"loss": function(logits(model, batch, self.mode).float(), batch.labels)}
 
-    def step_flops(self, model: CAVMAEFT | CAVMAEFTAudio) -> float:
+    def step_flops(self, model: Classifier) -> float:
         """A forward pass, and two backward ones through what is trained: nothing goes back through a frozen base."""
-        base, head = classifier_macs(model, self.mode), model.mlp_head[-1].weight.numel()
+        base, head = family_of(model).macs(model, self.mode), model.mlp_head[-1].weight.numel()
         return (2 if self.frozen_base else 6) * base + 6 * head
 
     def judge(self, model: nn.Module, batches: Iterable[Batch]) -> Classification:
@@ -81,20 +88,32 @@ class FineTuneTask:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any] | DryRun:
     """Runs the whole job and returns the summary that is also written to `summary.json`; or what it would take, if that is
-    all that is asked for. Under torchrun, all ranks do.
+    all that is asked for. Of a data set in folds, one run for each fold. Under torchrun, all ranks do.
 
     Raises ValueError for a bad option, LabelError and MediaError for data that cannot be used, CheckpointError for `init`,
     TrainingError when no step can be taken any more; RanksError when another rank failed. The first three come before
     anything is trained.
     """
+    folds = folds_in_turn(config)
     if config.dry_run:
-        return _dry_run(config)
-    with joined(config.device) as ranks, FinetuneFolder(config.out, config.overwrite) as folder:
-        return _finetune(config, folder, ranks)
+        return _dry_run(replace(config, fold=int(folds[0])) if folds else config)
+    with joined(config.device) as ranks:
+
+        def run(one: FinetuneConfig) -> dict[str, Any]:
+            with FinetuneFolder(one.out, one.overwrite) as folder:
+                return _finetune(one, folder, ranks)
+
+        def look(one: FinetuneConfig, begun: dict[str, Any] | None) -> FinetuneConfig:
+            return _prepared(ranks.from_first(lambda: resolve(with_splits(one), begun)))[0]
+
+        if not folds:
+            return run(config)
+        with FoldsFolder(config.out, config.overwrite) as folder:
+            return cross_validate(config, folds, folder, ranks, look, run)
 
 
 def _finetune(config: FinetuneConfig, folder: FinetuneFolder, ranks: Ranks) -> dict[str, Any]:
-    config = ranks.from_first(lambda: resolve(config, folder.unfinished()))
+    config = ranks.from_first(lambda: resolve(with_splits(config), folder.unfinished()))
     config = with_data(config, config.out)
     config, task, model = _prepared(config)
     data = task.data
@@ -139,7 +158,7 @@ def _keep(
     config: FinetuneConfig,
     epoch: int,
     figures: dict[str, Any],
-    model: CAVMAEFT | CAVMAEFTAudio,
+    model: Classifier,
     weights: dict[str, Tensor],
     folder: FinetuneFolder,
 ) -> None:
@@ -152,7 +171,7 @@ def _keep(
         model.save_pretrained(folder.best, weights)
 
 
-def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAVMAEFT | CAVMAEFTAudio]:
+def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, Classifier]:
     """The model with its weights, on its device, and what it is trained for; no batch is larger than the data."""
     ranks = current()
     recipe = fine_tuning_in_force(config)
@@ -160,7 +179,8 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     config = replace(config, batch_size=min(config.batch_size, len(data.train)))
     ranks.share(config.batch_size)
     torch.manual_seed(config.seed)
-    model, said = start_classifier(config, len(data.label_set))
+    model, config, said = start_classifier(config, len(data.label_set))
+    check_pictures(data, model)
     check_masks(config, model)
     model.to(config.device).train()
     model.recompute = config.recompute
@@ -177,7 +197,7 @@ def _prepared(config: FinetuneConfig) -> tuple[FinetuneConfig, FineTuneTask, CAV
     return config, task, model
 
 
-def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: CAVMAEFT | CAVMAEFTAudio) -> Loader:
+def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: Classifier) -> Loader:
     augmentation = fine_tuning_in_force(config).augmentation
     options = {"augmentation": augmentation, "labels": task.data.label_set, "weights": task.data.weights}
     return open_loader(config, task.data.train, model.clip_spec, training=True, **options)
@@ -186,7 +206,7 @@ def _training_loader(config: FinetuneConfig, task: FineTuneTask, model: CAVMAEFT
 def _dry_run(config: FinetuneConfig) -> DryRun:
     """What the run would take; what has to be generated for it is removed again."""
     with tempfile.TemporaryDirectory() as folder:
-        config, task, model = _prepared(with_data(resolve(config), Path(folder)))
+        config, task, model = _prepared(with_data(resolve(with_splits(config)), Path(folder)))
         loader = _training_loader(config, task, model)
         return dry_run(config, task, model, loader, precision_of(config), config.epochs)
 

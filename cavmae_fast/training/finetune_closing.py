@@ -13,6 +13,8 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
     """The text after a fine-tuning run with this summary, or after a dry run."""
     if isinstance(summary, DryRun):
         return summary.render()
+    if "folds" in summary:
+        return _cross_validated(config, summary)
     out, metric = config.out, summary["metric"]
     lines = [f"{summary['steps']} steps, loss {summary['loss']:.4f}, {summary['clips_per_s']:.1f} clips/s"]
     if summary["rejected_clips"]:
@@ -24,8 +26,8 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
         lines.append(f"the model is the average of epochs {epochs[0]} to {epochs[-1]}")
     else:
         lines.append("the model is that of the last step: no epoch that the recipe averages was done")
-    pictures = f"with 1 and with {summary['frames']} pictures of each" if summary["frames"] > 1 else "each with its picture"
-    lines.append(f"on {summary['clips']} held-out clips, {pictures} (chance mAP {_figure(summary['chance_mAP'])}):")
+    pictures = f", with 1 and with {summary['frames']} pictures of each" if summary["frames"] > 1 else ""
+    lines.append(f"on {summary['clips']} held-out clips{pictures} (chance mAP {_figure(summary['chance_mAP'])}):")
     for mode, by_frames in summary["modes"].items():
         shown = "   and   ".join(shown_figures(figures, metric) for figures in by_frames.values())
         lines.append(f"  {mode:<17}{shown}{'   (trained in this mode)' if mode == summary['mode'] else ''}")
@@ -44,10 +46,32 @@ def finetuned(config: FinetuneConfig, summary: dict[str, Any] | DryRun) -> str:
     ):
         lines.append(f"{what:<16}{out / name}")
     lists = out / "lists"  # of generated clips
-    data = config.eval_data or (lists / "test.json",)
     labels = config.labels if config.data else config.labels or lists / "labels.csv"
     named = () if labels is None else ("--labels", labels)
-    lines.append(next_line("evaluate", out / "model", "--data", *data, *named, "--frames", 10))
+    if config.eval_data or not config.data:
+        data = config.eval_data or (lists / "test.json",)
+    else:  # a published data set, of which a fold has judged, or the validation split, so that testing is still unseen
+        data = (f"{config.data[0]}@{config.fold or 'testing'}",)
+    frames = ("--frames", 10) if summary["frames"] > 1 else ()
+    lines.append(next_line("evaluate", out / "model", "--data", *data, *named, *frames))
+    return printable(lines)
+
+
+def _cross_validated(config: FinetuneConfig, summary: dict[str, Any]) -> str:
+    """The text after a cross-validation."""
+    lines = [f"{len(summary['folds'])} folds, each judged by what was trained on the others ({summary['mode']}):"]
+    for name, figures in summary["folds"].items():
+        lines.append(f"  fold {name:<12}{shown_figures(figures, summary['metric'])}   ({figures['clips']} clips)")
+    mean, deviation = summary["accuracy"], summary["accuracy_deviation"]
+    lines.append(
+        f"  {'mean':<17}accuracy {mean:.3f} (standard deviation over folds {deviation:.3f}), mAP {summary['mAP']:.3f}"
+    )
+    lines.append(f"summary         {config.out / 'summary.json'}")
+    first = next(iter(summary["folds"]))
+    model, data = config.out / f"fold-{first}" / "model", f"{config.data[0]}@{first}"
+    lines.append(
+        next_line("evaluate", model, "--data", data, *(() if config.labels is None else ("--labels", config.labels)))
+    )
     return printable(lines)
 
 

@@ -21,20 +21,23 @@ _SWITCHES = ("balanced", "noise", "frozen_base")
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Fine-tune a pretrained CAV-MAE to classify clips. Without --data it goes on from the model that `cavmae-fast pretrain`
+    """Fine-tune a pretrained model to classify clips. Without --data it goes on from the model that `cavmae-fast pretrain`
     left, on the clips that this generated, whose attributes are the classes."""
 
     out: Path = Path("runs/finetune")
     """Folder for checkpoints, metrics and figures."""
     labels: Path | None = None
-    """CSV of the classes: index, mid, display_name. Default: that of the shards."""
-    recipe: Literal["as20k", "as2m", "vggsound", "linear-probe", "small"] | None = None
+    """CSV of the classes: index, mid, display_name. Default: that of the shards, or of ESC-50 or Speech Commands."""
+    recipe: Literal["as20k", "as2m", "vggsound", "esc50", "speechcommands", "linear-probe", "small"] | None = None
     """Published settings, each of which an option changes. Default with generated clips: small."""
-    mode: Literal["multimodal", "audioonly", "videoonly"] = "multimodal"
-    """What of a clip the classifier is trained with."""
-    model: Literal["av", "audio"] = "av"
-    """av: CAVMAEFT, which has both branches in every mode, as published; audio: CAVMAEFTAudio, the audio branch alone, for
-    --mode audioonly."""
+    fold: int | None = None
+    """With the folder of a data set in folds (ESC-50) as --data: the fold that judges what is trained on the others.
+    Default: each of them in turn, and the mean of their figures."""
+    mode: Literal["multimodal", "audioonly", "videoonly"] | None = None
+    """What of a clip the classifier is trained with. Default: multimodal; of a classifier with one encoder, that one."""
+    model: Literal["av", "audio", "video"] | None = None
+    """The encoders of the checkpoint that the classifier has: both, as CAVMAEFT has in every mode, or one alone. Default:
+    all that the checkpoint has."""
     loss: Literal["bce", "ce"] | None = None
     """bce: any number of labels per clip; ce: one. Default: the recipe's."""
     metric: Literal["mAP", "accuracy"] | None = None
@@ -80,8 +83,6 @@ def resolve(config: FinetuneConfig, begun: dict[str, Any] | None = None) -> Fine
         config = replace(config, init=PRETRAINED)
     if config.data and not config.eval_data:
         raise ValueError("--eval-data is not given; with --data it must name the clips that every epoch is judged on")
-    if config.model == "audio" and config.mode != "audioonly":
-        raise ValueError(f"--model is audio and --mode {config.mode}; the audio branch alone takes --mode audioonly")
     recipe = FINE_TUNING[config.recipe]
     defaults = {option: getattr(recipe, option) for option in _OF_RECIPE}
     defaults |= {option: getattr(recipe.augmentation, option) for option in _AUGMENTATION}

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cavmae_fast.data.batches import Batch
-from cavmae_fast.data.sets.opening import frames_of
+from cavmae_fast.data.sets.opening import views_of
 from cavmae_fast.evaluation.class_figures import draw_classes
 from cavmae_fast.evaluation.classification import evaluate_scores, write_classes
 from cavmae_fast.evaluation.predicting import predict
-from cavmae_fast.models import CAVMAEFT, CAVMAEFTAudio
 from cavmae_fast.models.averaging import average_states
+from cavmae_fast.models.classifiers import Classifier
 from cavmae_fast.training.clips import RejectList
 from cavmae_fast.training.figures import fine_tuning_curves
 from cavmae_fast.training.finetune_config import FinetuneConfig
@@ -25,7 +25,7 @@ from cavmae_fast.training.sharding import gathered, load_whole, whole_state
 
 def conclude(
     config: FinetuneConfig,
-    model: CAVMAEFT | CAVMAEFTAudio,
+    model: Classifier,
     data: LabeledData,
     folder: FinetuneFolder,
     rows: list[dict[str, Any]],
@@ -53,7 +53,7 @@ def conclude(
     weights = whole_state(model)
     if ranks.first:
         model.save_pretrained(folder.model, weights)
-    frames = frames_of(data.held_out, model.clip_spec)
+    frames = views_of(data.held_out, model.clip_spec)
     results: dict[str, dict[str, Any]] = {mode: {} for mode in model.modes}
     # The most pictures come last, so that what is left is theirs.
     for count, chosen in ((1, [None]), (frames, range(frames))) if frames > 1 else ((1, [None]),):

@@ -3,26 +3,20 @@ weights."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
 
 from cavmae_fast.data.media.synthetic import MANIFEST, generate_clips
 from cavmae_fast.data.media.synthetic_lists import write_lists
 from cavmae_fast.data.sets.labels import LabelError, LabelSet, balance_weights, check_labels, class_counts
-from cavmae_fast.data.sets.opening import Clips, clip_labels, clip_weights, labels_of, open_clips
-from cavmae_fast.models import CAVMAE, CAVMAEFT, PRETRAINED_TO_FINE_TUNED, CAVMAEFTAudio, load_checkpoint
+from cavmae_fast.data.sets.opening import Clips, clip_labels, clip_weights, frames_of, labels_of, open_clips
+from cavmae_fast.models.classifiers import ENCODERS, Classifier, make_classifier
 from cavmae_fast.models.opening import open_model
 from cavmae_fast.training.finetune_config import FinetuneConfig
 from cavmae_fast.training.ranks import current
-
-CLASSIFIERS = {"av": CAVMAEFT, "audio": CAVMAEFTAudio}
 
 
 class LabeledData(NamedTuple):
@@ -80,59 +74,53 @@ def open_labeled(config: FinetuneConfig) -> LabeledData:
 
 
 class Start(NamedTuple):
-    """A classifier with the weights that it starts from, and what is to be said of how they were loaded."""
+    """A classifier with the weights that it starts from, the options that follow from the checkpoint, and what is to be said
+    of how it was loaded."""
 
-    model: CAVMAEFT | CAVMAEFTAudio
+    model: Classifier
+    config: FinetuneConfig
     said: list[str]
 
 
 def start_classifier(config: FinetuneConfig, classes: int) -> Start:
     """The classifier that the options describe, of the checkpoint's sizes, with its weights; a new head is drawn at random.
 
-    A pretraining checkpoint gives the encoder; one that is already fine-tuned the head as well, unless `new_head`.
+    The checkpoint says of which family it is, and so which class its classifier is and what input modes that has.
 
     Raises:
         CheckpointError: it cannot be read or does not fit.
-        ValueError: it has a head for another number of classes, or the sizes asked for do not go with the model.
+        ValueError: it has not these encoders, another number of classes or not that mode, or the sizes asked for do not go
+            with the model.
     """
     source = open_model(config.init)
-    kind = CLASSIFIERS[config.model]
-    sizes = {name: value for name, value in _arguments(source).items() if name in inspect.signature(kind).parameters}
-    sizes |= {"label_dim": classes, "tr_pos": True}
     asked = {"audio_length": config.audio_length, "img_size": config.image_size}
-    sizes |= {name: value for name, value in asked.items() if value is not None}
-    if "clip" in sizes:  # where it is not CAV-MAE's own
-        image_size = _square(sizes["img_size"])
-        sizes["clip"] = replace(source.clip_spec, audio_length=sizes["audio_length"], image_size=image_size)
-    state = source.state_dict()
-    own_head = not isinstance(source, CAVMAE)
-    if own_head and config.new_head:
-        state = {name: value for name, value in state.items() if not name.startswith("mlp_head.")}
-    elif own_head and len(state["mlp_head.1.bias"]) != classes:
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    model, adapted = make_classifier(
+        source,
+        classes,
+        config.model,
+        new_head=config.new_head,
+        adapt_positions=config.adapt_positions,
+        origin=f"--init {config.init}",
+        **sizes,
+    )
+    mode = config.mode or model.modes[0]
+    if mode not in model.modes:
         raise ValueError(
-            f"--init {config.init} has a head for {len(state['mlp_head.1.bias'])} classes, and the labels CSV {classes}; "
-            "give the CSV that it was trained with, or --new-head"
+            f"--mode is {mode}, and --init {config.init} becomes a {type(model).__name__}, which takes --mode "
+            f"{' or '.join(model.modes)} alone; other encoders of the checkpoint are named with --model"
         )
-    elif not own_head and config.new_head:
-        raise ValueError(f"--new-head is given, but --init {config.init} has no head: it is a {type(source).__name__}")
-    model = kind(**sizes)
-    allowed = PRETRAINED_TO_FINE_TUNED if not own_head or config.new_head else {"allow_unexpected": ("*_v", "*_v.*")}
-    report = load_checkpoint(model, state, **allowed, adapt_positions=config.adapt_positions)
-    return Start(model, [f"adapted {line}" for line in report.adapted])
+    encoders = next(option for option, modalities in ENCODERS.items() if modalities == model.modalities)
+    return Start(model, replace(config, model=encoders, mode=mode), [f"adapted {line}" for line in adapted])
 
 
-def _arguments(model: nn.Module) -> dict[str, object]:
-    """The constructor arguments that a model was made with, and its norms' epsilon as `norm_layer`."""
-    arguments = dict(model.config)
-    arguments["norm_layer"] = functools.partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))
-    return arguments
+def check_pictures(data: LabeledData, model: Classifier) -> None:
+    """ValueError when the clips have not the pictures that the model takes."""
+    for clips in (data.train, data.held_out):
+        frames_of(clips, model.clip_spec)
 
 
-def _square(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def check_masks(config: FinetuneConfig, model: CAVMAEFT | CAVMAEFTAudio) -> None:
+def check_masks(config: FinetuneConfig, model: Classifier) -> None:
     """ValueError when SpecAugment might mask more than the model's spectrogram has."""
     spec = model.clip_spec
     for option, value, most in (

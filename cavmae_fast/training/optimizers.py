@@ -14,8 +14,8 @@ from cavmae_fast.training.recipes import Recipe
 OPTIMIZERS = ("adam", "adamw", "fused-adam")
 HEAD = "mlp_head."
 "How the names of a classifier's head begin."
-_FIRST = re.compile(r"patch_embed_|pos_embed_|modality_")
-_BLOCK = re.compile(r"blocks_([avu])\.(\d+)\.")
+_FIRST = re.compile(r"(audio\.|video\.)?(patch_embed|pos_embed|modality_|cls_token)")
+"How the names of what comes before the first block begin."
 
 
 class OptimizerError(CavmaeError, RuntimeError):
@@ -67,19 +67,27 @@ def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def layers(model: nn.Module) -> int:
-    """Blocks that a token passes in the encoder of `model`: modality-specific ones, then shared ones; 0 for other models."""
-    return sum(len(getattr(model, stack, ())) for stack in ("blocks_a", "blocks_u"))
+    """Blocks that a token passes in the encoder of `model`, in all stages of its `stacks`; 0 for other models."""
+    return sum(_lengths(model))
+
+
+def _lengths(model: nn.Module) -> list[int]:
+    """Blocks that a token passes in each stage."""
+    return [len(model.get_submodule(stage[0])) for stage in getattr(model, "stacks", ())]
 
 
 def layer_of(name: str, model: nn.Module) -> int:
     """The depth of a parameter: 0 before the first block, 1 in it, ..., `layers(model) + 1` behind the last.
 
     Layer-wise decay multiplies the learning rate once for each layer that a parameter lies below the top (BEiT, MAE). What
-    follows the encoder (final norms, decoder, head) is the top. The shared blocks follow the modality-specific ones.
+    follows the encoder (final norms, decoder, head) is the top.
     """
     if _FIRST.match(name):
         return 0
-    if found := _BLOCK.match(name):
-        below = len(model.blocks_a) if found[1] == "u" else 0
-        return below + int(found[2]) + 1
-    return layers(model) + 1
+    below = 0
+    for stage, length in zip(getattr(model, "stacks", ()), _lengths(model)):
+        for stack in stage:
+            if name.startswith(f"{stack}."):
+                return below + int(name.removeprefix(f"{stack}.").split(".")[0]) + 1
+        below += length
+    return below + 1

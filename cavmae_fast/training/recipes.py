@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cavmae_fast.training.schedules import Schedule, StepDecay
+from cavmae_fast.training.schedules import Cosine, Schedule, StepDecay, WarmUp
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,28 @@ PRETRAINING = {
     "cav-mae-scale+": _published(1e-4, 120),
     "cav-mae-scale++": _published(2e-4, 256),
 }
-"Recipe by preset."
+"Recipe by preset, for CAV-MAE."
+
+
+def _tower(learning_rate: float, batch_size: int, epochs: int, warm_up: float) -> Recipe:
+    """AdamW and half a cosine after a warm-up of so many epochs."""
+    schedule = WarmUp(0, Cosine(), share=warm_up / epochs)
+    adamw = {"optimizer": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.05}
+    return Recipe(learning_rate, batch_size, epochs, schedule, **adamw)
+
+
+_FULL = _tower(2e-4 * 512 / 256, 512, epochs=33, warm_up=3)
+"""Optimizer, learning rate, batch size, epochs and warm-up are certain of the same lead author's audio model; of MAViL they
+are not known. The cosine and the weight decay are those of published MAEs."""
+_SMALL = _tower(1e-3, 32, epochs=20, warm_up=2)
+TOWER_PRETRAINING = {
+    "a-mae": _FULL,
+    "v-mae": _FULL,
+    "mavil-av-mae": _FULL,
+    "mavil-inter": _FULL,
+    "mavil": _FULL,
+    "a-mae-small": _SMALL,
+    "v-mae-small": _SMALL,
+    "mavil-small": _SMALL,
+}
+"Recipe by preset, for models of towers, in both stages."

@@ -68,6 +68,8 @@ class RunConfig:
     """Share of the learning rate that is left at the end, for --schedule cosine; default: the recipe's, else 0."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises from 0; default: the recipe's."""
+    warmup_share: float | None = None
+    """Share of all steps over which it rises, in place of --warmup-steps; default: the recipe's."""
     head_lr_factor: float | None = None
     """What the learning rate of a classifier's head is multiplied by; default: the recipe's."""
     layer_decay: float | None = None
@@ -131,7 +133,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value > 0, "above 0"),
     ),
     **dict.fromkeys(("weight_decay", "decay_start", "warmup_steps", "clip_grad"), (lambda value: value >= 0, "0 or more")),
-    **dict.fromkeys(("ema", "drop_path"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
+    **dict.fromkeys(("ema", "drop_path", "warmup_share"), (lambda value: 0 <= value < 1, "at least 0 and below 1")),
     "layer_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "end_factor": (lambda value: 0 <= value <= 1, "in 0 to 1"),
     "betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers, each at least 0 and below 1"),

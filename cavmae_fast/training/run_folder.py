@@ -31,8 +31,9 @@ FREE = {
     "dry_run",
     "shard",
     "recompute",
+    "teacher",
 }
-"Options that change no result: a run may go on with others."
+"Options that change no result: a run may go on with others. (A teacher is known by its hash, wherever it lies.)"
 
 
 class FolderInUseError(CavmaeError):

@@ -19,6 +19,10 @@ def schedule_options(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
     """The values of the options that are not given, for a recipe that has `schedule`. ValueError for one that belongs to
     another schedule, and for one that is missing."""
     options = _options_of(schedule)
+    if config.warmup_steps and config.warmup_share:
+        raise ValueError("--warmup-steps and --warmup-share are both above 0; one of them must be 0 or left out")
+    if config.warmup_steps is not None:
+        options.pop("warmup_share", None)
     chosen = config.schedule or options["schedule"]
     for name, taken in _TAKEN.items():
         for option in taken:
@@ -29,12 +33,13 @@ def schedule_options(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
     for option in _TAKEN[chosen]:
         if option not in _FALLBACK[chosen] and getattr(config, option) is None:
             raise ValueError(f"--schedule {chosen} needs {_dashed(option)}, because the recipe has none")
-    return {"schedule": chosen, "warmup_steps": options["warmup_steps"], **_FALLBACK[chosen]}
+    warm_up = {option: value for option, value in options.items() if option.startswith("warmup_")}
+    return {"schedule": chosen, **warm_up, **_FALLBACK[chosen]}
 
 
 def schedule_in_force(config: RunConfig, schedule: Schedule) -> Schedule:
     """The schedule that the (resolved) options say: `schedule` itself where they change nothing."""
-    options = _options_of(schedule)
+    options = {"warmup_share": None} | _options_of(schedule)
     if all(getattr(config, option) == value for option, value in options.items()):
         return schedule
     changed: Schedule = Constant()
@@ -42,12 +47,17 @@ def schedule_in_force(config: RunConfig, schedule: Schedule) -> Schedule:
         changed = StepDecay(config.decay_start, config.decay_every, config.epochs, config.decay_factor)
     elif config.schedule == "cosine":
         changed = Cosine(config.end_factor)
-    return WarmUp(config.warmup_steps, changed) if config.warmup_steps else changed
+    share = config.warmup_share or 0.0
+    return WarmUp(config.warmup_steps, changed, share) if config.warmup_steps or share else changed
 
 
 def _options_of(schedule: Schedule) -> dict[str, Any]:
     """A schedule as values of the options."""
-    steps, schedule = (schedule.steps, schedule.schedule) if isinstance(schedule, WarmUp) else (0, schedule)
+    warm_up: dict[str, Any] = {"warmup_steps": 0}
+    if isinstance(schedule, WarmUp):
+        # Without a share there is no such option to fill in, so that runs without one stay as they are recorded.
+        warm_up = {"warmup_steps": schedule.steps} | ({"warmup_share": schedule.share} if schedule.share else {})
+        schedule = schedule.schedule
     fields: dict[str, Any] = {"schedule": "constant"}
     if isinstance(schedule, StepDecay):
         fields = {
@@ -58,7 +68,7 @@ def _options_of(schedule: Schedule) -> dict[str, Any]:
         }
     elif isinstance(schedule, Cosine):
         fields = {"schedule": "cosine", "end_factor": schedule.end_factor}
-    return {"warmup_steps": steps, **fields}
+    return warm_up | fields
 
 
 def _dashed(option: str) -> str:

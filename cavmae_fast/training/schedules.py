@@ -53,11 +53,14 @@ class Cosine:
 @dataclass(frozen=True)
 class WarmUp:
     """A straight line over the first `steps` steps, the last of which has the whole learning rate; then `schedule`, to which
-    the warm-up's steps do not count. (Epochs do: a decay by epochs comes when it would without a warm-up.)"""
+    the warm-up's steps do not count. (Epochs do: a decay by epochs comes when it would without a warm-up.) `share`: of all
+    steps, rounded, in place of `steps`, where it is not 0."""
 
     steps: int
     schedule: Schedule
+    share: float = 0.0
 
     def scale(self, epoch: int, step: int = 0, total: int = 1) -> float:
-        rising = min((step + 1) / self.steps, 1.0) if self.steps else 1.0
-        return rising * self.schedule.scale(epoch, max(step - self.steps, 0), total - self.steps)
+        steps = round(self.share * total) if self.share else self.steps
+        rising = min((step + 1) / steps, 1.0) if steps else 1.0
+        return rising * self.schedule.scale(epoch, max(step - steps, 0), total - steps)

@@ -27,8 +27,8 @@ from cavmae_fast.data.commands.options import check_ranges
 from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_count
 from cavmae_fast.data.media.encoded import SAMPLE_RATE
 from cavmae_fast.data.media.files import MediaError
-from cavmae_fast.data.sets.labels import LabelSet
-from cavmae_fast.data.sets.shards import LABELS, shard_folder, write_whole
+from cavmae_fast.data.sets.opening import clip_labels
+from cavmae_fast.data.sets.shards import shard_folder, write_whole
 from cavmae_fast.data.sets.sources import find_sources
 
 REPORT, FINDINGS, WEIGHTS = "check.json", "rejects.jsonl", "weights.csv"
@@ -86,9 +86,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     _validate(config)
     clips = _open(config.data)
     shards = clips if isinstance(clips, Shards) else None
-    label_set = None
-    if config.labels or (shards and shards.manifest["labels"]):
-        label_set = LabelSet.from_csv(config.labels or shards.folder / LABELS)
+    label_set = clip_labels(config.labels, clips)
     out, weights_path = _outputs(config, shards is not None, label_set is not None)
     audio_length = max(1, round(100 * config.seconds))
     inspect = InspectClip(

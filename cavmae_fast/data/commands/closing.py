@@ -35,5 +35,6 @@ def _all_prepared(config: PrepareConfig, manifest: dict[str, Any]) -> str:
     lines = [f"{manifest['clips']} clips in {len(manifest['shards'])} shards, {megabytes:,.1f} MB: {config.out}"]
     if manifest["rejects"]:
         lines.append(f"{manifest['rejects']} clips could not be used: see {config.out / 'rejects.jsonl'}")
-    lines.append(f"next:  cavmae-fast check {config.out}   and   cavmae-fast pretrain --data {config.out}")
+    pretrain = f"   and   cavmae-fast pretrain --data {config.out}" if manifest["frames"] else ""
+    lines.append(f"next:  cavmae-fast check {config.out}{pretrain}")
     return "\n".join(lines)

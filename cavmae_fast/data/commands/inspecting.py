@@ -115,6 +115,8 @@ class InspectClip:
             seconds = self.samples / SAMPLE_RATE
             clip = read_clip(source.video, num_frames=self.num_frames, size=self.size, seconds=seconds)
             return clip.frames, clip.waveform
+        if not source.has_pictures:
+            return [], decode_sound(read_file(source.sound), source.sound)[: self.samples]
         try:
             paths = [source.frame_path(k) for k in range(self.num_frames)]
         except MediaError as error:
@@ -145,7 +147,7 @@ class InspectClip:
         return images, decode_sound(parts[1], str(clip))[: self.samples]
 
     def _look(self, name: str, images: Sequence[np.ndarray], waveform: np.ndarray) -> Iterator[tuple[str, str]]:
-        """images: each `[S, S, 3]` uint8."""
+        """images: each `[S, S, 3]` uint8; none of a clip that is a sound alone."""
         # Half the span, not the largest sample: the features lose a constant offset, so it is no sound.
         swing = (int(waveform.max()) - int(waveform.min())) / 2
         level = 20 * np.log10(swing / 32768) if swing else -np.inf
@@ -153,6 +155,8 @@ class InspectClip:
             yield "silent", f"{name}: " + (f"its sound swings by {level:.1f} dBFS" if swing else "all samples are equal")
         if len(waveform) < self.limits.min_seconds * SAMPLE_RATE:
             yield "short", f"{name}: {len(waveform) / SAMPLE_RATE:.3f} s of sound"
+        if not len(images):
+            return
         brightest = max(float(image.mean()) for image in images)
         if brightest < self.limits.black_level:
             yield "black", f"{name}: its brightest frame has a mean of {brightest:.1f}"

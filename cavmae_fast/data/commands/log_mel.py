@@ -11,9 +11,11 @@ from cavmae_fast.clip import MEL_BINS
 _PUBLISHED_BATCH = 1000  # clips; get_norm_stats.py takes mean and std of such batches, and the mean over the batches
 _FEATURE_BATCH = 16  # clips whose features are computed at once
 _ADVICE = (
-    "To start from a published checkpoint, keep the loader's default mean and std: they belong to its weights. To train "
-    "from scratch, give the loader `mean` and `std`. `published` is what the published get_norm_stats.py computes (without "
-    "its augmentation): it counts the zeros behind short clips as sound; give it to repeat the published recipe."
+    "To start from a checkpoint, keep the mean and std of its model (`model.clip_spec`): they belong to its weights. To "
+    "train from scratch, give the model a clip of its own, ClipSpec(audio_mean=mean, audio_std=std), or the loader `mean` "
+    "and `std`; Audio-MAE and MAViL divide by twice the deviation, audio_std=2 * std. `published` is what the published "
+    "get_norm_stats.py computes (without its augmentation): it counts the zeros behind short clips as sound; give it to "
+    "repeat the published recipe."
 )
 
 

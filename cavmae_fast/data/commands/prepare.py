@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from cavmae_fast.data.decode.workers import TIMEOUT, Lost, Workers, default_coun
 from cavmae_fast.data.media.encoded import SAMPLE_RATE
 from cavmae_fast.data.media.files import MediaError
 from cavmae_fast.data.sets.labels import LabelSet
+from cavmae_fast.data.sets.opening import NUM_FRAMES
 from cavmae_fast.data.sets.shards import (
     INDEX,
     LABELS,
@@ -47,13 +48,15 @@ class PrepareConfig:
     """
 
     src: tuple[str, ...]
-    """Folders, media files, globs, CSV files of paths, or lists as published (JSON)."""
+    """Folders, media files, globs, CSV files of paths, lists as published (JSON), or ESC-50 or Speech Commands."""
     out: Path = Path("shards")
     """Folder for the shards, their index, manifest.json and rejects.jsonl."""
     labels: Path | None = None
-    """CSV of the classes (index,mid,display_name); clips with other labels are left out."""
-    frames: int = 10
-    """Frames per clip, spread evenly over its first ten seconds."""
+    """CSV of the classes (index,mid,display_name); clips with other labels are left out. Default: those of ESC-50 or Speech
+    Commands, else none."""
+    frames: int | None = None
+    """Frames per clip, spread evenly over its first ten seconds; 0: the sound alone. Default: 10; 0 where there is nothing
+    else."""
     size: int = 224
     """Height and width of the frames."""
     seconds: float = 10.24
@@ -101,18 +104,22 @@ def prepare(config: PrepareConfig) -> dict[str, Any] | Unfinished:
         PrepareError: the disk is full or another `prepare` is at the same work.
     """
     part = _check(config)
-    known = frozenset(LabelSet.from_csv(config.labels).mids) if config.labels else None
+    label_set = LabelSet.from_csv(config.labels) if config.labels else None
     sources = find_sources(config.src)
+    label_set = label_set or sources.label_set
+    known = frozenset(label_set.mids) if label_set else None
+    labels = config.labels.read_text(encoding="utf-8-sig") if config.labels else label_set.to_csv() if label_set else None
+    config = replace(config, frames=_frames(config, sources))
     encode = EncodeClip(config.frames, config.size, config.seconds, config.quality, known)
     total = -(-len(sources) // config.shard_clips)  # shards
     try:
-        with OutputFolder(config.out, part, _plan(config, sources)) as folder:
-            if config.labels:
-                folder.write(LABELS, config.labels.read_text(encoding="utf-8-sig"))
+        with OutputFolder(config.out, part, _plan(config, sources, labels)) as folder:
+            if labels:
+                folder.write(LABELS, labels)
             _make_shards(config, folder, sources, encode, part.shards(total))
             if missing := folder.unfinished(total):
                 return Unfinished(part, len(part.shards(total)), missing, total)
-            manifest = _publish(config, folder, len(sources), total)
+            manifest = _publish(config, folder, len(sources), total, labels is not None)
     except OSError as error:
         if reason := _explained(error):
             raise PrepareError(f"{config.out}: {reason}") from error
@@ -127,7 +134,7 @@ def _check(config: PrepareConfig) -> Part:
     if not config.src:
         raise ValueError("SRC names nothing; allowed: folders, media files, globs, CSV files, JSON lists")
     limits = {
-        "frames": (1, MAX_FRAMES),
+        "frames": (0, MAX_FRAMES),
         "size": (1, 4096),
         "quality": (1, 95),
         "shard_clips": (1, 10**6),
@@ -139,6 +146,16 @@ def _check(config: PrepareConfig) -> Part:
     return Part.parse(config.part)
 
 
+def _frames(config: PrepareConfig, sources: list[Source]) -> int:
+    """Frames per clip. ValueError when some are asked for of clips that have none."""
+    without = next((source for source in sources if not source.has_pictures), None)
+    if config.frames is None:
+        return NUM_FRAMES if without is None else 0
+    if config.frames and without is not None:
+        raise ValueError(f"--frames is {config.frames}, but {without} is a sound alone; it must be 0")
+    return config.frames
+
+
 def _explained(error: OSError) -> str | None:
     """What the user can do about an error of the disk; None for errors that say it themselves."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -148,14 +165,15 @@ def _explained(error: OSError) -> str | None:
     return None
 
 
-def _plan(config: PrepareConfig, sources: list[Source]) -> dict[str, Any]:
+def _plan(config: PrepareConfig, sources: list[Source], labels: str | None) -> dict[str, Any]:
     """What decides the bytes of the shards. How the work is split (`part`, `workers`) does not."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(repr(source).encode())
     settings = {name: getattr(config, name) for name in ("frames", "size", "seconds", "quality", "shard_clips")}
-    labels = hashlib.sha256(config.labels.read_bytes()).hexdigest() if config.labels else None
-    return {"version": VERSION, "clips": len(sources), "list": digest.hexdigest(), **settings, "labels": labels}
+    csv = config.labels.read_bytes() if config.labels else labels.encode() if labels else None
+    known = None if csv is None else hashlib.sha256(csv).hexdigest()
+    return {"version": VERSION, "clips": len(sources), "list": digest.hexdigest(), **settings, "labels": known}
 
 
 def _make_shards(
@@ -227,7 +245,7 @@ def _nbytes(result: PreparedClip | str | Lost) -> int:
     return len(result.sound) + sum(map(len, result.images)) if isinstance(result, PreparedClip) else 0
 
 
-def _publish(config: PrepareConfig, folder: OutputFolder, listed: int, total: int) -> dict[str, Any]:
+def _publish(config: PrepareConfig, folder: OutputFolder, listed: int, total: int, labeled: bool) -> dict[str, Any]:
     """Writes what is known only when all `total` shards are there: rejects, the index of all clips and the manifest."""
     shards = []
     rows: list[np.ndarray] = []
@@ -253,7 +271,7 @@ def _publish(config: PrepareConfig, folder: OutputFolder, listed: int, total: in
         "seconds": config.seconds,
         "sample_rate": SAMPLE_RATE,
         "quality": config.quality,
-        "labels": LABELS if config.labels else None,
+        "labels": LABELS if labeled else None,
         "bytes": sum(shard["bytes"] for shard in shards),
         "shards": shards,
     }

@@ -31,6 +31,10 @@ def choose_backend(backend: str, clips: Clips, device: torch.device, clip: ClipS
     if backend == "dali":
         if missing := dali.available():
             raise ValueError(f"backend is 'dali', but {missing}")
+        if clip is not None and not clip.frames:
+            raise ValueError(
+                "backend is 'dali', which is for pictures, and the model takes the sound alone; allowed: backend='torch'"
+            )
         videos = not isinstance(clips, ShardSet) and any(clip.video for clip in clips)
         if videos and (device.type != "cuda" or not all(clip.video for clip in clips)):
             raise ValueError(

@@ -165,8 +165,10 @@ class InDali:
         self.reader.check_labels(record, labels)
         if not is_plain_sound(sound, clip.sample_rate):
             return None, self.reader.read(record, moment)
-        seconds = 0.0 if clip.frame_rate is None else sound_seconds(sound, str(record))
-        crop = crop_at(clip, moment, self.reader.num_frames, seconds)
+        seconds = (0.0, None)
+        if clip.frame_rate is not None:
+            seconds = sound_seconds(sound, str(record)), record.picture_seconds()
+        crop = crop_at(clip, moment, self.reader.num_frames, *seconds)
         images = {frame: record.image(frame) for frame in crop.frames}
         if not all(map(is_jpeg, images.values())):
             return None, self.reader.read(record, moment)

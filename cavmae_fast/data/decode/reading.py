@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.decode.workers import unusable
-from cavmae_fast.data.media.crop import FRAME_SECONDS, Crop, crop_at
+from cavmae_fast.data.media.crop import CLIP_SECONDS, Crop, crop_at
 from cavmae_fast.data.media.encoded import decode_image, decode_sound
-from cavmae_fast.data.media.files import MediaError, read_clip, read_frames, read_sound
+from cavmae_fast.data.media.files import MediaError, read_clip, read_crop, read_sound_file
 from cavmae_fast.data.sets.labels import LabelSet, foreign_labels
 from cavmae_fast.data.sets.shards import ShardClip
 from cavmae_fast.data.sets.sources import Source
@@ -65,9 +66,10 @@ class Reader:
             self.check_labels(record, record.labels)
             return self._from_video(record, moment)
         name, labels, sound = self._once(record, lambda: self._sound(record))
-        crop = self._crop(moment, sound)
+        seconds = self._once((record, "pictures"), record.picture_seconds) if self.clip.frame_rate is not None else None
+        crop = self._crop(moment, len(sound) / self.clip.sample_rate, seconds)
         pictures = {k: self._once((record, k), lambda k=k: self._image(record, k)) for k in crop.frames}
-        return self._arrays(name, labels, crop, np.stack([pictures[k] for k in crop.frames]), sound)
+        return self._arrays(name, labels, crop, [pictures[k] for k in crop.frames], sound)
 
     def check_labels(self, record: Record, labels: tuple[str, ...]) -> None:
         """Raises MediaError when a label is not one of the classes."""
@@ -77,18 +79,19 @@ class Reader:
     def _from_video(self, record: Source, moment: float) -> Arrays:
         cropped, rate = self.clip.frame_rate is not None, self.clip.sample_rate
         frames = {"num_frames": self.num_frames, "size": self.clip.image_size[0]}
-        # The crop may begin anywhere in the seconds from which frames are chosen.
-        sound_of = {"sample_rate": rate, "seconds": self.clip.samples / rate + FRAME_SECONDS * cropped}
-        if self.keep:
+        # A crop is cut out of the seconds that shards hold, so that it is the same from either.
+        sound_of = {"sample_rate": rate, "seconds": CLIP_SECONDS if cropped else self.clip.samples / rate}
+        if not self.clip.frames:
+            sound = self._once(record, lambda: read_sound_file(record.video, **sound_of))
+            crop, images = self._crop(moment, 0.0), ()
+        elif self.keep:
             whole = self._once(record, lambda: read_clip(record.video, **frames, **sound_of))
-            sound, crop = whole.waveform, self._crop(moment, whole.waveform)
+            sound, crop = whole.waveform, self._crop(moment, whole.duration, whole.picture_seconds)
             images = whole.frames[list(crop.frames)]
         elif cropped:
-            sound, _ = read_sound(record.video, **sound_of)
-            crop = self._crop(moment, sound)
-            images = read_frames(record.video, crop.frames, **frames)
+            crop, images, sound = read_crop(record.video, partial(self._crop, moment), **frames, **sound_of)
         else:  # one pass over the file gives both
-            crop = crop_at(self.clip, moment, self.num_frames, 0.0)
+            crop = self._crop(moment, 0.0)
             whole = read_clip(record.video, frame=crop.frames[0], **frames, **sound_of)
             images, sound = whole.frames, whole.waveform
         return self._arrays(record.id, record.labels, crop, images, sound)
@@ -102,12 +105,16 @@ class Reader:
         called = record.frame_path(frame) if isinstance(record, Source) else str(record)
         return decode_image(record.image(frame), self.clip.image_size[0], called)
 
-    def _crop(self, moment: float, sound: np.ndarray) -> Crop:
-        return crop_at(self.clip, moment, self.num_frames, len(sound) / self.clip.sample_rate)
+    def _crop(self, moment: float, duration: float, picture_seconds: float | None = None) -> Crop:
+        return crop_at(self.clip, moment, self.num_frames, duration, picture_seconds)
 
-    def _arrays(self, name: str, labels: tuple[str, ...], crop: Crop, images: np.ndarray, sound: np.ndarray) -> Arrays:
+    def _arrays(
+        self, name: str, labels: tuple[str, ...], crop: Crop, images: Sequence[np.ndarray], sound: np.ndarray
+    ) -> Arrays:
+        """images: `[S, S, 3]` each; there may be none."""
         heard = sound[crop.sound(self.clip.sample_rate, self.clip.samples)]
-        return Arrays(ClipInfo(name, labels, len(heard)), images, heard)
+        shape = (self.clip.frames, *self.clip.image_size, 3)
+        return Arrays(ClipInfo(name, labels, len(heard)), np.asarray(images, np.uint8).reshape(shape), heard)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns or raises; it is called once for each key where clips are kept."""

@@ -1,7 +1,7 @@
 """Media files to arrays: ten frames and sixteen-kilohertz sound, decoding no more of a file than is needed."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cavmae_fast.clip import SAMPLE_RATE, WINDOW_SECONDS
-from cavmae_fast.data.media.crop import FRAME_SECONDS
+from cavmae_fast.data.media.crop import FRAME_SECONDS, Crop
 from cavmae_fast.errors import CavmaeError
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ class Clip:
         frames: `[num_frames, size, size, 3]` uint8, RGB.
         waveform: `[samples]` int16, mono, at the sample rate that was asked for.
         duration: seconds of sound in `waveform`.
+        picture_seconds: those over which the frames are spread: the file's first ten, or all where it shows fewer.
     """
 
     path: Path
     frames: np.ndarray
     waveform: np.ndarray
     duration: float
+    picture_seconds: float
 
 
 def find_media(sources: Sequence[str | Path]) -> list[Path]:
@@ -122,29 +124,53 @@ def read_clip(
     _check_file(path)
     chosen = range(num_frames) if frame is None else [frame]
     sound = _Sound(sample_rate, int(seconds * sample_rate))
-    frames = _frames(path, _Picture(num_frames, chosen, size), sound)
-    waveform = _long_enough(path, sound)
-    return Clip(path, frames, waveform, len(waveform) / sample_rate)
-
-
-def read_frames(path: str | Path, frames: Sequence[int], *, num_frames: int = 10, size: int = 224) -> np.ndarray:
-    """Some of the `num_frames` frames of a media file, without its sound: `[len(frames), size, size, 3]` uint8, chosen and
-    scaled as `read_clip` does. A number may come more than once. Raises MediaError as `read_clip` does."""
-    path = Path(path)
-    _check_file(path)
-    return _frames(path, _Picture(num_frames, frames, size), None)
-
-
-def _frames(path: Path, picture: "_Picture", sound: "_Sound | None") -> np.ndarray:
-    """Decodes the frames that `picture` wants and, on the way, the sound."""
+    picture = _Picture(num_frames, chosen, size)
     _decode(path, picture, sound)
     if picture.ended_early:
         # The header promised more frames than the file holds: choose again among those that there are.
-        picture = _Picture(picture.num_frames, picture.chosen, picture.size, total=picture.count)
+        picture = _Picture(num_frames, chosen, size, total=picture.count)
         _decode(path, picture, None)
-    if not picture.complete:
-        raise MediaError(f"{path}: no video frame could be decoded")
-    return picture.frames()
+    waveform = _long_enough(path, sound)
+    return Clip(path, picture.frames(path), waveform, len(waveform) / sample_rate, picture.seconds)
+
+
+def read_crop(
+    path: str | Path,
+    choose: Callable[[float, float], Crop],
+    *,
+    num_frames: int,
+    size: int,
+    sample_rate: int,
+    seconds: float,
+) -> tuple[Crop, np.ndarray, np.ndarray]:
+    """A crop of a media file, of whose pictures no more are decoded than lie before its end.
+
+    Args:
+        path: the file.
+        choose: (seconds of sound, seconds of pictures) -> the crop.
+        num_frames, size, sample_rate, seconds: as in `read_clip`.
+
+    Returns:
+        The crop; its frames `[len(crop.frames), size, size, 3]` uint8, chosen and scaled as `read_clip` does; and the whole
+        sound `[samples]` int16.
+
+    Raises:
+        MediaError: as `read_clip` does.
+    """
+    path = Path(path)
+    _check_file(path)
+    sound, picture = _Sound(sample_rate, int(seconds * sample_rate)), _Picture(num_frames, [0], size)
+    _decode(path, picture, sound, sound_alone=True)
+    waveform = _long_enough(path, sound)
+    crop = choose(len(waveform) / sample_rate, picture.seconds)
+    picture = _Picture(num_frames, crop.frames, size)
+    _decode(path, picture, None)
+    if picture.ended_early:  # as in `read_clip`: there are fewer seconds of pictures than the header promised
+        count = picture.count
+        crop = choose(len(waveform) / sample_rate, count / picture.rate)
+        picture = _Picture(num_frames, crop.frames, size, total=count)
+        _decode(path, picture, None)
+    return crop, picture.frames(path), waveform
 
 
 def read_sound(
@@ -288,9 +314,11 @@ class _Picture:
         """Decide which frame numbers are wanted, and how far decoding must go to be sure of them."""
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         fps = next((rate for rate in rates if rate and 0 < rate <= _MAX_FPS), 25)
+        self.rate = float(fps)
         limit = max(1, int(FRAME_SECONDS * fps))
         known = self.total or stream.frames
         total = min(known, limit) if known > 0 else limit
+        self.seconds = float(total / fps)
         self.numbers = [int(i * total / self.num_frames) for i in self.chosen]
         # Without a frame count, only reaching the limit proves that the limit, and not the count, decides.
         self.stop = max(self.numbers) + 1 if known > 0 else total
@@ -304,11 +332,10 @@ class _Picture:
     def finish(self) -> None:
         self.ended_early = not self.done and self.count > 0
 
-    @property
-    def complete(self) -> bool:
-        return all(number in self.images for number in self.numbers)
-
-    def frames(self) -> np.ndarray:
+    def frames(self, path: Path) -> np.ndarray:
+        """Those that were chosen. MediaError, naming `path`, when they could not be decoded."""
+        if any(number not in self.images for number in self.numbers):
+            raise MediaError(f"{path}: no video frame could be decoded")
         return np.stack([self.images[number] for number in self.numbers])
 
 

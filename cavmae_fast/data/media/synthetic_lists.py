@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 from cavmae_fast.data.media.synthetic import HUES, MANIFEST, MOTIONS, PITCHES, RHYTHMS, SHAPES, TIMBRES
+from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.shards import write_whole
 
 
@@ -47,9 +46,5 @@ def write_lists(clips: Path, folder: Path) -> LabeledLists:
     classes = [(f"shape/{seen}", f"{seen}, {heard}") for seen, heard in zip(SHAPES, TIMBRES)]
     classes += [(f"hue/{seen:g}", f"hue {seen:g} degrees, {heard:g} Hz") for seen, heard in zip(HUES, PITCHES)]
     classes += [(f"motion/{seen}", f"{seen}, {heard}") for seen, heard in zip(MOTIONS, RHYTHMS)]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("index", "mid", "display_name"))
-    writer.writerows((index, *row) for index, row in enumerate(classes))
-    write_whole(lists.labels, text.getvalue())
+    write_whole(lists.labels, LabelSet(*map(tuple, zip(*classes))).to_csv())
     return lists

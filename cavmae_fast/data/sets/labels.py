@@ -1,6 +1,7 @@
 """Class labels: the labels CSV, multi-hot targets with smoothing and mixup, and the weights of balanced sampling."""
 
 import csv
+import io
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -83,6 +84,14 @@ class LabelSet:
             mids.add(mid)
         ordered = [found[index] for index in range(len(rows))]
         return cls(tuple(mid for mid, _ in ordered), tuple(name for _, name in ordered))
+
+    def to_csv(self) -> str:
+        """The text that `from_csv` reads."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows((index, *row) for index, row in enumerate(zip(self.mids, self.names, strict=True)))
+        return text.getvalue()
 
     @cached_property
     def index(self) -> dict[str, int]:

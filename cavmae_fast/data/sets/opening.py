@@ -39,9 +39,22 @@ def frames_of(clips: Clips, clip: ClipSpec) -> int:
 
     Shards say what they were prepared with; the published layout has ten; videos are cut as finely as the frame rate needs.
 
+    A model that takes no pictures needs no frames: 1.
+
     Raises:
-        ValueError: the data set has fewer pictures per second than the model takes.
+        ValueError: the data set has no pictures, or fewer per second than the model takes.
     """
+    if clip.frames == 0:
+        return 1
+    if isinstance(clips, ShardSet):
+        without = None if clips.num_frames else clips.folder
+    else:
+        without = next((source for source in clips if not source.has_pictures), None)
+    if without is not None:
+        raise ValueError(
+            f"{without} holds sound alone, and the model takes pictures, too (clip.frames is {clip.frames}); allowed: a "
+            "model of sound alone, such as `finetune --model audio` makes"
+        )
     needed = 1 if clip.frame_rate is None else math.ceil(FRAME_SECONDS * clip.frame_rate)
     if isinstance(clips, ShardSet):
         found, seconds = clips.num_frames, clips.manifest["seconds"]
@@ -60,6 +73,12 @@ def frames_of(clips: Clips, clip: ClipSpec) -> int:
             f"allowed: {found / FRAME_SECONDS:g} or less, or shards prepared with --frames {needed} or more"
         )
     return found
+
+
+def views_of(clips: Clips, clip: ClipSpec) -> int:
+    """How often a clip can be judged, with another picture each time: as often as it has frames, where the model takes one
+    of them; once where it takes none, or a crop."""
+    return frames_of(clips, clip) if clip.frames and clip.frame_rate is None else 1
 
 
 def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
@@ -82,12 +101,13 @@ def clip_weights(weights: str | Path | np.ndarray, clips: Clips) -> np.ndarray:
 
 
 def clip_labels(labels: LabelSet | str | Path | None, clips: Clips) -> LabelSet | None:
-    """The classes: as given, from a CSV, or those the shards were prepared with. LabelError when they cannot be read."""
+    """The classes: as given, from a CSV, or those that the shards or the published data set say. LabelError when they cannot
+    be read."""
     if isinstance(labels, str | Path):
         return LabelSet.from_csv(labels)
     if labels is None and isinstance(clips, ShardSet) and clips.manifest["labels"]:
         return LabelSet.from_csv(clips.folder / LABELS)
-    return labels
+    return getattr(clips, "label_set", None) if labels is None else labels
 
 
 def labels_of(clips: Clips) -> list[tuple[str, ...]]:

@@ -238,6 +238,12 @@ class ShardClip(NamedTuple):
         said = json.loads(meta)
         return said["id"], tuple(said["labels"]), sound
 
+    def picture_seconds(self) -> float | None:
+        """Over which seconds its frames are spread; None where that was not noted, and they are as long as the sound: in
+        shards of extracted frames, and of earlier versions."""
+        (meta,) = self._members(0, 0)
+        return json.loads(meta).get("picture_seconds")
+
     def image(self, frame: int) -> bytes:
         """The bytes of a frame; raises as `read` does."""
         return self._members(2 + frame, 2 + frame)[0]
@@ -336,7 +342,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ShardError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
         counts = [manifest[name] for name in ("listed", "clips", "frames")]
         counts += [shard[name] for shard in manifest["shards"] for name in ("number", "clips", "bytes")]
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or not 1 <= manifest["frames"] <= MAX_FRAMES:
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or not manifest["frames"] <= MAX_FRAMES:
             raise ShardError(f"{path}: not a manifest that `cavmae-fast prepare` wrote (a number is out of range)")
         return manifest
     except FileNotFoundError as error:

@@ -1,4 +1,5 @@
-"""Where clips come from: folders, globs, lists of paths and the published JSON lists, each as `Source` records."""
+"""Where clips come from: folders, globs, lists of paths, the published JSON lists and data sets of sound alone, each as
+`Source` records."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cavmae_fast.data.media.files import VIDEO_SUFFIXES, MediaError, find_media
-from cavmae_fast.data.sets.labels import split_labels
+from cavmae_fast.data.sets.audio_sets import AudioSet, read_audio_set
+from cavmae_fast.data.sets.labels import LabelSet, split_labels
 
 _MAX_FILE_BYTES = 1 << 30
 
 
 class Source(NamedTuple):
-    """One clip and where it is: a media file, or the published layout of extracted frames and sound.
+    """One clip and where it is: a media file, the published layout of extracted frames and sound, or a sound alone.
 
     Attributes:
         id: its name, as retrieval and reports give it.
@@ -37,6 +39,11 @@ class Source(NamedTuple):
     def __str__(self) -> str:
         return self.video or self.sound or self.id
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is more than a sound."""
+        return self.video is not None or self.frames is not None
+
     def frame_path(self, number: int) -> str:
         """The frame's file, or that of the nearest earlier frame that is there, as published.
 
@@ -49,12 +56,15 @@ class Source(NamedTuple):
                 return path
         raise MediaError(f"{self.id}: no frame {number} or earlier in {self.frames}/frame_{{k}}/{self.id}.jpg")
 
+    def picture_seconds(self) -> None:
+        """Extracted frames do not say over which seconds they are spread."""
+
     def image(self, number: int) -> bytes:
         """The bytes of a frame's file."""
         return read_file(self.frame_path(number))
 
     def head(self) -> tuple[str, tuple[str, ...], bytes]:
-        """Its name, its labels and the bytes of its sound (published layout).
+        """Its name, its labels and the bytes of its sound (where that is a file of its own).
 
         Raises:
             MediaError: the file of the sound is missing or cannot be read.
@@ -79,20 +89,35 @@ def read_file(path: str) -> bytes:
         raise MediaError(f"{path!a}: cannot be read ({error})") from error
 
 
-def find_sources(places: Sequence[str | Path]) -> list[Source]:
+class Sources(list[Source]):
+    """Clips, and the classes where all the places that they come from say the same ones (`label_set`, else None)."""
+
+    label_set: LabelSet | None = None
+
+
+def find_sources(places: Sequence[str | Path]) -> Sources:
     """The clips that `places` name, in a fixed order.
 
     A place is a folder (searched recursively for media files, sorted), a media file, a glob, a CSV file of media paths
     (first column; an optional column of comma-joined label ids; a first row without folder and suffix is the heading), or
     a JSON list as published: `{"data": [{"video_id", "wav", "video_path", "labels"}]}`, where `video_path` is a folder of
     extracted frames or a video file, and `video` may name the video instead. Relative paths in a list start at the list.
+    A folder may also be a data set of sound alone in its published layout (`audio_sets.read_audio_set`): ESC-50 or Speech
+    Commands. Some of its splits are named behind an `@`: `ESC-50-master@1,2,3,4`, `speech_commands@testing`.
 
     Raises:
         MediaError: a place does not exist, a list cannot be read, or nothing was found. The message names it.
     """
-    found: list[Source] = []
+    found = Sources()
+    label_sets: list[LabelSet | None] = []
     for place in map(str, places):
         path = Path(place)
+        if (listed := _audio_set(place)) is not None:
+            sounds, label_set = listed
+            found += sounds
+            label_sets.append(label_set)
+            continue
+        label_sets.append(None)
         if path.suffix.lower() == ".json" and path.is_file():
             found += _published(path)
         elif path.suffix.lower() == ".csv" and path.is_file():
@@ -107,7 +132,26 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
             found += [Source(id=_id(file, start), video=str(file)) for file in find_media([path])]
     if not found:
         raise MediaError(f"{', '.join(map(str, places)) or 'an empty list'}: names no clip")
+    if all(label_set == label_sets[0] for label_set in label_sets):
+        found.label_set = label_sets[0]
     return found
+
+
+def _audio_set(place: str) -> tuple[list[Source], LabelSet] | None:
+    """The clips and classes of a data set of sound alone, or of the splits of it that `place` names; None where the place
+    is something else."""
+    root, splits = (place, None) if os.path.exists(place) else _named_splits(place)
+    audio_set: AudioSet | None = read_audio_set(Path(root))
+    if audio_set is None:
+        return None
+    sounds = audio_set.of(place, splits or audio_set.splits)
+    return [Source(one.id, (one.label,), sound=one.path) for one in sounds], audio_set.label_set
+
+
+def _named_splits(place: str) -> tuple[str, list[str]]:
+    """`folder@a,b` -> the folder, and what is named behind it."""
+    root, _, names = place.rpartition("@")
+    return root, [name.strip() for name in names.split(",")]
 
 
 def _id(file: Path, start: Path) -> str:

@@ -33,8 +33,9 @@ class EvaluateConfig(Running):
     """CSV of the classes: index, mid, display_name. Default: that of the shards."""
     frames: Literal[1, 10] = 1
     """Pictures per clip: the middle one, or all, whose scores are averaged."""
-    mode: Literal["multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly", "all"] = "multimodal"
-    """What of a clip the model is given; all: each of the modes that it has, one after the other."""
+    mode: Literal["multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly", "all"] | None = None
+    """What of a clip the model is given; all: each of the modes that it has, one after the other. Default: multimodal; of a
+    model with one encoder, that one."""
     activation: Literal["auto", "sigmoid", "softmax"] = "auto"
     """Of the logits: sigmoid for clips with any number of labels, softmax for those with one; auto looks at the labels."""
     out: Path = Path("runs/evaluate")
@@ -47,7 +48,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     data, config = data_of(config.data), config.settled()
     precision = config.precision()
     model = open_model(config.checkpoint)
-    modes = getattr(model, "modes", ()) if config.mode == "all" else (config.mode,)
+    of_model = getattr(model, "modes", ())
+    modes = of_model if config.mode == "all" else of_model[:1] if config.mode is None else (config.mode,)
     if is_first():
         config.out.mkdir(parents=True, exist_ok=True)
     found = classify(
