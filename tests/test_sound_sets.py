@@ -72,8 +72,11 @@ def test_speech_commands(speech):
     assert not read_audio_set(speech).folds and len({one.id for part in splits.values() for one in part}) == 15
 
 
-def test_places_beside_them(esc50, tmp_path):
-    """Other places have no classes, and a folder whose name has an @ is itself."""
+def test_places_beside_them(esc50, tmp_path, monkeypatch):
+    """Other places have no classes, a folder whose name has an @ is itself, and what is not there is no split of here."""
+    monkeypatch.chdir(esc50)
+    with pytest.raises(MediaError, match="nowhere: no such file or folder"):
+        find_sources(["nowhere"])
     videos, _ = generate_clips(tmp_path / "clips@home", num_train=1, num_test=1, seconds=0.5, size=32)
     mixed = find_sources([tmp_path / "clips@home", f"{esc50}@1"])
     assert len(mixed) == 2 + 6 and mixed.label_set is None

@@ -26,10 +26,11 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     gathered for the whole pass.
     """
     mesh = torch.distributed.init_device_mesh(device.type, (ranks.world_size,))
-    stages = [[model.get_submodule(stack) for stack in stage] for stage in model.stacks]
-    together = [] if hasattr(model, "modes") else [list(blocks) for stage in stages for blocks in zip(*stage, strict=True)]
-    grouped = {block for blocks in together for block in blocks}
-    together += [[block] for block in model.modules() if isinstance(block, Block) and block not in grouped]
+    stacks = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    stacks = [[block for block in stack if isinstance(block, Block)] for stack in stacks]
+    specific = [list(getattr(model, f"blocks_{m}")) for m in model.modalities]
+    together = [] if hasattr(model, "modes") else [list(blocks) for blocks in zip(*specific, strict=True)]
+    together += [[block] for stack in stacks for block in stack if not any(block in blocks for blocks in together)]
     for blocks in together:
         fully_shard(blocks if len(blocks) > 1 else blocks[0], mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cavmae_fast.data.media.files import VIDEO_SUFFIXES, MediaError, find_media
-from cavmae_fast.data.sets.audio_sets import AudioSet, read_audio_set
+from cavmae_fast.data.sets.audio_sets import read_audio_set
 from cavmae_fast.data.sets.labels import LabelSet, split_labels
 
 _MAX_FILE_BYTES = 1 << 30
@@ -140,18 +140,15 @@ def find_sources(places: Sequence[str | Path]) -> Sources:
 def _audio_set(place: str) -> tuple[list[Source], LabelSet] | None:
     """The clips and classes of a data set of sound alone, or of the splits of it that `place` names; None where the place
     is something else."""
-    root, splits = (place, None) if os.path.exists(place) else _named_splits(place)
-    audio_set: AudioSet | None = read_audio_set(Path(root))
+    root, splits = place, []
+    if "@" in place and not os.path.exists(place):
+        root, _, names = place.rpartition("@")
+        splits = [name.strip() for name in names.split(",")]
+    audio_set = read_audio_set(Path(root))
     if audio_set is None:
         return None
     sounds = audio_set.of(place, splits or audio_set.splits)
     return [Source(one.id, (one.label,), sound=one.path) for one in sounds], audio_set.label_set
-
-
-def _named_splits(place: str) -> tuple[str, list[str]]:
-    """`folder@a,b` -> the folder, and what is named behind it."""
-    root, _, names = place.rpartition("@")
-    return root, [name.strip() for name in names.split(",")]
 
 
 def _id(file: Path, start: Path) -> str:

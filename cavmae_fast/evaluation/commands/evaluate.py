@@ -114,7 +114,8 @@ def _pretrained(checkpoint: Path) -> str | None:
         run = json.loads((checkpoint.parent / "config.json").read_text())
     except (OSError, ValueError):  # no run's folder: the evaluation needs none
         return None
-    init = run.get("init") if isinstance(run, dict) else None
+    # Retrieval is between sound and pictures: a classifier of one of them says nothing of the data's other one.
+    init = run.get("init") if isinstance(run, dict) and run.get("model", "av") == "av" else None
     return init if isinstance(init, str) and Path(init).exists() else None
 
 
