@@ -72,6 +72,12 @@ class ClipSpec:
         return (self.audio_length - 1) * shift + window
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one clip's spectrogram `(T, mel_bins)`, and of its pictures: `(3, H, W)`, or `(frames, 3, H, W)` of several."""
+        frames = () if self.frames == 1 else (self.frames,)
+        return (self.audio_length, self.mel_bins), (*frames, 3, *self.image_size)
+
+    @property
     def crop_seconds(self) -> float | None:
         """Length of the crop in time; None where the whole clip is used."""
         return None if self.frame_rate is None else self.frames / self.frame_rate

@@ -35,7 +35,7 @@ class DoctorConfig:
     """Report device, versions, and which implementation each operator uses here, and why."""
 
     model: str | None = None
-    """Say how much memory pretraining this system takes, instead: base or any other name that pretrain takes."""
+    """Say how much memory pretraining this system takes, instead: base, mavil or any other name that pretrain takes."""
     batch: int = 256
     """Clips per step of it."""
     recompute: Literal["none", "elementwise", "mlp", "block"] | None = None
@@ -48,12 +48,22 @@ def examine(config: DoctorConfig) -> str:
     """The report as text: the job of the command."""
     if config.model is None:
         return render()
-    from cavmae_fast.training.pretrain_config import preset_name
+    from cavmae_fast.models.systems import STAGE_2, SYSTEMS
+    from cavmae_fast.training.pretrain_config import ALIASES
     from cavmae_fast.training.step_memory import memory_table
 
     choices = RECOMPUTE if config.recompute is None else [config.recompute]
-    rows = memory_table(preset_name(config.model), config.batch, choices, config.gpu)
-    return _section(f"a step of {config.batch} clips in bfloat16, by its tensors", rows)
+    name = ALIASES.get(config.model, config.model)
+    if name not in SYSTEMS:
+        raise ValueError(f"--model is {config.model!r}; it must be one of {', '.join([*ALIASES, *SYSTEMS])}")
+    stages = {name: ""} | ({name + STAGE_2: "stage 2, with its teacher: "} if name + STAGE_2 in SYSTEMS else {})
+    return "\n".join(
+        _section(
+            f"{stage}a step of {config.batch} clips in bfloat16, by its tensors",
+            memory_table(system, config.batch, choices, config.gpu),
+        )
+        for system, stage in stages.items()
+    )
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:

@@ -71,6 +71,17 @@ def test_what_the_doctor_says_of_memory():
     assert len(doctor.examine(DoctorConfig(model="small", batch=8, recompute="mlp", gpu=(1,))).splitlines()) == 2
 
 
+def test_what_the_doctor_says_of_models_of_towers():
+    """Of MAViL both stages; a batch that is too small for its peak to grow says no less of what a GPU takes."""
+    text = doctor.examine(DoctorConfig(model="mavil-small", batch=4, recompute="none", gpu=(24,)))
+    first, *_, second, _ = text.splitlines()
+    assert "a step of 4 clips" in first and "stage 2, with its teacher: a step of 4 clips" in second
+    counts = [int(count.replace(",", "")) for count in re.findall(r"take ([\d,]+) clips", text)]
+    assert len(counts) == 2 and all(1000 < count < 10_000 for count in counts)
+    (line,) = doctor.examine(DoctorConfig(model="a-mae-small", batch=64, recompute="block", gpu=(24,))).splitlines()[1:]
+    assert "kept for backward" in line
+
+
 @pytest.mark.parametrize(("change", "words"), [({"model": "huge"}, "--model is 'huge'"), ({"batch": 1}, "--batch is 1")])
 def test_what_the_doctor_refuses(change, words):
     with pytest.raises(ValueError, match=words):

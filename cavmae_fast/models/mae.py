@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cavmae_fast.models import towers
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
+from cavmae_fast.models.packed import RECOMPUTE
 from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.reference.mae_parameters import MAEFTParameters, MAEParameters
@@ -18,6 +19,7 @@ class PackedTower(Tower):
     """A tower by itself: one stream."""
 
     attentions = ("auto", *BACKENDS)
+    recomputations = RECOMPUTE
 
     def forward_feat(self, x: Tensor) -> Tensor:
         """Unmasked inputs -> the normed tokens of all patches, `[B, L, D]`."""
@@ -32,7 +34,7 @@ class PackedTower(Tower):
     def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `MAViL.features`, of this modality."""
         dtype = compute_dtype(self.norm.weight)
-        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention)
+        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention, self.recompute)
         _, (tokens,) = towers.normed([self], state, dtype)
         return {self.modality: tokens[:, 1:]}
 
@@ -50,6 +52,7 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         norm_pix_loss: true patches are normalized, each by itself.
         attention: back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here).
         clip: a `ClipSpec` with what the inputs are normalized with, where it is not MAViL's.
+        recompute: what the backward pass forms again instead of keeping it, one of `packed.RECOMPUTE`, as in `CAVMAE`.
 
     Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
     """
@@ -61,9 +64,9 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         self.check_removed(mask_ratio, "mask_ratio")
         dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed([self], state, dtype)
-        (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention)
+        (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
         loss = towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
         return MAEOutput(loss, masking.mask)
@@ -74,9 +77,9 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         self.check_removed(mask_ratio, "mask_ratio")
         dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention)
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed([self], state, dtype)
-        (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention)
+        (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
         removed = take_tokens(pred, masking.ids_removed)
         loss = towers.removed_loss(self, x, removed, masking, self.norm_pix_loss, self.clip_spec)

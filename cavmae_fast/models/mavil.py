@@ -16,7 +16,7 @@ from torch import Tensor
 from cavmae_fast.models import towers
 from cavmae_fast.models.distributed import NEGATIVES, gather_rows
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
-from cavmae_fast.models.packed import State, block, normalize
+from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
 from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
@@ -33,6 +33,7 @@ class PackedMAViL(MAViLEncoderParameters):
     """The encoders and the fusion encoder on packed streams."""
 
     attentions = ("auto", *BACKENDS)
+    recomputations = RECOMPUTE
 
     def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed."""
@@ -42,7 +43,7 @@ class PackedMAViL(MAViLEncoderParameters):
     def _fuse_jointly(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         state = towers.pack([torch.cat([*tokens], dim=1)])
         for one in self.fusion.blocks:
-            state = block(state, [one], [None], dtype, self.attention)
+            state = block(state, [one], [None], dtype, self.attention, recompute=self.recompute)
         (joint,) = state.layout.streams(normalize(state, [self.fusion.norm], dtype)[1])
         return list(joint.split([part.shape[1] for part in tokens], dim=1))
 
@@ -51,7 +52,7 @@ class PackedMAViL(MAViLEncoderParameters):
         streams, shared = list(tokens), self.fusion.bottleneck.expand(len(tokens[0]), -1, -1)
         for blocks in zip(self.fusion.blocks_a, self.fusion.blocks_v):
             state = towers.pack([torch.cat([stream, shared.to(stream.dtype)], dim=1) for stream in streams])
-            state = block(state, blocks, [None, None], dtype, self.attention)
+            state = block(state, blocks, [None, None], dtype, self.attention, recompute=self.recompute)
             with_shared = state.layout.streams(state.value())
             streams = [stream[:, :-count] for stream in with_shared]
             shared = (with_shared[0][:, -count:] + with_shared[1][:, -count:]) / 2
@@ -63,14 +64,14 @@ class PackedMAViL(MAViLEncoderParameters):
         dtype = compute_dtype(self.fusion.norm.weight)
         chosen_towers = [tower for tower in self.towers if tower.modality in inputs]
         given = [inputs[tower.modality] for tower in chosen_towers]
-        state = towers.whole(chosen_towers, given, self.clip_spec, dtype, self.attention)
+        state = towers.whole(chosen_towers, given, self.clip_spec, dtype, self.attention, self.recompute)
         _, tokens = towers.normed(chosen_towers, state, dtype)
         return {tower.modality: part[:, 1:] for tower, part in zip(chosen_towers, tokens)}
 
     def fused(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
         """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`."""
         dtype = compute_dtype(self.fusion.norm.weight)
-        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention)
+        state = towers.whole(self.towers, [audio, imgs], self.clip_spec, dtype, self.attention, self.recompute)
         a, v = self.fuse(*state.layout.streams(state.value()), dtype)
         return FeatureOutput(a[:, 1:], v[:, 1:])
 
@@ -88,8 +89,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
     """MAViL for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, frames, 3, H, W]`, floating-point or uint8
     RGB, which is normalized on the way with the statistics in `clip_spec`.
 
-    Arguments as in `MAViLParameters`, which says how certain each default is, and `attention`, the back end, one of
-    `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here).
+    Arguments as in `MAViLParameters`, which says how certain each default is, and two that are no property of the weights:
+    `attention`, the back end, one of `cavmae_fast.ops.attention.BACKENDS` ('auto' takes the best that is proven here), and
+    `recompute`, what the backward pass forms again instead of keeping it, one of `packed.RECOMPUTE`, as in `CAVMAE`.
 
     Stage 1 reconstructs the pixels of removed patches. In stage 2 a frozen model of stage 1, or of an earlier round of
     stage 2, is the teacher: `teacher.targets(audio, imgs)` are its fused tokens of the whole clip, and the student
@@ -143,7 +145,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         if any(weight != 0 for weight in weights):
             dtype = compute_dtype(self.fusion.norm.weight)
             ids_keep = [masking.ids_keep for masking in maskings]
-            state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention)
+            state = towers.encode(
+                self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute
+            )
         if weights.inter != 0 or weights.intra != 0:
             x, tokens = towers.normed(self.towers, state, dtype)
             inter, intra, c_acc = self.contrast(tokens, views, weights)
@@ -165,7 +169,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         where nothing is removed."""
         if all(masking.ids_removed.shape[1] == 0 for masking in maskings):
             return []
-        return towers.decode_removed(self.towers, self.fuse(*encoded, dtype), maskings, dtype, self.attention)
+        return towers.decode_removed(
+            self.towers, self.fuse(*encoded, dtype), maskings, dtype, self.attention, self.recompute
+        )
 
     def raw_losses(self, inputs: Sequence[Tensor], decoded: Sequence[Tensor], maskings: Sequence[Masking]) -> list[Tensor]:
         """The mean squared errors on the removed patches of audio and of video."""
@@ -223,9 +229,9 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
         maskings = self.draw_masks(len(audio), 1, audio.device, mask_ratio_a, mask_ratio_v)
         dtype = compute_dtype(self.fusion.norm.weight)
         ids_keep = [masking.ids_keep for masking in maskings]
-        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention)
+        state = towers.encode(self.towers, [audio, imgs], ids_keep, self.clip_spec, dtype, self.attention, self.recompute)
         tokens = self.fuse(*state.layout.streams(state.value()), dtype)
-        decoded = towers.decode(self.towers, tokens, maskings, dtype, self.attention)
+        decoded = towers.decode(self.towers, tokens, maskings, dtype, self.attention, self.recompute)
         pred = [towers.predict(tower.decoder_pred, part) for tower, part in zip(self.towers, decoded)]
         losses = []
         for tower, x, part, masking in zip(self.towers, (audio, imgs), pred, maskings):

@@ -38,10 +38,13 @@ def fusion_macs(model: MAViLEncoderParameters, tokens_a: int, tokens_v: int) -> 
     return sum(block_macs(block, tokens) for blocks, tokens in stacks for block in blocks)
 
 
-def mae_macs(model: Tower, mask_ratio: float = 0.8) -> dict[str, float]:
-    """One sample's forward pass of an `MAE` in pretraining, by part of the model."""
+def mae_macs(model: Tower, mask_ratio: float = 0.8, *, plain: bool = False) -> dict[str, float]:
+    """One sample's forward pass of an `MAE` in pretraining, by part of the model. `plain`: as in `mavil_macs`."""
     kept = kept_tokens(model.num_patches, mask_ratio, "mask_ratio")
-    return {"encoder": encoder_macs(model, kept), "decoder": decoder_macs(model, kept, [model.decoder_pred])}
+    return {
+        "encoder": encoder_macs(model, kept, model.num_patches if plain else None),
+        "decoder": decoder_macs(model, kept, [model.decoder_pred], plain),
+    }
 
 
 def mavil_macs(

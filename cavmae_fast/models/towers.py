@@ -1,7 +1,8 @@
 """The forward pass of one or two towers on packed streams: a stream for each tower, all of them in one buffer.
 
-`towers`, inputs, masks and what is returned are sequences of the same length, one entry for each tower. Exact savings: only
-kept patches are projected, and the last decoder block runs for removed patches alone.
+`towers`, inputs, masks and what is returned are sequences of the same length, one entry for each tower; `recompute`, one of
+`packed.RECOMPUTE`, is what blocks form again in the backward pass. Exact savings: only kept patches are projected, and the
+last decoder block runs for removed patches alone.
 """
 
 from __future__ import annotations
@@ -58,17 +59,25 @@ def encode(
     clip: ClipSpec,
     dtype: torch.dtype,
     backend: str,
+    recompute: str,
 ) -> State:
     """Inputs of all towers through all their blocks; class tokens included, not yet normed."""
     state = pack([embed(*each, clip, dtype) for each in zip(towers, inputs, ids_keep, strict=True)])
     for blocks in zip(*(tower.blocks for tower in towers), strict=True):
-        state = block(state, blocks, [None] * len(towers), dtype, backend)
+        state = block(state, blocks, [None] * len(towers), dtype, backend, recompute=recompute)
     return state
 
 
-def whole(towers: Sequence[Tower], inputs: Sequence[Tensor], clip: ClipSpec, dtype: torch.dtype, backend: str) -> State:
+def whole(
+    towers: Sequence[Tower],
+    inputs: Sequence[Tensor],
+    clip: ClipSpec,
+    dtype: torch.dtype,
+    backend: str,
+    recompute: str,
+) -> State:
     """As `encode`, of unmasked inputs."""
-    return encode(towers, inputs, [None] * len(towers), clip, dtype, backend)
+    return encode(towers, inputs, [None] * len(towers), clip, dtype, backend, recompute)
 
 
 def normed(towers: Sequence[Tower], state: State, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -84,6 +93,7 @@ def _decoder_state(
     leave_out: int,
     dtype: torch.dtype,
     backend: str,
+    recompute: str,
 ) -> State:
     """Tokens at their places, mask tokens elsewhere, through all blocks of the decoders but the last `leave_out`."""
     packed = pack(tokens)
@@ -97,30 +107,40 @@ def _decoder_state(
     state = pack(streams)
     stacks = [tower.decoder_blocks[: len(tower.decoder_blocks) - leave_out] for tower in towers]
     for blocks in zip(*stacks, strict=True):
-        state = block(state, blocks, [None] * len(towers), dtype, backend)
+        state = block(state, blocks, [None] * len(towers), dtype, backend, recompute=recompute)
     return state
 
 
 def decode(
-    towers: Sequence[Tower], tokens: Sequence[Tensor], maskings: Sequence[Masking], dtype: torch.dtype, backend: str
+    towers: Sequence[Tower],
+    tokens: Sequence[Tensor],
+    maskings: Sequence[Masking],
+    dtype: torch.dtype,
+    backend: str,
+    recompute: str,
 ) -> list[Tensor]:
     """Normed tokens `[B, 1 + K, D]` -> the decoders' normed tokens of every patch, `[B, L, width]`."""
-    state = _decoder_state(towers, tokens, maskings, 0, dtype, backend)
+    state = _decoder_state(towers, tokens, maskings, 0, dtype, backend, recompute)
     _, h = normalize(state, [tower.decoder_norm for tower in towers], dtype)
     return [stream[:, 1:] for stream in state.layout.streams(h)]
 
 
 def decode_removed(
-    towers: Sequence[Tower], tokens: Sequence[Tensor], maskings: Sequence[Masking], dtype: torch.dtype, backend: str
+    towers: Sequence[Tower],
+    tokens: Sequence[Tensor],
+    maskings: Sequence[Masking],
+    dtype: torch.dtype,
+    backend: str,
+    recompute: str,
 ) -> list[Tensor]:
     """As `decode`, for removed patches alone: `[B, M, width]`, in `ids_removed` order. Something must be removed."""
-    state = _decoder_state(towers, tokens, maskings, 1, dtype, backend)
+    state = _decoder_state(towers, tokens, maskings, 1, dtype, backend, recompute)
     rows = state.layout.rows_per_stream
     deltas = [None] * len(towers) if state.delta is None else state.delta.split(rows)
     decoded = []
     for tower, x, delta, length, masking in zip(towers, state.x.split(rows), deltas, state.layout.lengths, maskings):
         alone = State(x, delta, StreamLayout(state.layout.batch, (length,)))
-        last = block_for_tokens(alone, tower.decoder_blocks[-1], masking.ids_removed + 1, dtype, backend)
+        last = block_for_tokens(alone, tower.decoder_blocks[-1], masking.ids_removed + 1, dtype, backend, recompute)
         decoded += last.layout.streams(normalize(last, [tower.decoder_norm], dtype)[1])
     return decoded
 

@@ -14,7 +14,24 @@ from cavmae_fast.reference.layers import ModalityBlock, NormLayer, PatchEmbed, i
 from cavmae_fast.reference.positions import sincos_positions
 
 
-class EncoderParameters(Freezing):
+class Recomputing(nn.Module):
+    """A model with the property `recompute`. It belongs to a run and not to the weights: no configuration notes it."""
+
+    recomputations: ClassVar[tuple[str, ...]] = ("none",)
+    "Allowed values of `recompute`."
+    _recompute = "none"
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        self._recompute = chosen("recompute", value, self.recomputations)
+
+
+class EncoderParameters(Recomputing, Freezing):
     """Patch embeddings, the modality-specific blocks, the shared blocks and the final norms, without a forward pass.
 
     The reference and the fast models both derive from this class and each add a forward pass of their own: so names,
@@ -25,8 +42,6 @@ class EncoderParameters(Freezing):
     "'av', or 'a' for an audio-only model, which carries no parameter of the video stream."
     attentions: ClassVar[tuple[str, ...]]
     "Allowed values of the argument `attention`; the first is its default."
-    recomputations: ClassVar[tuple[str, ...]] = ("none",)
-    "Allowed values of the argument `recompute`."
     clip_spec: ClipSpec
     "What the model takes of a clip: the data path makes its inputs by this."
 
@@ -91,15 +106,6 @@ class EncoderParameters(Freezing):
         for stack in stacks:
             for block in stack:
                 block.freeze_modality_norms()
-
-    @property
-    def recompute(self) -> str:
-        """What the backward pass forms again instead of keeping it, one of `recomputations`. It may be set at any time."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, value: str) -> None:
-        self._recompute = chosen("recompute", value, self.recomputations)
 
     @property
     def patch_size(self) -> int:

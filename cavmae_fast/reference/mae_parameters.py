@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.reference.encoder_parameters import chosen, constructor_arguments, fitting
+from cavmae_fast.reference.encoder_parameters import Recomputing, chosen, constructor_arguments, fitting
 from cavmae_fast.reference.layers import NormLayer, initialize_weights
 from cavmae_fast.reference.tower import DecoderSizes, Tower, clip_of
 
@@ -19,7 +19,7 @@ SMALL_EMBEDDINGS = ("cls_token", "mask_token", "bottleneck")
 "Parameters that begin as small normal numbers."
 
 
-class MAEParameters(Tower):
+class MAEParameters(Recomputing, Tower):
     """A masked autoencoder of one modality: 'a', sound, or 'v', pictures."""
 
     attentions: ClassVar[tuple[str, ...]]
@@ -45,6 +45,7 @@ class MAEParameters(Tower):
         *,
         attention: str | None = None,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -61,6 +62,7 @@ class MAEParameters(Tower):
             norm_layer,
             DecoderSizes(decoder_embed_dim, decoder_depth, decoder_num_heads),
         )
+        self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
         self.norm_pix_loss = norm_pix_loss
@@ -68,7 +70,7 @@ class MAEParameters(Tower):
         initialize_weights(self, *SMALL_EMBEDDINGS)
 
 
-class MAEFTParameters(Tower):
+class MAEFTParameters(Recomputing, Tower):
     """A classifier of one modality: the encoder, and a head on its mean token for `label_dim` classes."""
 
     attentions: ClassVar[tuple[str, ...]]
@@ -90,6 +92,7 @@ class MAEFTParameters(Tower):
         *,
         attention: str | None = None,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -106,6 +109,7 @@ class MAEFTParameters(Tower):
             norm_layer,
             None,
         )
+        self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
         self.mlp_head = head(label_dim, embed_dim, norm_layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast.clip import ClipSpec
-from cavmae_fast.reference.encoder_parameters import check_counts, chosen, fitting
+from cavmae_fast.reference.encoder_parameters import Recomputing, check_counts, chosen, fitting
 from cavmae_fast.reference.layers import Block, NormLayer
 from cavmae_fast.reference.tower import DecoderSizes, Tower, clip_of
 
@@ -44,7 +44,7 @@ class Fusion(nn.Module):
         self.norm = norm_layer(width)
 
 
-class MAViLEncoderParameters(nn.Module):
+class MAViLEncoderParameters(Recomputing):
     """What both MAViL models have: a tower for each modality (`audio`, `video`) and the fusion encoder (`fusion`).
 
     `decoder` None: towers without decoders. The other arguments as in `MAViLParameters`.
@@ -72,12 +72,14 @@ class MAViLEncoderParameters(nn.Module):
         decoder: DecoderSizes | None,
         attention: str | None,
         clip: ClipSpec | None,
+        recompute: str,
     ) -> None:
         super().__init__()
         sizes = (img_size, frames, tubelet_size, audio_length, patch_size, embed_dim, depth, num_heads, mlp_ratio)
         self.audio = Tower("a", *sizes, norm_layer, decoder)
         self.video = Tower("v", *sizes, norm_layer, decoder)
         self.fusion = Fusion(fusion, fusion_depth, bottleneck_tokens, embed_dim, num_heads, mlp_ratio, norm_layer)
+        self.recompute = recompute
         self.attention = chosen("attention", attention, self.attentions)
         self.clip_spec = fitting(clip, clip_of(img_size, frames, audio_length))
 

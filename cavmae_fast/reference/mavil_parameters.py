@@ -78,6 +78,7 @@ class MAViLParameters(LossesInForce, MAViLEncoderParameters):
         *,
         attention: str | None = None,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -97,6 +98,7 @@ class MAViLParameters(LossesInForce, MAViLEncoderParameters):
             DecoderSizes(decoder_embed_dim, decoder_depth, decoder_num_heads),
             attention,
             clip,
+            recompute,
         )
         for name, value in (("inter_temperature", inter_temperature), ("intra_temperature", intra_temperature)):
             if not value > 0:
@@ -190,6 +192,7 @@ class MAViLFTParameters(MAViLEncoderParameters):
         *,
         attention: str | None = None,
         clip: ClipSpec | None = None,
+        recompute: str = "none",
     ) -> None:
         config = constructor_arguments(locals())
         super().__init__(
@@ -209,6 +212,7 @@ class MAViLFTParameters(MAViLEncoderParameters):
             None,
             attention,
             clip,
+            recompute,
         )
         self.mlp_head = head(label_dim, 2 * embed_dim, norm_layer)
         self.config = config | {"norm_eps": self.fusion.norm.eps}

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from cavmae_fast import compat
-from cavmae_fast.models import PRESETS, create_model
 from cavmae_fast.models.packed import RECOMPUTE
+from cavmae_fast.models.systems import SYSTEMS, inputs
 
 RESERVE = 1.5e9
 "Bytes of a GPU that are left for the CUDA context, its libraries and what the allocator cannot use."
+LARGE_BATCH = 128
+"Of so many clips the peak grows in proportion to them; of few, it is reached where all gradients are there."
 MOMENTS = 2
 "Copies of a trained parameter that the optimizer holds: Adam's two moments."
 
@@ -91,36 +93,31 @@ def step_memory(
     return StepMemory(weights, kept, weights + live.peak)
 
 
-def pretraining_memory(preset: str, recompute: str, batch: int, dtype: torch.dtype = torch.bfloat16) -> StepMemory:
-    """The memory of a pretraining step of the preset's model, made without contents either."""
+def pretraining_memory(system: str, recompute: str, batch: int, dtype: torch.dtype = torch.bfloat16) -> StepMemory:
+    """The memory of a training step of one of `SYSTEMS`, whose model is made without contents either; in MAViL's second
+    stage with the teacher."""
     with compat.fake_tensors():
-        model = create_model(preset, recompute=recompute)
-        clip, weights = model.clip_spec, PRESETS[preset]
-
-        def loss_of(light: nn.Module) -> Tensor:
-            audio = torch.empty(batch, clip.audio_length, clip.mel_bins)
-            imgs = torch.empty(batch, 3, *clip.image_size, dtype=torch.uint8)
-            ratios = (weights.mask_ratio, weights.mask_ratio)
-            return light(audio, imgs, *ratios, weights.mae_loss_weight, weights.contrast_loss_weight).loss
-
-        return step_memory(model, dtype, loss_of)
+        model = SYSTEMS[system].create(recompute=recompute)
+        return step_memory(model, dtype, lambda light: SYSTEMS[system].step_loss(light, *inputs(light, batch, empty=True)))
 
 
 def memory_table(
-    preset: str, batch: int, choices: Sequence[str] = RECOMPUTE, gigabytes: Sequence[float] = (24, 80)
+    system: str, batch: int, choices: Sequence[str] = RECOMPUTE, gigabytes: Sequence[float] = (24, 80)
 ) -> list[tuple[str, str]]:
     """(choice of `recompute`, what a pretraining step in bfloat16 takes with it, and the largest batch for GPUs of so many
-    GB), a line each. ValueError for a batch below 2, or an unknown preset."""
+    GB), a line each. `system`: of `SYSTEMS`. ValueError for a batch below 2."""
     if batch < 2:
         raise ValueError(f"--batch is {batch}; it must be at least 2")
     lines = []
+    large = max(batch, LARGE_BATCH)
     for recompute in choices:
-        few, many = (pretraining_memory(preset, recompute, count) for count in (batch // 2, batch))
-        per_clip = (many.peak - few.peak) / (batch - batch // 2)
+        found = {count: pretraining_memory(system, recompute, count) for count in {batch, large // 2, large}}
+        asked, many = found[batch], found[large]
+        per_clip = (many.peak - found[large // 2].peak) / (large - large // 2)
         fits = (
-            f"{size:g} GB take {max(0, int(batch + (size * 1e9 - RESERVE - many.peak) / per_clip)):,} clips"
+            f"{size:g} GB take {max(0, int(large + (size * 1e9 - RESERVE - many.peak) / per_clip)):,} clips"
             for size in gigabytes
         )
-        kept = f"{many.kept / batch / 2**20:,.0f} MiB per clip kept for backward"
-        lines.append((f"--recompute {recompute}", f"{many.peak / 1e9:,.1f} GB ({kept}); {', '.join(fits)}"))
+        kept = f"{asked.kept / batch / 2**20:,.0f} MiB per clip kept for backward"
+        lines.append((f"--recompute {recompute}", f"{asked.peak / 1e9:,.1f} GB ({kept}); {', '.join(fits)}"))
     return lines
