@@ -60,6 +60,7 @@ COMMANDS = {
         "evaluation.commands.retrieve:RetrieveConfig",
         "evaluation.commands.retrieve:run",
         "evaluation.commands.retrieve:closing",
+        shared=True,
     ),
     "evaluate": Command(
         "evaluation.commands.evaluate:EvaluateConfig",
@@ -72,6 +73,7 @@ COMMANDS = {
         "evaluation.commands.embed:run",
         "evaluation.commands.embed:closing",
         "finished parts of the index are whole; start the same command again to go on",
+        shared=True,
     ),
     "search": Command(
         "evaluation.commands.search:SearchConfig",

@@ -13,7 +13,7 @@ import numpy as np
 
 from cavmae_fast.data.sets.opening import Clips, checksum, open_clips
 from cavmae_fast.data.sets.shards import ShardSet
-from cavmae_fast.evaluation.features import Pooling, Stream, check_frames, check_streams, embed_clips
+from cavmae_fast.evaluation.features import STREAMS, Pooling, Stream, check_frames, check_streams, embed_clips, streams_of
 from cavmae_fast.evaluation.index import (
     MANIFEST,
     STORED,
@@ -27,6 +27,7 @@ from cavmae_fast.evaluation.index import (
     write_part,
 )
 from cavmae_fast.evaluation.running import Model, Running, ready_model
+from cavmae_fast.evaluation.sharing import from_first, is_first
 from cavmae_fast.models.opening import weights_hash
 
 PART_BYTES = 64 << 20
@@ -48,7 +49,8 @@ def embed(
     overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Index:
-    """Embeds every clip of `data` with `model` into the folder `out`, and goes on where an earlier call was interrupted.
+    """Embeds every clip of `data` with `model` into the folder `out`, and goes on where an earlier call was interrupted. The
+    ranks of `torch.distributed`, where it is initialized, share the clips, and the first one writes.
 
     Args:
         model: a model, or a checkpoint (see `open_model`).
@@ -56,7 +58,7 @@ def embed(
         out: folder of the index.
         streams: of 'audio' and 'video'; default: all that the model has.
         pooling: 'mean': one embedding of length 1 per clip and stream; 'tokens': all normed tokens `[L, D]`.
-        frames: pictures per clip whose mean is taken; 1: the middle one.
+        frames: pictures per clip whose mean is taken; 1: the middle one, or, for a model of several, the crop in the middle.
         store: what the numbers are written as.
         progress: called with how many clips of how many have been looked at.
 
@@ -69,14 +71,15 @@ def embed(
     if pooling not in ("mean", "tokens") or store not in STORED:
         raise ValueError(f"pooling is {pooling!r} and store {store!r}; allowed: mean or tokens, and {' or '.join(STORED)}")
     out = Path(out)
-    begun = _begun(out, overwrite)
+    begun = from_first(lambda: _begun(out, overwrite))
     if begun is not None and running.dtype == "auto":
         running = replace(running, dtype=begun["computed_in"])  # a second measurement could come out otherwise
+    running = running.settled()
     precision = running.precision()
     clips = open_clips(data)
     path = None if isinstance(model, Model) else str(Path(model).resolve())
     model = ready_model(model, precision)
-    streams = list(streams or (("audio", "video") if "v" in model.modalities else ("audio",)))
+    streams = list(streams or streams_of(model))
     check_streams(model, streams)
     check_frames(frames, clips, model)
     check_unique(clips)
@@ -97,15 +100,20 @@ def embed(
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     if begun is not None:
         _check_same(out, begun, manifest)
-    _begin(out, manifest, overwrite)
+    from_first(lambda: _begin(out, manifest, overwrite))
     _write_parts(model, clips, out, manifest, running, progress)
-    parts = [Part(out / part_name(number)) for number in range(_count(manifest))]
-    manifest["parts"] = [len(part) for part in parts]
-    if not any(manifest["parts"]):
-        reason = next(reject["reason"] for part in parts for reject in part.rejects)
-        raise IndexFolderError(f"{out}: none of the {len(clips)} clips can be embedded; the first: {reason}")
-    write_manifest(out, manifest | {"complete": True})
+    from_first(lambda: _finish(out, manifest))
     return Index(out)
+
+
+def _finish(out: Path, manifest: dict[str, Any]) -> None:
+    """Says in the folder that all parts are there. IndexFolderError when they hold no clip."""
+    parts = [Part(out / part_name(number)) for number in range(_count(manifest))]
+    rows = [len(part) for part in parts]
+    if not any(rows):
+        reason = next(reject["reason"] for part in parts for reject in part.rejects)
+        raise IndexFolderError(f"{out}: none of the {manifest['data']['clips']} clips can be embedded; the first: {reason}")
+    write_manifest(out, manifest | {"complete": True, "parts": rows})
 
 
 def _begun(out: Path, overwrite: bool) -> dict[str, Any] | None:
@@ -143,10 +151,7 @@ def _places(data: str | Path | Sequence[str | Path] | Clips) -> list[str]:
 
 
 def _part_clips(model: Model, streams: Sequence[str], pooling: Pooling, store: str) -> int:
-    tokens = {"audio": model.patch_embed_a.num_patches}
-    if "v" in model.modalities:
-        tokens["video"] = model.patch_embed_v.num_patches
-    rows = sum(tokens[name] if pooling == "tokens" else 1 for name in streams)
+    rows = sum(model.lengths[STREAMS[name]] if pooling == "tokens" else 1 for name in streams)
     size = rows * model.config["embed_dim"] * np.dtype(STORED[store]).itemsize
     return max(1, min(PART_BYTES // size, MOST_PART_CLIPS))
 
@@ -187,10 +192,11 @@ def _write_parts(
     progress: Callable[[int, int], object],
 ) -> None:
     size, total = manifest["part_clips"], len(clips)
-    for number in range(_count(manifest)):
+    there = from_first(lambda: [(out / part_name(number)).exists() for number in range(_count(manifest))])
+    for number, is_there in enumerate(there):
         path, start = out / part_name(number), number * size
         stop = min(start + size, total)
-        if path.exists():
+        if is_there:
             progress(stop, total)
             continue
         piece = clips.part(start, stop) if isinstance(clips, ShardSet) else clips[start:stop]
@@ -213,5 +219,6 @@ def _write_parts(
         kept = [start + place for place in found.numbers]
         arrays = {name: x.numpy().astype(STORED[manifest["store"]]) for name, x in found.streams.items() if kept}
         names = [(name, str(clips[clip])) for name, clip in zip(found.ids, kept, strict=True)]
-        write_part(path, arrays, kept, names, [asdict(reject) for reject in found.rejects])
+        if is_first():
+            write_part(path, arrays, kept, names, [asdict(reject) for reject in found.rejects])
         progress(stop, total)

@@ -15,6 +15,7 @@ from cavmae_fast.data.decode.decoder import Reject, UnusableDataError
 from cavmae_fast.data.sets.opening import Clips, frames_of
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.evaluation.running import Model, Running
+from cavmae_fast.evaluation.sharing import gather
 
 STREAMS = {"audio": "a", "video": "v"}
 "The streams of a clip, and what the models call them."
@@ -48,28 +49,39 @@ def check_streams(model: Model, streams: Sequence[str]) -> None:
     """ValueError unless `streams` are some, and the model has them."""
     if not streams or any(name not in STREAMS for name in streams):
         raise ValueError(f"streams is {list(streams)}; allowed: audio, video, or both")
+    there = streams_of(model)
     for name in streams:
-        if STREAMS[name] not in model.modalities:
-            raise ValueError(f"streams holds {name!r}, but {type(model).__name__} has no such stream; allowed: audio")
+        if name not in there:
+            raise ValueError(
+                f"streams holds {name!r}, but {type(model).__name__} has no such stream; allowed: {' or '.join(there)}"
+            )
+
+
+def streams_of(model: Model) -> list[str]:
+    """What the model can embed: 'audio', 'video' or both."""
+    return [name for name, modality in STREAMS.items() if modality in model.modalities]
 
 
 def check_frames(frames: int, clips: Clips, model: Model) -> None:
-    """ValueError unless a clip of the data set has this many frames to choose."""
+    """ValueError unless a clip of the data set has this many frames to choose, for a model that looks at one of them."""
     there = frames_of(clips, model.clip_spec)
+    if model.clip_spec.frame_rate is not None and frames != 1:
+        raise ValueError(
+            f"frames is {frames}, but {type(model).__name__} sees {model.clip_spec.frames} pictures of a crop at once; "
+            "allowed: 1, the crop in the middle"
+        )
     if not 1 <= frames <= there:
         raise ValueError(f"frames is {frames}; allowed: 1 (the middle one) to {there}, as many as the clips have")
 
 
 @torch.no_grad()
 def embed_inputs(model: Model, inputs: dict[str, Tensor], pooling: Pooling) -> dict[str, Tensor]:
-    """Inputs by stream -> by stream `[B, D]` means over tokens, not yet of length 1, or `[B, L, D]`, float32, CPU."""
+    """Inputs by stream -> by stream the model's embeddings `[B, D]`, not yet of length 1, or all its tokens `[B, L, D]`;
+    float32, CPU."""
     named = {STREAMS[name]: x for name, x in inputs.items()}
     model.check_inputs(**named)
-    tokens = model.features(named)
-    return {
-        name: (tokens[STREAMS[name]].float().mean(dim=1) if pooling == "mean" else tokens[STREAMS[name]].float()).cpu()
-        for name in inputs
-    }
+    found = model.embeddings(named) if pooling == "mean" else model.features(named)
+    return {name: found[STREAMS[name]].float().cpu() for name in inputs}
 
 
 def finish(x: Tensor, frames: int, pooling: Pooling) -> Tensor:
@@ -87,7 +99,8 @@ def embed_clips(
     pooling: Pooling = "mean",
     progress: Callable[[int], object] = lambda clips: None,
 ) -> Embedded:
-    """Embeds all of `clips`, whose results must fit into memory.
+    """Embeds all of `clips`, whose results must fit into memory. The ranks of `torch.distributed`, where it is initialized,
+    share the clips, and all of them have the whole result.
 
     With several frames, the picture's embedding is the mean over frames spread over the clip; each frame is a pass over the
     data of its own, in which the sound is not embedded again.
@@ -95,8 +108,8 @@ def embed_clips(
     Args:
         streams: of 'audio' and 'video'.
         frames: pictures per clip: 1, the middle one, as published, or more.
-        pooling: 'mean', over tokens, or all 'tokens'.
-        progress: called with the number of clips after each batch of the first pass.
+        pooling: 'mean', one embedding per clip (see `Embeds.embeddings`), or all 'tokens'.
+        progress: called with the number of clips after each batch of the first pass, those of this rank.
 
     Raises:
         ValueError: an argument is out of range. EmbeddingError: a value is not finite.
@@ -146,4 +159,18 @@ def embed_clips(
     found = {
         name: finish(x[whole], len(chosen) if name == "video" else 1, pooling) for name, x in sums.items() if name in streams
     }
-    return Embedded(numbers, [ids[i] for i in numbers], found, list(rejects.values()))
+    return of_all_ranks(Embedded(numbers, [ids[i] for i in numbers], found, list(rejects.values())))
+
+
+def of_all_ranks(own: Embedded) -> Embedded:
+    """What all ranks embedded, in the order of the data set, on every rank."""
+    parts = gather(own)
+    if len(parts) == 1:
+        return own
+    numbers = [number for part in parts for number in part.numbers]
+    ids = [name for part in parts for name in part.ids]
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    names = list(dict.fromkeys(name for part in parts for name in part.streams))
+    streams = {name: torch.cat([p.streams[name] for p in parts if name in p.streams])[order] for name in names}
+    rejects = {reject.path: reject for part in parts for reject in part.rejects}
+    return Embedded([numbers[i] for i in order], [ids[i] for i in order], streams, list(rejects.values()))

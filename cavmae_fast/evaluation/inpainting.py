@@ -20,9 +20,9 @@ from cavmae_fast.data.features import audio_features, image_features
 from cavmae_fast.data.media.files import MediaError
 from cavmae_fast.data.sets.opening import Clips, frames_of, open_clips
 from cavmae_fast.errors import CavmaeError
-from cavmae_fast.evaluation.reconstruction import Filled, fill_in
+from cavmae_fast.evaluation.reconstruction import Filled, colors, fill_in
 from cavmae_fast.evaluation.running import Model, Running, ready_model
-from cavmae_fast.models import CAVMAE
+from cavmae_fast.models.abilities import FillsIn
 from cavmae_fast.reference.fbank import num_frames
 
 MaskMode = Literal["unstructured", "time", "freq", "tf"]
@@ -38,7 +38,8 @@ class InpaintError(CavmaeError):
 class Views:
     """One modality of a clip three times: as it is, with patches removed, and filled in by the model.
 
-    Pictures are `[S, S, 3]` uint8; spectrograms `[frames, mel_bins]` float32, normalized log-mel, without padding.
+    Pictures are `[S, S, 3]` uint8, or `[frames, S, S, 3]` where the model sees several at once; spectrograms
+    `[frames, mel_bins]` float32, normalized log-mel, without padding.
     """
 
     original: np.ndarray
@@ -53,22 +54,25 @@ class Errors:
     Attributes:
         audio_db, audio_mean_db: root mean square over the removed part of the spectrogram, in dB.
         video_psnr_db, video_mean_psnr_db: peak signal-to-noise ratio over the removed pixels, in dB; more is better.
+
+    None of a modality that the model does not have.
     """
 
-    audio_db: float
-    audio_mean_db: float
-    video_psnr_db: float
-    video_mean_psnr_db: float
+    audio_db: float | None = None
+    audio_mean_db: float | None = None
+    video_psnr_db: float | None = None
+    video_mean_psnr_db: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class InpaintedClip:
-    """One clip: its name, the file it came from, both modalities, its sound `[samples]` int16, and the errors."""
+    """One clip: its name, the file it came from, what the model has of both modalities, its sound `[samples]` int16, and the
+    errors."""
 
     id: str
     path: str
-    picture: Views
-    spectrogram: Views
+    picture: Views | None
+    spectrogram: Views | None
     sound: np.ndarray
     errors: Errors
 
@@ -100,18 +104,20 @@ def inpaint(
     data: str | Path | Sequence[str | Path] | Clips,
     *,
     mask_mode: MaskMode = "unstructured",
-    mask_ratio: float = 0.75,
+    mask_ratio: float | None = None,
     clips: int = 8,
     seed: int = 0,
     running: Running | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Inpainted:
-    """Removes patches of the first `clips` clips of `data`, of sound and picture alike, and lets the model fill them in.
+    """Removes patches of the first `clips` clips of `data`, of sound and picture alike, and lets the model fill them in. A
+    model of several pictures per clip gets those of the crop in the middle.
 
     Args:
         model: a pretrained model, or its checkpoint (see `open_model`).
-        mask_mode: how patches of the sound are chosen: anywhere, or whole stretches of time, frequency, or both.
-        mask_ratio: share of the patches that is removed.
+        mask_mode: how patches of the sound are chosen: anywhere, or whole stretches of time, frequency, or both (not for
+            every model).
+        mask_ratio: share of the patches that is removed; default: as published, 0.75 for CAV-MAE and 0.8 for MAEs and MAViL.
         seed: of the choice of patches.
         progress: called with how many clips of how many are done.
 
@@ -127,9 +133,15 @@ def inpaint(
         raise ValueError(f"mask_mode is {mask_mode!r}; allowed: unstructured, time, freq or tf")
     records = open_clips(data)
     model = ready_model(model, precision)
-    if not isinstance(model, CAVMAE):
-        raise InpaintError(f"the model is a {type(model).__name__}, which has no decoder; allowed: a pretrained CAVMAE")
-    model.check_removed(mask_ratio, mask_ratio)
+    if not isinstance(model, FillsIn):
+        raise InpaintError(
+            f"the model is a {type(model).__name__}, which has no decoder; allowed: a pretrained CAVMAE, MAE or MAViL"
+        )
+    if mask_mode not in model.mask_modes:
+        raise ValueError(
+            f"mask_mode is {mask_mode!r}; for {type(model).__name__} it must be one of {', '.join(model.mask_modes)}"
+        )
+    mask_ratio = model.usual_mask_ratio if mask_ratio is None else mask_ratio
     spec = model.clip_spec
     reader, found, rejects = Reader(spec, frames_of(records, spec)), [], []
     total = min(clips, len(records))
@@ -157,36 +169,33 @@ def _features(arrays: Arrays, spec: ClipSpec, device: torch.device) -> tuple[Ten
     waveform = torch.from_numpy(arrays.sound.copy())[None].to(device)
     count = torch.tensor([arrays.info.samples], device=device)
     statistics = (spec.audio_length, spec.audio_mean, spec.audio_std, spec.sample_rate, spec.mel_bins)
-    pixels = torch.from_numpy(arrays.images.copy()).permute(0, 3, 1, 2).to(device)
+    pixels = torch.from_numpy(arrays.images.copy()).permute(0, 3, 1, 2).reshape(1, *spec.shapes[1]).to(device)
     return audio_features(waveform, count, *statistics), image_features(pixels, spec.image_mean, spec.image_std)
 
 
 def _clip(arrays: Arrays, path: str, parts: dict[str, Filled], spec: ClipSpec) -> InpaintedClip:
-    frames = min(num_frames(arrays.info.samples, spec.sample_rate), spec.audio_length)
-    sound, picture = parts["a"], parts["v"]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.image_mean, spec.image_std))
+    spectrogram = pictures = None
+    errors: dict[str, float] = {}
+    if (sound := parts.get("a")) is not None:
+        frames = min(num_frames(arrays.info.samples, spec.sample_rate), spec.audio_length)
+        sound = Filled(*(x[..., :frames] for x in sound))  # without padding
+        spectrogram = Views(*(x[0, 0].T.contiguous().numpy() for x in sound[:3]))
+        error, of_mean = (DECIBELS * spec.audio_std * rms for rms in _errors(sound))
+        errors |= {"audio_db": error, "audio_mean_db": of_mean}
+    if (picture := parts.get("v")) is not None:
+        pictures = Views(*(colors(x[0], spec) for x in picture[:3]))
+        error, of_mean = (20 * math.log10(1 / max(rms, 1e-10)) for rms in _errors(picture, torch.tensor(spec.image_std)))
+        errors |= {"video_psnr_db": error, "video_mean_psnr_db": of_mean}
+    return InpaintedClip(arrays.info.id, path, pictures, spectrogram, arrays.sound, Errors(**errors))
 
-    def pixels(image: Tensor) -> np.ndarray:
-        return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-    spectrogram = Views(*(x[0, 0, :, :frames].T.contiguous().numpy() for x in sound[:3]))
-    colors = Views(*(pixels(x[0]) for x in picture[:3]))
-    return InpaintedClip(arrays.info.id, path, colors, spectrogram, arrays.sound, _errors(sound, picture, frames, spec, std))
-
-
-def _errors(sound: Filled, picture: Filled, frames: int, spec: ClipSpec, std: Tensor) -> Errors:
-    def rms(x: Filled, scale: Tensor | float, length: int | None = None) -> tuple[float, float]:
-        """Errors of the prediction, and of the mean of each channel over what was left."""
-        true, filled, hidden = (part[0, ..., :length] for part in (x.true, x.filled, x.hidden))
-        left = 1 - hidden
-        mean = (true * left).sum(dim=(1, 2), keepdim=True) / left.sum().clamp(min=1)
-        removed = hidden.sum().clamp(min=1) * len(true)
-        errors = [float((((guess - true) * scale * hidden).square().sum() / removed).sqrt()) for guess in (filled, mean)]
-        return errors[0], errors[1]
-
-    def psnr(error: float) -> float:
-        return 20 * math.log10(1 / max(error, 1e-10))
-
-    audio = [error * DECIBELS for error in rms(sound, spec.audio_std, frames)]
-    video = [psnr(error) for error in rms(picture, std)]
-    return Errors(*audio, *video)
+def _errors(one: Filled, scale: Tensor | None = None) -> tuple[float, float]:
+    """Root mean square over what was removed of one clip: of the prediction, and of the mean of each channel over what was
+    left. `scale`: what each channel is multiplied by."""
+    true, filled, hidden = (part[0].flatten(1) for part in (one.true, one.filled, one.hidden))  # [C, pixels], [1, pixels]
+    left = 1 - hidden
+    mean = (true * left).sum(dim=1, keepdim=True) / left.sum().clamp(min=1)
+    removed = hidden.sum().clamp(min=1) * len(true)
+    weight = hidden if scale is None else hidden * scale.view(-1, 1)
+    error, of_mean = (float((((guess - true) * weight).square().sum() / removed).sqrt()) for guess in (filled, mean))
+    return error, of_mean

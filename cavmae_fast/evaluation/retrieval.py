@@ -11,21 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.evaluation.ranking import rank_both
-from cavmae_fast.models import CAVMAE, CAVMAEFT
+from cavmae_fast.models.abilities import Embeds
 
 TOP = (1, 5, 10)
 "Ranks k of which R@k is said: the share of queries whose own clip is among the first k."
 
 
 @torch.no_grad()
-def embed(model: CAVMAE | CAVMAEFT, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batches of (audio `[B, T, 128]`, imgs `[B, C, H, W]`) -> L2-normalized token means, audio and video `[N, D]`."""
+def embed(model: Embeds, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Batches of (audio, imgs), as a model of both takes them -> its embeddings of audio and video `[N, D]`, of length 1."""
     was_training = model.training
     model.eval()
     parts = []
     for audio, imgs in batches:
-        tokens = model.forward_feat(audio, imgs)
-        parts.append([F.normalize(t.float().mean(dim=1), dim=-1).cpu() for t in tokens])
+        model.check_inputs(audio=audio, imgs=imgs)
+        found = model.embeddings({"a": audio, "v": imgs})
+        parts.append([F.normalize(found[m].float(), dim=-1).cpu() for m in "av"])
     model.train(was_training)
     audio, video = zip(*parts)
     return torch.cat(audio), torch.cat(video)

@@ -15,7 +15,7 @@ from cavmae_fast.data.sets.opening import Clips, clip_labels, open_clips
 from cavmae_fast.data.sets.shards import ShardSet
 from cavmae_fast.errors import CavmaeError
 from cavmae_fast.evaluation.embedding import check_unique
-from cavmae_fast.evaluation.features import check_frames, check_streams, embed_clips
+from cavmae_fast.evaluation.features import check_frames, embed_clips, streams_of
 from cavmae_fast.evaluation.retrieval import Retrieval, rank_clips, score_classes
 from cavmae_fast.evaluation.running import Model, Running, ready_model
 
@@ -55,11 +55,13 @@ def retrieve(
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Retrieved:
     """Embeds sound and picture of every clip of `data`, each alone, and ranks all pictures for each sound and the reverse.
+    The ranks of `torch.distributed`, where it is initialized, share the clips, and all of them have the whole result.
 
     Args:
         model: a model with both streams, or a checkpoint (see `open_model`).
         data: a folder of shards, folders of videos, media files, lists.
-        frames: pictures per clip, whose mean is taken; 1: the middle one, as published.
+        frames: pictures per clip, whose mean is taken; 1: the middle one, as published, or, for a model of several, the crop
+            in the middle.
         labels: the classes, as a `LabelSet` or its CSV, for scores by class; default: those the shards were prepared with.
         progress: called with how many clips of how many have been embedded.
 
@@ -68,14 +70,18 @@ def retrieve(
         RetrievalError: fewer than two clips can be used. EmbeddingError: an embedding is not finite.
         ValueError: an argument is out of range, or two clips have the same id.
     """
-    running = running or Running()
+    running = (running or Running()).settled()
     precision = running.precision()
     clips = open_clips(data)
     if len(clips) < 2:
         raise RetrievalError(f"the data names {len(clips)} clip; retrieval needs two or more, to tell them apart")
     label_set = clip_labels(labels, clips)
     model = ready_model(model, precision)
-    check_streams(model, ("audio", "video"))
+    if len(there := streams_of(model)) < 2:
+        raise ValueError(
+            f"the model is a {type(model).__name__} of {there[0]} alone; allowed: one that embeds both, because retrieval "
+            "compares sound with picture"
+        )
     check_frames(frames, clips, model)
     check_unique(clips)
     done = 0

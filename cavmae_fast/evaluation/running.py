@@ -14,11 +14,9 @@ from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.opening import Clips
 from cavmae_fast.evaluation.sharing import gather
-from cavmae_fast.models import CAVMAE, CAVMAEFT, CAVMAEFTAudio
-from cavmae_fast.models.opening import open_model
+from cavmae_fast.models.opening import Model, open_model
 from cavmae_fast.models.precision import DTYPES, Precision, choose_dtype, find_device
 
-Model = CAVMAE | CAVMAEFT | CAVMAEFTAudio
 FEW_CLIPS = 200
 "Up to this many clips are decoded by this process: to start workers would take longer."
 

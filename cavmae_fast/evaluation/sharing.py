@@ -1,7 +1,8 @@
-"""What the processes of an evaluation under torchrun tell each other. Alone, both functions do what one process does."""
+"""What the processes of an evaluation under torchrun tell each other. Alone, these functions do what one process does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,6 +17,11 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, which alone calls it: on every rank, and not before it is done."""
+    return gather(make() if is_first() else None)[0]
 
 
 def is_first() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cavmae_fast.models.abilities import FillsIn, Prediction
 from cavmae_fast.models.distributed import NEGATIVES, gather_rows
 from cavmae_fast.models.encoder import PackedEncoder, compute_dtype
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
@@ -21,12 +22,12 @@ from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.reference.cavmae_parameters import CAVMAEParameters
 from cavmae_fast.reference.layers import Block
-from cavmae_fast.reference.masking import Masking
-from cavmae_fast.reference.operators import take_tokens
+from cavmae_fast.reference.masking import MASK_MODES, Masking
+from cavmae_fast.reference.operators import patchify, take_tokens, unpatchify
 from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, PretrainOutput, PretrainParts
 
 
-class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
+class CAVMAE(Pretrained, FillsIn, PackedEncoder, CAVMAEParameters):
     """CAV-MAE for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, in_chans, img_size, img_size]`.
 
     Images are floating-point, or uint8 RGB `[B, 3, img_size, img_size]` of any strides, in every forward function: uint8 RGB
@@ -46,6 +47,8 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
     Under autocast the matrix products run in autocast's dtype; the residual stream, statistics and losses in float32.
     """
 
+    usual_mask_ratio = 0.75
+    mask_modes = MASK_MODES
     negatives = "all"
     "'all': contrast with the clips of every rank, with gradient; 'rank': with this rank's alone, as published."
 
@@ -192,6 +195,22 @@ class CAVMAE(Pretrained, PackedEncoder, CAVMAEParameters):
         loss_a = self.removed_loss("a", audio, take_tokens(pred_a, masking_a.ids_removed), masking_a)
         loss_v = self.removed_loss("v", imgs, take_tokens(pred_v, masking_v.ids_removed), masking_v)
         return InpaintOutput(pred_a, pred_v, masking_a.mask, masking_v.mask, loss_a, loss_v)
+
+    def fill_in(
+        self, inputs: dict[str, Tensor], mask_ratio: float, mask_mode: str = "unstructured"
+    ) -> dict[str, Prediction]:
+        """As in `FillsIn`."""
+        output = self.forward_inpaint(inputs["a"], inputs["v"], mask_ratio, mask_ratio, mask_mode)
+        return {"a": Prediction(output.pred_a, output.mask_a), "v": Prediction(output.pred_v, output.mask_v)}
+
+    def to_patches(self, m: str, x: Tensor) -> Tensor:
+        """As in `FillsIn`: `[B, L, p * p * C]`."""
+        return patchify(self.images(m, x), self.patch_size)
+
+    def to_images(self, m: str, patches: Tensor) -> Tensor:
+        """As in `FillsIn`."""
+        channels = 1 if m == "a" else self.in_chans
+        return unpatchify(patches, channels, *getattr(self, f"patch_embed_{m}").grid, self.patch_size)
 
     def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
         """Unmasked inputs -> normed tokens of each stream seen alone, audio `[B, La, D]` and video `[B, Lv, D]`."""

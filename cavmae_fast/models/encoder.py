@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.drop_path import draw_paths
 from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
 from cavmae_fast.ops.attention import BACKENDS
@@ -26,7 +27,7 @@ def mean_tokens(tokens: Tensor, parameter: Tensor) -> Tensor:
     return tokens.mean(dim=1, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-class PackedEncoder(EncoderParameters):
+class PackedEncoder(Embeds, EncoderParameters):
     """The encoder on packed streams: all modalities lie in one buffer and pass each block together."""
 
     attentions = ("auto", *BACKENDS)
@@ -120,6 +121,11 @@ class PackedEncoder(EncoderParameters):
         packed = StreamLayout(layout.batch, tuple(lengths))
         tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype, paths)
         return dict(zip(streams, packed.streams(tokens)))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Patches by modality."""
+        return {m: getattr(self, f"patch_embed_{m}").num_patches for m in self.modalities}
 
     def features(self, inputs: dict[str, Tensor], paths: Tensor | None = None) -> dict[str, Tensor]:
         """Unmasked inputs by modality -> the normed tokens `[B, L, D]` of each, seen alone."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from cavmae_fast.models import towers
+from cavmae_fast.models.abilities import Prediction
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
-from cavmae_fast.models.packed import RECOMPUTE
+from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
-from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.reference.mae_parameters import MAEFTParameters, MAEParameters
 from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import MAEInpaintOutput, MAEOutput
 from cavmae_fast.reference.tower import Tower
 
 
-class PackedTower(Tower):
+class PackedTower(PackedTowers, Tower):
     """A tower by itself: one stream."""
 
-    attentions = ("auto", *BACKENDS)
-    recomputations = RECOMPUTE
+    @property
+    def towers(self) -> tuple[Tower]:
+        return (self,)
 
     def forward_feat(self, x: Tensor) -> Tensor:
         """Unmasked inputs -> the normed tokens of all patches, `[B, L, D]`."""
@@ -31,15 +32,8 @@ class PackedTower(Tower):
         for name, x in inputs.items():
             self.check_input(name, x)
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `MAViL.features`, of this modality."""
-        dtype = compute_dtype(self.norm.weight)
-        state = towers.whole([self], [inputs[self.modality]], self.clip_spec, dtype, self.attention, self.recompute)
-        _, (tokens,) = towers.normed([self], state, dtype)
-        return {self.modality: tokens[:, 1:]}
 
-
-class MAE(Pretrained, PackedTower, MAEParameters):
+class MAE(Pretrained, TowersFillIn, PackedTower, MAEParameters):
     """A masked autoencoder of one modality, for pretraining; state-dict keys are those of published image and audio MAEs.
 
     Args:
@@ -84,6 +78,12 @@ class MAE(Pretrained, PackedTower, MAEParameters):
         removed = take_tokens(pred, masking.ids_removed)
         loss = towers.removed_loss(self, x, removed, masking, self.norm_pix_loss, self.clip_spec)
         return MAEInpaintOutput(pred, masking.mask, loss)
+
+    def fill_in(
+        self, inputs: dict[str, Tensor], mask_ratio: float, mask_mode: str = "unstructured"
+    ) -> dict[str, Prediction]:
+        """As in `FillsIn`."""
+        return {self.modality: Prediction(*self.forward_inpaint(inputs[self.modality], mask_ratio)[:2])}
 
 
 class MAEFT(Pretrained, PackedTower, MAEFTParameters):

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.models import towers
+from cavmae_fast.models.abilities import Prediction
 from cavmae_fast.models.distributed import NEGATIVES, gather_rows
 from cavmae_fast.models.encoder import compute_dtype, mean_tokens
-from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
+from cavmae_fast.models.packed import State, block, normalize
+from cavmae_fast.models.packed_towers import PackedTowers, TowersFillIn
 from cavmae_fast.models.weights import Pretrained
-from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.reference.encoder_parameters import chosen
 from cavmae_fast.reference.mae_parameters import check_mode
@@ -29,11 +30,8 @@ from cavmae_fast.reference.operators import take_tokens
 from cavmae_fast.reference.outputs import FeatureOutput, InpaintOutput, MAViLOutput
 
 
-class PackedMAViL(MAViLEncoderParameters):
+class PackedMAViL(PackedTowers, MAViLEncoderParameters):
     """The encoders and the fusion encoder on packed streams."""
-
-    attentions = ("auto", *BACKENDS)
-    recomputations = RECOMPUTE
 
     def fuse(self, a: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Encoded tokens of audio and video, `[B, 1 + K, D]`, class tokens first -> the same tokens, fused and normed."""
@@ -59,15 +57,6 @@ class PackedMAViL(MAViLEncoderParameters):
         packed = towers.pack(streams)
         return packed.layout.streams(normalize(packed, [self.fusion.norm] * 2, dtype)[1])
 
-    def features(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unmasked inputs by modality ('a', 'v', or both) -> the normed tokens `[B, L, D]` of each, seen alone."""
-        dtype = compute_dtype(self.fusion.norm.weight)
-        chosen_towers = [tower for tower in self.towers if tower.modality in inputs]
-        given = [inputs[tower.modality] for tower in chosen_towers]
-        state = towers.whole(chosen_towers, given, self.clip_spec, dtype, self.attention, self.recompute)
-        _, tokens = towers.normed(chosen_towers, state, dtype)
-        return {tower.modality: part[:, 1:] for tower, part in zip(chosen_towers, tokens)}
-
     def fused(self, audio: Tensor, imgs: Tensor) -> FeatureOutput:
         """Whole clips -> the fused, normed tokens of all patches, audio `[B, La, D]` and video `[B, Lv, D]`."""
         dtype = compute_dtype(self.fusion.norm.weight)
@@ -85,7 +74,7 @@ class LossWeights(NamedTuple):
     regression: float
 
 
-class MAViL(Pretrained, PackedMAViL, MAViLParameters):
+class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
     """MAViL for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, frames, 3, H, W]`, floating-point or uint8
     RGB, which is normalized on the way with the statistics in `clip_spec`.
 
@@ -238,6 +227,13 @@ class MAViL(Pretrained, PackedMAViL, MAViLParameters):
             removed = take_tokens(part, masking.ids_removed)
             losses.append(towers.removed_loss(tower, x, removed, masking, self.norm_pix_loss, self.clip_spec))
         return InpaintOutput(*pred, *(masking.mask for masking in maskings), *losses)
+
+    def fill_in(
+        self, inputs: dict[str, Tensor], mask_ratio: float, mask_mode: str = "unstructured"
+    ) -> dict[str, Prediction]:
+        """As in `FillsIn`."""
+        output = self.forward_inpaint(inputs["a"], inputs["v"], mask_ratio, mask_ratio)
+        return {"a": Prediction(output.pred_a, output.mask_a), "v": Prediction(output.pred_v, output.mask_v)}
 
     def forward_feat(self, a: Tensor, v: Tensor) -> FeatureOutput:
         """Whole clips -> normed tokens of all patches of each modality seen alone, `[B, La, D]` and `[B, Lv, D]`."""

@@ -28,7 +28,8 @@ class EmbedConfig(Running):
     pooling: Literal["mean", "tokens"] = "mean"
     """One embedding per clip and stream, or all its tokens."""
     frames: int = 1
-    """Pictures per clip whose mean is taken: 1, the middle one, or up to 10."""
+    """Pictures per clip whose mean is taken: 1, the middle one, or up to 10. Models of several pictures at once take 1: the
+    crop in the middle."""
     store: Literal["float32", "float16"] = "float32"
     """What the numbers are written as."""
     overwrite: bool = False
@@ -36,7 +37,7 @@ class EmbedConfig(Running):
 
 
 def run(config: EmbedConfig) -> Index:
-    """The command's job."""
+    """The command's job. Ranks share it, and the first one writes."""
     with progress_bar("clips") as progress:
         return embed(
             config.checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from cavmae_fast.data.sets.shards import put_whole, write_whole
 from cavmae_fast.evaluation.commands.options import data_of, printable, progress_bar
-from cavmae_fast.evaluation.drawing import new_figure
+from cavmae_fast.evaluation.drawing import mosaic, new_figure
 from cavmae_fast.evaluation.inpainting import Errors, Inpainted, InpaintedClip, Views, inpaint
 from cavmae_fast.evaluation.running import Running
 from cavmae_fast.evaluation.sound import require_librosa, spectrogram_to_sound
@@ -31,9 +31,9 @@ class InpaintConfig(Running):
     out: Path = Path("runs/inpaint")
     """Folder for pictures, sounds and numbers."""
     mask_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
-    """How patches of the sound are chosen: anywhere, or whole stretches of time, frequency, or both."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is removed."""
+    """How patches of the sound are chosen: anywhere, or whole stretches of time, frequency, or both (CAV-MAE's alone)."""
+    mask_ratio: float | None = None
+    """Share of the patches that is removed; default: as published, 0.75 for CAV-MAE and 0.8 for MAEs and MAViL."""
     clips: int = 8
     """How many clips, from the first on."""
     seed: int = 0
@@ -49,12 +49,12 @@ class InpaintConfig(Running):
 def run(config: InpaintConfig) -> Inpainted:
     """The command's job."""
     data = data_of(config.data)
-    if config.sound:
-        require_librosa()
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ValueError(f"--out is {config.out}, which is not empty; allowed: another folder, or --overwrite")
     known = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
     model = open_model(config.checkpoint, **known)
+    if config.sound and "a" in model.modalities:
+        require_librosa()
     with progress_bar("clips") as progress:
         result = inpaint(
             model,
@@ -77,16 +77,16 @@ def write_inpainted(result: Inpainted, folder: Path, sound: bool = True) -> None
     for number, clip in enumerate(result.clips):
         own = folder / f"{number:04d}"
         own.mkdir(exist_ok=True)
-        for name in ("original", "masked", "filled"):
-            _write_png(own / f"picture-{name}.png", getattr(clip.picture, name))
-            _write_png(own / f"spectrogram-{name}.png", _colored(getattr(clip.spectrogram, name), clip.spectrogram))
+        for kind, pictures in shown(clip).items():
+            for name, pixels in zip(Views.__annotations__, pictures):
+                _write_png(own / f"{kind}-{name}.png", pixels)
         _draw(result, clip, own / "overview.png")
-        if sound:
+        if sound and clip.spectrogram is not None:
             _write_wav(own / "sound-original.wav", clip.sound, result)
             # The original through the same way back: what the way itself loses is not the model's fault.
             for name, spectrogram in (("resynthesized", clip.spectrogram.original), ("filled", clip.spectrogram.filled)):
                 _write_wav(own / f"sound-{name}.wav", spectrogram_to_sound(spectrogram, result.clip_spec), result)
-        rows.append({"folder": own.name, "id": clip.id, "path": clip.path, **asdict(clip.errors)})
+        rows.append({"folder": own.name, "id": clip.id, "path": clip.path, **_known(clip.errors)})
     settings = {name: getattr(result, name) for name in ("mask_ratio", "mask_mode", "seed", "statistics_given")}
     rejects = [asdict(reject) for reject in result.rejects]
     write_whole(folder / "clips.json", json.dumps({**settings, "clips": rows, "rejects": rejects}, indent=2) + "\n")
@@ -99,12 +99,16 @@ def write_inpainted(result: Inpainted, folder: Path, sound: bool = True) -> None
 
 def closing(config: InpaintConfig, result: Inpainted) -> str:
     """The mean errors, what they mean, and where the files are."""
-    means = {field.name: np.mean([getattr(clip.errors, field.name) for clip in result.clips]) for field in fields(Errors)}
-    lines = [
-        f"{len(result.clips)} clips, {result.mask_ratio:.0%} of the patches removed ({result.mask_mode})",
-        f"  sound    {means['audio_db']:.1f} dB off, {means['audio_mean_db']:.1f} dB by the mean of what was left",
-        f"  picture  {means['video_psnr_db']:.1f} dB PSNR, {means['video_mean_psnr_db']:.1f} dB by the mean color",
-    ]
+    means = {name: np.mean([getattr(clip.errors, name) for clip in result.clips]) for name in _known(result.clips[0].errors)}
+    lines = [f"{len(result.clips)} clips, {result.mask_ratio:.0%} of the patches removed ({result.mask_mode})"]
+    if "audio_db" in means:
+        lines.append(
+            f"  sound    {means['audio_db']:.1f} dB off, {means['audio_mean_db']:.1f} dB by the mean of what was left"
+        )
+    if "video_psnr_db" in means:
+        lines.append(
+            f"  picture  {means['video_psnr_db']:.1f} dB PSNR, {means['video_mean_psnr_db']:.1f} dB by the mean color"
+        )
     if result.statistics_given:
         lines.append("  the model predicts patches up to their mean and spread, which were given to it")
     if result.rejects:
@@ -139,20 +143,44 @@ def _colored(spectrogram: np.ndarray, views: Views) -> np.ndarray:
     return (colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
+def shown(clip: InpaintedClip) -> dict[str, list[np.ndarray]]:
+    """What there is to see of a clip, `[H, W, 3]` uint8: its pictures and its spectrogram, each as it is, masked and filled
+    in. The pictures of a model of several lie in a grid, row by row."""
+    found = {}
+    if clip.picture is not None:
+        found["picture"] = [mosaic(getattr(clip.picture, name)) for name in Views.__annotations__]
+    if clip.spectrogram is not None:
+        found["spectrogram"] = [
+            _colored(getattr(clip.spectrogram, name), clip.spectrogram) for name in Views.__annotations__
+        ]
+    return found
+
+
+def _known(errors: Errors) -> dict[str, float]:
+    """The errors of the modalities that the model has."""
+    return {name: value for name, value in asdict(errors).items() if value is not None}
+
+
 def _draw(result: Inpainted, clip: InpaintedClip, path: Path) -> None:
-    """The six pictures of a clip in one figure, which says what was given to the model."""
-    figure, axes = new_figure(2, 3, (12, 5.6))
+    """What there is to see of a clip in one figure, which says what was given to the model."""
+    rows, errors = shown(clip), clip.errors
+    several = clip.picture is not None and clip.picture.original.ndim == 4
+    figure, axes = new_figure(len(rows), 3, (18 if several else 12, 0.2 + 2.7 * len(rows)))
     note = "; mean and spread of each patch were given" if result.statistics_given else ""
     figure.suptitle(f"{result.mask_ratio:.0%} of the patches removed, filled in by the model{note}", fontsize=11)
-    titles = {"original": "original", "masked": "what the model got", "filled": "filled in"}
-    for column, (name, title) in enumerate(titles.items()):
-        axes[0, column].imshow(getattr(clip.picture, name))
-        axes[0, column].set_title(f"picture, {title}", fontsize=10)
-        axes[1, column].imshow(_colored(getattr(clip.spectrogram, name), clip.spectrogram), aspect="auto")
-        axes[1, column].set_title(f"sound, {title}", fontsize=10)
-    errors = clip.errors
-    axes[0, 2].set_xlabel(f"{errors.video_psnr_db:.1f} dB PSNR (mean color: {errors.video_mean_psnr_db:.1f} dB)")
-    axes[1, 2].set_xlabel(f"{errors.audio_db:.1f} dB off (mean: {errors.audio_mean_db:.1f} dB)")
+    words = {
+        "picture": (
+            "picture",
+            lambda: f"{errors.video_psnr_db:.1f} dB PSNR (mean color: {errors.video_mean_psnr_db:.1f} dB)",
+        ),
+        "spectrogram": ("sound", lambda: f"{errors.audio_db:.1f} dB off (mean: {errors.audio_mean_db:.1f} dB)"),
+    }
+    for row, (kind, pictures) in zip(axes, rows.items()):
+        name, error = words[kind]
+        for axis, title, pixels in zip(row, ("original", "what the model got", "filled in"), pictures):
+            axis.imshow(pixels, aspect="auto" if kind == "spectrogram" else "equal")
+            axis.set_title(f"{name}, {title}", fontsize=10)
+        row[2].set_xlabel(error())
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     put_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))

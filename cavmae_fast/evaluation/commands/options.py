@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from cavmae_fast.evaluation.sharing import is_first
+
 
 def data_of(places: tuple[Path, ...]) -> tuple[Path, ...]:
     """--data as given. ValueError when it was not."""
@@ -17,10 +19,10 @@ def data_of(places: tuple[Path, ...]) -> tuple[Path, ...]:
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, and the function that moves it: (done, total)."""
+    """A bar on the terminal, and the function that moves it: (done, total). Of several ranks the first one shows its own."""
     from tqdm import tqdm
 
-    with tqdm(unit=f" {unit}", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(unit=f" {unit}", dynamic_ncols=True, leave=False, disable=not is_first()) as bar:
 
         def move(done: int, total: int) -> None:
             bar.total = total

@@ -15,6 +15,7 @@ from cavmae_fast.evaluation.report.retrieved import QUERIES, write_retrieval_pag
 from cavmae_fast.evaluation.retrieval import TOP, ClassScores, metrics_of
 from cavmae_fast.evaluation.retrieving import Retrieved, retrieve
 from cavmae_fast.evaluation.running import Running
+from cavmae_fast.evaluation.sharing import is_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class RetrieveConfig(Running):
     data: tuple[Path, ...] = ()
     """Clips: a folder that `cavmae-fast prepare` wrote, or folders of videos, media files, lists."""
     frames: int = 1
-    """Pictures per clip whose mean is taken: 1, the middle one, as published, or up to 10."""
+    """Pictures per clip whose mean is taken: 1, the middle one, as published, or up to 10. Models of several pictures at
+    once take 1: the crop in the middle."""
     labels: Path | None = None
     """CSV of the classes, for scores by class; default: that of the shards."""
     out: Path | None = None
@@ -38,21 +40,21 @@ class RetrieveConfig(Running):
 
 
 def run(config: RetrieveConfig) -> Retrieved:
-    """The command's job."""
+    """The command's job. Ranks share it, and the first one writes."""
     data = data_of(config.data)
     if not 1 <= config.report_queries <= 1000:
         raise ValueError(f"--report-queries is {config.report_queries}; it must be 1 to 1000")
     if config.report is not None:
         check_target(config.report)
-    if config.out is not None:
+    if config.out is not None and is_first():
         config.out.mkdir(parents=True, exist_ok=True)
     with progress_bar("clips") as progress:
         result = retrieve(
             config.checkpoint, data, frames=config.frames, labels=config.labels, running=config, progress=progress
         )
-    if config.out is not None:
+    if config.out is not None and is_first():
         _write_numbers(config, result)
-    if config.report is not None:
+    if config.report is not None and is_first():
         write_retrieval_page(result, config.report, str(config.checkpoint), config.report_queries)
     return result
 
