@@ -253,13 +253,13 @@ def test_one_pass_for_both_views_and_both_modalities(monkeypatch):
 
     seen, ends = [], []
 
-    def block(state, *rest):
+    def block(state, *rest, **options):
         seen.append(state.layout)
-        return packed.block(state, *rest)
+        return packed.block(state, *rest, **options)
 
-    def block_for_tokens(state, one, ids, *rest):
+    def block_for_tokens(state, one, ids, *rest, **options):
         ends.append((state.layout.lengths, ids.shape[1]))
-        return packed.block_for_tokens(state, one, ids, *rest)
+        return packed.block_for_tokens(state, one, ids, *rest, **options)
 
     monkeypatch.setattr(towers, "block", block)
     monkeypatch.setattr(mavil, "block", block)
