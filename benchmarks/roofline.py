@@ -11,6 +11,7 @@ exponentials. Its floor is the longest that one of the three takes at the GPU's 
 rate that kernels reach. AdamW is added as the one launch that it is on a GPU.
 
     python benchmarks/roofline.py --published     the reference's eager step beside it, as autocast on a CPU runs it
+    python benchmarks/roofline.py --model mavil   another system: mavil-stage-2, a-mae, v-mae
 
 (Autocast on a GPU computes more of the published step in float32, so there it moves more than is counted here.)
 """
@@ -22,7 +23,7 @@ import contextlib
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,15 +32,17 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from cavmae_fast import compat
-from cavmae_fast.models import CAVMAE
+from cavmae_fast.models.abilities import Embeds
+from cavmae_fast.models.packed import RECOMPUTE
+from cavmae_fast.models.systems import System
 from cavmae_fast.ops import dispatch
-from cavmae_fast.reference.cavmae import CAVMAE as Published
+from cavmae_fast.tuning.plan import MODELS
 
 ADAMW_BYTES = 28
 "Per parameter: read weight, gradient and two moments, write weight and moments, in float32."
@@ -54,6 +57,9 @@ PRODUCTS = ("mm", "addmm", "bmm", "matmul", "_linear_pointwise")
 EXPONENTIAL = ("_softmax", "gelu", "gelu_", "gelu_backward")
 PROBES = (2, 3)
 "Clips of the two steps that are computed; a single one would be copied less."
+
+
+BASE = MODELS["base"].system
 
 
 class Gpu(NamedTuple):
@@ -180,25 +186,24 @@ def _of_triton(name: str, values: dict[str, Any]) -> Launch:
 # ----------------------------------------------------------------------------------------------------------- the step
 
 
-def launches_of(model: CAVMAE | Published, batch: int) -> list[Launch]:
-    """The launches of one forward and backward pass in bfloat16."""
-    clip = model.clip_spec
-    audio, imgs = torch.randn(batch, clip.audio_length, clip.mel_bins), torch.randn(batch, 3, *clip.image_size)
+def launches_of(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
+    """The launches of one forward and backward pass in bfloat16 of a model of `system`, fast or the reference."""
+    audio, imgs = (torch.randn(batch, *shape) for shape in model.clip_spec.shapes)
     noted = Launches()
-    ours = isinstance(model, CAVMAE)
+    ours = any(isinstance(module, Embeds) for module in model.modules())
     # A CPU writes a transposed factor out before some products; a GPU need not.
     factor = mock.patch("cavmae_fast.ops.stream_linear._as_left_factor", lambda dout, x: dout.t())
     with dispatch.override("triton" if ours else "torch"), factor, noted.noting():
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(audio, imgs, 0.75, 0.75).loss
+            loss = system.step_loss(model, audio, imgs)
         loss.backward()
     model.zero_grad(set_to_none=True)
     return noted.launches
 
 
-def step_launches(model: CAVMAE | Published, batch: int) -> list[Launch]:
+def step_launches(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
     """The launches of a training step of `batch` clips, AdamW's included."""
-    few, more = (launches_of(model, clips) for clips in PROBES)
+    few, more = (launches_of(model, clips, system) for clips in PROBES)
     if [launch.name for launch in few] != [launch.name for launch in more]:
         raise RuntimeError(f"steps of {PROBES} clips launch different kernels; nothing can be concluded for other batches")
     clips = batch - PROBES[0]
@@ -238,17 +243,19 @@ def table(launches: list[Launch], gpu: Gpu, batch: int) -> str:
     return "\n".join(text)
 
 
-def main(arguments: list[str] | None = None, build: Callable[..., Any] = CAVMAE) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gpu", choices=GPUS, default="H200")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--recompute", default="none", choices=CAVMAE.recomputations)
+    parser.add_argument("--model", choices=MODELS, default="base")
+    parser.add_argument("--recompute", default="none", choices=RECOMPUTE)
     parser.add_argument("--published", action="store_true", help="the reference's eager step beside it")
     options = parser.parse_args(arguments)
-    ours = step_launches(CAVMAE(norm_pix_loss=True, recompute=options.recompute), options.batch)
+    system = MODELS[options.model].system
+    ours = step_launches(system.create(recompute=options.recompute), options.batch, system)
     print(table(ours, GPUS[options.gpu], options.batch))
     if options.published:
-        theirs = step_launches(Published(norm_pix_loss=True, attention="eager"), options.batch)
+        theirs = step_launches(system.create(plain=True, attention="eager"), options.batch, system)
         share = sum(launch.bytes for launch in ours) / sum(launch.bytes for launch in theirs)
         print(f"\npublished, eager\n{table(theirs, GPUS[options.gpu], options.batch)}")
         print(f"\nours moves {share:.1%} of the bytes of the published step")

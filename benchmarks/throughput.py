@@ -1,6 +1,9 @@
-"""Full training step (forward, backward, AdamW) of CAV-MAE: the published model, its obvious improvements, and ours.
+"""Full training step (forward, backward, AdamW): the published model, its obvious improvements, and ours.
 
     python benchmarks/throughput.py --device cuda --batch 128 --dtype bf16
+    python benchmarks/throughput.py --model mavil              the first stage; also mavil-stage-2, a-mae, v-mae
+
+Of models that nobody published, 'published' is the reference with eager attention.
 
 All variants start from the same weights and see the same batch and masks. Before any is timed, its loss after no and
 one step and the direction of some gradients are compared with the float32 reference; a variant that differs is not
@@ -39,38 +42,41 @@ from benchmarks.common import (
 )
 from benchmarks.render import step_table
 from benchmarks.timing import ceilings, elapsed, spin, summary, synchronize
-from cavmae_fast.models import CAVMAE
-from cavmae_fast.models.flops import step_flops
+from cavmae_fast.models.systems import CAVMAESystem, MAESystem, MAViLStage2System, MAViLSystem, System
 from cavmae_fast.ops import dispatch
-from cavmae_fast.reference import cavmae as reference
+from cavmae_fast.tuning.plan import MODELS
 
-MODELS: dict[str, dict[str, Any]] = {
-    "base": {"norm_pix_loss": True},
-    "tiny": {
-        "img_size": 64,
-        "audio_length": 64,
-        "embed_dim": 64,
-        "depth": 2,
-        "modality_specific_depth": 1,
-        "num_heads": 2,
-        "decoder_embed_dim": 32,
-        "decoder_depth": 2,
-        "decoder_num_heads": 2,
-        "norm_pix_loss": True,
-    },
-}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 SEED, LEARNING_RATE, WARM_UP, MOST_SKIPS = 1, 1e-4, 2, 20
-PROBES = (
-    "patch_embed_v.proj.weight",
-    "blocks_a.0.attn.qkv.weight",
-    "blocks_u.0.norm1_v.weight",
-    "mask_token",
-    "decoder_blocks.0.mlp.fc1.weight",
-    "decoder_blocks.-1.attn.qkv.weight",
-    "decoder_pred_a.weight",
-)
-"Parameters whose gradients are compared; -1 is the last block."
+TOWER_PROBES = ("blocks.0.attn.qkv.weight", "mask_token", "decoder_blocks.0.mlp.fc1.weight")
+PROBES: dict[type, tuple[str, ...]] = {
+    CAVMAESystem: (
+        "patch_embed_v.proj.weight",
+        "blocks_a.0.attn.qkv.weight",
+        "blocks_u.0.norm1_v.weight",
+        "mask_token",
+        "decoder_blocks.0.mlp.fc1.weight",
+        "decoder_blocks.-1.attn.qkv.weight",
+        "decoder_pred_a.weight",
+    ),
+    MAESystem: ("patch_embed.proj.weight", *TOWER_PROBES, "decoder_blocks.-1.attn.qkv.weight", "decoder_pred.weight"),
+    MAViLSystem: (
+        "video.patch_embed.proj.weight",
+        *(f"audio.{name}" for name in TOWER_PROBES),
+        "video.norm.weight",
+        "fusion.blocks.0.attn.qkv.weight",
+        "video.decoder_blocks.-1.attn.qkv.weight",
+        "video.decoder_pred.weight",
+    ),
+    MAViLStage2System: (
+        "student.video.patch_embed.proj.weight",
+        *(f"student.audio.{name}" for name in TOWER_PROBES),
+        "student.fusion.blocks.0.attn.qkv.weight",
+        "student.video.decoder_blocks.-1.attn.qkv.weight",
+        "student.target_pred_v.weight",
+    ),
+}
+"Parameters whose gradients are compared, by the kind of system; -1 is the last block."
 LOSS_TOLERANCE = {"bf16": 2e-3, "fp16": 1e-3, "fp32": 1e-5}
 "Relative error of the loss against float32. The published model on a CPU is off by 2e-4 in bf16."
 GRADIENT_TOLERANCE = {"bf16": 0.06, "fp16": 0.03, "fp32": 1e-3}
@@ -129,9 +135,9 @@ class Step:
         self.dtype = settings.dtype
         if variant.published_autocast:
             self.dtype = "fp16" if device.type == "cuda" else "bf16"
-        kind = {"reference": reference.CAVMAE, "fast": CAVMAE}[variant.model]
+        self.system = system_of(settings)
         with device:
-            self.model = kind(**MODELS[settings.model], attention=variant.attention).to(device)
+            self.model = self.system.create(plain=variant.model == "reference", attention=variant.attention).to(device)
         self.model.load_state_dict(task.state)
         self.ops = variant.ops or settings.ops
         self.call: Callable = self.model
@@ -150,7 +156,7 @@ class Step:
         with dispatch.override(self.ops):
             mixed = dtype != torch.float32
             with torch.autocast(self.device.type, dtype, enabled=mixed, cache_enabled=self.cache_casts):
-                loss = self.call(*self.task.inputs)[0]
+                loss = self.system.step_loss(self.call, *self.task.inputs)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -182,7 +188,7 @@ class Step:
     def probes(self) -> dict[str, Tensor]:
         """The gradients of the last step that are compared, each of norm 1, in float32."""
         found = {}
-        for name in PROBES:
+        for name in PROBES[type(self.system)]:
             parameter = functools.reduce(_child, name.split("."), self.model)
             gradient = parameter.grad.detach().float()
             found[name] = gradient / gradient.norm()
@@ -222,6 +228,10 @@ class GraphStep(Step):
         return self.captured_peak
 
 
+def system_of(settings: Settings) -> System:
+    return MODELS[settings.model].system
+
+
 def _child(module: Any, name: str) -> Any:
     return module[int(name)] if name.lstrip("-").isdigit() else getattr(module, name)
 
@@ -254,10 +264,8 @@ def make_task(settings: Settings, device: torch.device) -> Task:
     Its blocks are recomputed in the backward pass, so that it fits where a variant fits.
     """
     torch.manual_seed(SEED)
-    model = reference.CAVMAE(**MODELS[settings.model])
-    (rows, frames), (height, width) = model.patch_embed_a.img_size, model.patch_embed_v.img_size
-    audio = torch.randn(settings.batch, frames, rows)
-    imgs = torch.randn(settings.batch, model.in_chans, height, width)
+    model = system_of(settings).create(plain=True)
+    audio, imgs = (torch.randn(settings.batch, *shape) for shape in model.clip_spec.shapes)
     task = Task(model.state_dict(), (audio.to(device), imgs.to(device)))
     step = Step(Variant("reference", "sdpa"), Settings(settings.model, settings.batch, "fp32"), task, device)
     for module in step.model.modules():
@@ -369,9 +377,10 @@ def measure(settings: Settings, device: torch.device, limits: dict[str, Any]) ->
             del step
         time_steps(steps, rows, settings, device)
         synchronize(device)
+    system = system_of(settings)
     with torch.device("meta"):
-        model = reference.CAVMAE(**MODELS[settings.model])
-    useful = step_flops(model)
+        model = system.create()
+    useful = system.step_flops(model)
     for row in rows.values():
         if row["status"] == "ok":
             seconds = row["time"]["median_ms"] / 1e3
@@ -383,7 +392,7 @@ def measure(settings: Settings, device: torch.device, limits: dict[str, Any]) ->
     release(device)
     return {
         "settings": asdict(settings),
-        "flops_per_sample": {"useful": useful, "published": step_flops(model, True)},
+        "flops_per_sample": {"useful": useful, "published": system.step_flops(model, plain=True)},
         "reference_losses": task.losses,
         "variants": list(rows.values()),
     }
@@ -442,7 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, settings, device = parse(arguments)
     command = [__file__, *(sys.argv[1:] if arguments is None else arguments)]
     record = {"kind": "throughput", "provenance": provenance(device, command, args.commit)}
-    record["ceilings"] = ceilings(device, dtypes_of(settings, device), tiny=settings.model == "tiny")
+    record["ceilings"] = ceilings(device, dtypes_of(settings, device), tiny=settings.model.startswith("tiny"))
     record |= measure(settings, device, record["ceilings"])
     name = f"throughput-{settings.model}-b{settings.batch}-{settings.dtype}.json"
     path: Path = args.out / device_name(device) / name

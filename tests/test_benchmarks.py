@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing, trainer
 from benchmarks.suite import sections
 from benchmarks.suite.report import Report
-from cavmae_fast.models import flops
+from cavmae_fast.models import flops, presets
 from cavmae_fast.ops import configuration
 from cavmae_fast.reference.cavmae import CAVMAE, CAVMAEFT
 from cavmae_fast.reference.cavmae_parameters import MODES
@@ -61,7 +61,7 @@ def test_flops_of_vit_b():
 
 def test_flops_match_what_pytorch_counts():
     """The published count is what PyTorch's counter sees in a forward pass of the reference."""
-    model = CAVMAE(**throughput.MODELS["tiny"])
+    model = throughput.MODELS["tiny"].system.create(plain=True)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.randn(2, 64, 128), torch.randn(2, 3, 64, 64), contrast_loss_weight=0.01)
@@ -117,14 +117,14 @@ def test_throughput_writes_times_with_provenance(tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_wrong_variant_is_not_timed(tmp_path, monkeypatch, capsys, fault):
-    class Wrong(throughput.CAVMAE):
+    class Wrong(presets.CAVMAE):
         def forward(self, *args, **kwargs):
-            loss, *others = super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
             if fault == "loss":
-                return 1.01 * loss, *others
-            return loss + (self.mask_token - self.mask_token.detach()).sum(), *others  # the right loss
+                return output._replace(loss=1.01 * output.loss)
+            return output._replace(loss=output.loss + (self.mask_token - self.mask_token.detach()).sum())  # the right loss
 
-    monkeypatch.setattr(throughput, "CAVMAE", Wrong)
+    monkeypatch.setattr(presets, "CAVMAE", Wrong)
     assert throughput.main([*TINY, "--variants", "sdpa,fast-torch", "--out", str(tmp_path)]) == 1
     assert "'fast-torch' gives losses" in capsys.readouterr().err
     rows = {row["name"]: row for row in only_record(tmp_path)["variants"]}
@@ -133,12 +133,23 @@ def test_a_wrong_variant_is_not_timed(tmp_path, monkeypatch, capsys, fault):
     assert "time" in rows["sdpa"]
 
 
+@pytest.mark.parametrize("model", ["tiny-v-mae", "tiny-mavil", "tiny-mavil-stage-2"])
+def test_throughput_of_models_of_towers(tmp_path, model):
+    """All variants compute the same step, in the second stage with the teacher's pass."""
+    command = ["--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1", "--model", model, "--out", str(tmp_path)]
+    assert throughput.main([*command, "--variants", "published,sdpa,fast-torch", "--dtype", "fp32"]) == 0
+    record = only_record(tmp_path)
+    assert [row["status"] for row in record["variants"]] == ["ok"] * 3
+    flops_of = record["flops_per_sample"]
+    assert 0 < flops_of["useful"] < flops_of["published"]
+
+
 def test_a_variant_that_crashes_is_recorded(tmp_path, monkeypatch):
-    class Broken(throughput.CAVMAE):
+    class Broken(presets.CAVMAE):
         def forward(self, *args, **kwargs):
             raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(throughput, "CAVMAE", Broken)
+    monkeypatch.setattr(presets, "CAVMAE", Broken)
     assert throughput.main([*TINY, "--variants", "fast-torch,sdpa", "--out", str(tmp_path)]) == 1
     broken, good = only_record(tmp_path)["variants"]
     assert (broken["status"], broken["reason"]) == ("failed", "RuntimeError: no such kernel")
@@ -147,11 +158,11 @@ def test_a_variant_that_crashes_is_recorded(tmp_path, monkeypatch):
 
 
 def test_out_of_memory_is_recorded(tmp_path, monkeypatch):
-    class Large(throughput.CAVMAE):
+    class Large(presets.CAVMAE):
         def forward(self, *args, **kwargs):
             raise torch.OutOfMemoryError("tried to allocate too much")
 
-    monkeypatch.setattr(throughput, "CAVMAE", Large)
+    monkeypatch.setattr(presets, "CAVMAE", Large)
     assert throughput.main([*TINY, "--variants", "fast-torch", "--out", str(tmp_path)]) == 0
     assert only_record(tmp_path)["variants"][0]["status"] == "out of memory"
 

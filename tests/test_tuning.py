@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from cavmae_fast.errors import CavmaeError
+from cavmae_fast.models import PRESETS, packed, towers
+from cavmae_fast.models.systems import SYSTEMS, CAVMAESystem
+from cavmae_fast.models.systems import inputs as clips_for
 from cavmae_fast.ops import catalogue, configuration, dispatch
 from cavmae_fast.tuning import plan, search
 from cavmae_fast.tuning import tune as tuning
@@ -298,25 +302,83 @@ def test_export_is_what_ships(folder, fast, wins, tmp_path):
 @pytest.mark.parametrize("model", plan.MODELS)
 def test_units_cover_a_training_step(model):
     found = units(Settings(model, 2, "bfloat16", "cpu"))
-    assert {unit.operator for unit in found} == set(dispatch.operators)
+    not_called = {"contrastive_loss"} if model.endswith(("a-mae", "v-mae")) else set()
+    assert {unit.operator for unit in found} == set(dispatch.operators) - not_called
     assert len({unit.name for unit in found}) == len(found)
     timed = [call for unit in found for call in unit.calls]
-    assert sorted(str(c.case) for c in timed) == sorted(map(str, catalogue.pretraining(2, plan.sizes_of(model))))
+    assert sorted(str(c.case) for c in timed) == sorted(str(c.case) for c in plan.step_calls(model, 2))
     for unit in found:
         assert all(unit.dtype in case.dtypes for case in unit.proofs)
         assert len(unit.proofs) > len(unit.calls), f"{unit.name} is not proven at awkward shapes"
-    assert set(plan.calls_per_step(model)) <= {str(call.case) for call in timed}
+    assert get_args(get_type_hints(TuneConfig)["model"]) == tuple(plan.MODELS)
+    if isinstance(system := plan.MODELS[model].system, CAVMAESystem):
+        assert set(plan.calls_per_step(system)) <= {str(call.case) for call in timed}
+
+
+@pytest.mark.parametrize("model", ["tiny-v-mae", "tiny-mavil", "tiny-mavil-stage-2"])
+def test_calls_are_those_that_a_step_of_towers_makes(model, monkeypatch):
+    """How often each operator is called, and on what: held against a real step, forward."""
+    system = plan.MODELS[model].system
+    seen: dict[str, list] = {}
+
+    def watch(module, name: str, note) -> None:
+        real = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, []).append(note(*args))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(packed, "attention", lambda qkv, layout, heads: (layout.batch, layout.lengths, qkv.shape[1] // 3, heads))
+    watch(packed, "query_attention", lambda q, kv, wanted, layout, heads: (wanted.lengths, layout.lengths, heads))
+    watch(towers, "embed_kept_patches", lambda images, ids, *_: (tuple(images.shape), ids if ids is None else ids.shape[1]))
+    watch(towers, "scatter_tokens", lambda x, places, *_: (len(x), tuple(places.shape)))
+    built = system.create()
+    system.step_loss(built, *clips_for(built, 2))
+    said = {str(call.case): (call.case, call.weight) for call in plan.step_calls(model, 2)}
+
+    made: dict[tuple, float] = {}
+    for name, (case, weight) in said.items():
+        if case.attention_of is None:
+            continue
+        queries, layout, heads = case.attention_of
+        if queries == layout:
+            key = (layout.batch, layout.lengths, case.head_width * heads, heads)
+        else:
+            key = (queries.lengths, layout.lengths, heads)
+        made[key] = made.get(key, 0) + weight * (3 if "teacher" in name else 1)
+    calls = [*seen["attention"], *seen["query_attention"]]
+    assert made == pytest.approx({key: calls.count(key) for key in calls})
+    kept = [row for row in seen["embed_kept_patches"] if row[1] is not None]
+    assert len(kept) == sum(weight for name, (_, weight) in said.items() if name.startswith("embed_kept_patches"))
+    assert len(seen["scatter_tokens"]) == sum(w for name, (_, w) in said.items() if name.startswith("scatter_tokens"))
 
 
 def test_sizes_are_those_of_the_models():
     """Tokens as the reference counts them."""
     from cavmae_fast.reference.masking import kept_tokens
 
-    assert plan.sizes_of("base") == catalogue.BASE
-    small = plan.sizes_of("small")
+    assert plan.sizes_of(SYSTEMS["cav-mae-base"]) == catalogue.BASE
+    small = plan.sizes_of(SYSTEMS["small"])
     assert (small.all_a, small.all_v, small.width, small.heads) == (96, 36, 192, 3)
-    kept = kept_tokens(small.all_a, plan.MASK_RATIOS["small"], "mask_ratio_a")
+    kept = kept_tokens(small.all_a, PRESETS["small"].mask_ratio, "mask_ratio_a")
     assert small.kept_a == kept
+    for name in ("mavil", "a-mae", "v-mae"):
+        with torch.device("meta"):
+            model = SYSTEMS[name].create()
+        assert plan.tower_sizes_of(SYSTEMS[name]).patches == model.lengths
+
+
+def test_a_whole_step_of_towers_is_proven(monkeypatch):
+    """As the tuner does it, with everything left to PyTorch: the reference and the fast model agree in both stages."""
+    from cavmae_fast.tuning import step
+
+    for model in ("tiny-mavil", "tiny-mavil-stage-2"):
+        found = step.prove(
+            Settings(model, 2, "float32", "cpu"), {"implementations": {}, "launches": {}}, torch.device("cpu")
+        )
+        assert found["right"], found
 
 
 def test_triton_candidates_are_found_in_the_interpreter(monkeypatch):

@@ -75,8 +75,9 @@ def mavil_macs(
     if raw or regression:
         parts["fusion"] = fusion_macs(model, *(some + 1 for some in kept))
         for tower, some, target_head in zip(model.towers, kept, (model.target_pred_a, model.target_pred_v)):
-            heads = [tower.decoder_pred] * raw + [target_head] * regression
-            parts["decoders"] += decoder_macs(tower, some, heads, plain)
+            parts["decoders"] += decoder_macs(tower, some, [tower.decoder_pred] * raw, plain)
+            # The reference, too, regresses removed patches alone.
+            parts["decoders"] += regression * (tower.num_patches - some) * target_head.weight.numel()
     return parts
 
 

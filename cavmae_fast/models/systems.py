@@ -43,6 +43,10 @@ class System(Protocol):
     def resized(self, sizes: Mapping[str, Any]) -> Self:
         """The same system with other constructor arguments."""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments of the model in which it differs from the defaults of its class."""
+
 
 @dataclass(frozen=True)
 class _Resized:
@@ -52,8 +56,12 @@ class _Resized:
     def resized(self, sizes: Mapping[str, Any]) -> Self:
         return replace(self, sizes={**self.sizes, **sizes})
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.preset.model, **self.sizes}
+
     def _build(self, kind: type[nn.Module], overrides: Mapping[str, Any]) -> nn.Module:
-        return kind(**{**self.preset.model, **self.sizes, **overrides})
+        return kind(**{**self.arguments, **overrides})
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,12 @@ class CAVMAESystem(_Resized):
         if not plain:
             return self.preset.create(**arguments)
         model = self._build(plain_cavmae.CAVMAE, arguments)
-        model.train_losses(**self._in_force)
+        model.train_losses(**self.in_force)
         return model
 
     @property
-    def _in_force(self) -> dict[str, bool]:
+    def in_force(self) -> dict[str, bool]:
+        """Which losses have a weight."""
         return {"reconstruction": self.preset.mae_loss_weight != 0, "contrast": self.preset.contrast_loss_weight != 0}
 
     def step_loss(self, model: Callable, audio: Tensor, imgs: Tensor) -> Tensor:
@@ -80,7 +89,7 @@ class CAVMAESystem(_Resized):
 
     def step_flops(self, model: CAVMAE, *, plain: bool = False) -> float:
         ratio = self.preset.mask_ratio
-        return 6 * sum(forward_macs(model, ratio, ratio, published=plain, **self._in_force).values())
+        return 6 * sum(forward_macs(model, ratio, ratio, published=plain, **self.in_force).values())
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,13 @@ class MAViLSystem(_Resized):
         return self.preset.weights(self.stage)._asdict()
 
     @property
-    def _in_force(self) -> dict[str, bool]:
+    def in_force(self) -> dict[str, bool]:
+        """Which losses have a weight."""
         return {loss: weight != 0 for loss, weight in self._weights.items()}
 
     def create(self, *, plain: bool = False, **overrides: Any) -> nn.Module:
         model = self._build(plain_mavil.MAViL if plain else MAViL, overrides)
-        model.train_losses(**self._in_force)
+        model.train_losses(**self.in_force)
         return model
 
     def step_loss(self, model: Callable, audio: Tensor, imgs: Tensor) -> Tensor:
@@ -126,7 +136,7 @@ class MAViLSystem(_Resized):
 
     def step_flops(self, model: MAViL, *, plain: bool = False) -> float:
         ratio = self.preset.mask_ratio
-        return 6 * sum(mavil_macs(model, ratio, ratio, plain=plain, **self._in_force).values())
+        return 6 * sum(mavil_macs(model, ratio, ratio, plain=plain, **self.in_force).values())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ from typing import Literal
 class TuneConfig:
     """Prove and time every operator's implementations on this machine, and keep the fastest right ones for later runs."""
 
-    model: Literal["base", "small", "tiny"] = "base"
+    model: Literal[
+        "base",
+        "small",
+        "tiny",
+        "a-mae",
+        "v-mae",
+        "mavil",
+        "mavil-stage-2",
+        "tiny-v-mae",
+        "tiny-mavil",
+        "tiny-mavil-stage-2",
+    ] = "base"
     """The model whose training step is tuned for."""
     batch: str = "auto"
     """Clips per step: a number, or auto: 256 or what fits on a GPU, a few on a CPU."""

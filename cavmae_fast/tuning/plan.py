@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cavmae_fast.errors import CavmaeError
-from cavmae_fast.models import PRESETS
 from cavmae_fast.models.precision import DTYPES
+from cavmae_fast.models.systems import SYSTEMS, CAVMAESystem, MAESystem, MAViLSystem, System
 from cavmae_fast.ops import catalogue
 from cavmae_fast.ops.attention_kernels import launch_key
-from cavmae_fast.ops.catalogue import Case, Sizes, calls
+from cavmae_fast.ops.catalogue import Case, Sizes, calls, towers
+from cavmae_fast.ops.catalogue.towers import TowerSizes
 from cavmae_fast.ops.configuration import name_of
 from cavmae_fast.ops.layout import StreamLayout
 
-MODELS: dict[str, dict[str, Any]] = {
-    "base": {"norm_pix_loss": True},
-    "small": PRESETS["small"].model,
-    "tiny": {
-        "img_size": 64,
-        "audio_length": 64,
-        "embed_dim": 64,
-        "depth": 2,
-        "modality_specific_depth": 1,
-        "num_heads": 2,
-        "decoder_embed_dim": 32,
-        "decoder_depth": 2,
-        "decoder_num_heads": 2,
-        "norm_pix_loss": True,
-    },
+
+class Tuned(NamedTuple):
+    """A model that is tuned for: the system, and for how many clips where nobody says it."""
+
+    system: System
+    cpu_batch: int
+    "Clips of a step on a CPU, which is slow."
+    bytes_per_clip: float = 0.3e9
+    """Of a clip in training in 16 bits, about: 164 MiB kept for backward in the base model, and what is formed meanwhile; of
+    others in proportion (`doctor --model` says what is kept)."""
+
+
+TINY = {
+    "img_size": 64,
+    "audio_length": 64,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "norm_pix_loss": True,
 }
-"Model -> constructor arguments. 'tiny' is for tests."
-MASK_RATIOS = {"small": PRESETS["small"].mask_ratio}
+MODELS = {
+    "base": Tuned(SYSTEMS["cav-mae-base"], 4),
+    "small": Tuned(SYSTEMS["small"], 16),
+    "tiny": Tuned(SYSTEMS["cav-mae-base"].resized(TINY | {"modality_specific_depth": 1}), 2),
+    "a-mae": Tuned(SYSTEMS["a-mae"], 4, 0.2e9),
+    "v-mae": Tuned(SYSTEMS["v-mae"], 4, 0.3e9),
+    "mavil": Tuned(SYSTEMS["mavil"], 2, 0.65e9),
+    "mavil-stage-2": Tuned(SYSTEMS["mavil-stage-2"], 2, 0.7e9),
+    "tiny-v-mae": Tuned(SYSTEMS["v-mae"].resized(TINY), 2),
+    "tiny-mavil": Tuned(SYSTEMS["mavil"].resized(TINY), 2),
+    "tiny-mavil-stage-2": Tuned(SYSTEMS["mavil-stage-2"].resized(TINY), 2),
+}
+"What a training step can be tuned for, and measured by the benchmarks. Those that are tiny are for tests."
 ORDER = (
     "attention",
     "stream_layer_norm",
@@ -48,8 +67,6 @@ ORDER = (
     "log_mel_fbank",
 )
 "Operators in the order of the time that is to be won, so that a run with little time spends it well."
-BYTES_PER_SAMPLE = 0.3e9
-"Of a clip of the base model in training in 16 bits, about: 164 MiB kept for backward, and what is formed meanwhile."
 RESERVED = 8e9
 "Bytes of a GPU that do not grow with the batch: parameters, gradients, optimizer, the reference's copies."
 
@@ -109,9 +126,9 @@ class Unit:
         return f"{self.operator}, {self.case}"
 
 
-def sizes_of(model: str) -> Sizes:
-    """Token counts and widths of a model in `MODELS`."""
-    config = MODELS[model]
+def sizes_of(system: CAVMAESystem) -> Sizes:
+    """Token counts and widths of a CAV-MAE."""
+    config = system.arguments
     frames = config.get("audio_length", 1024)
     return Sizes(
         image=config.get("img_size", 224),
@@ -121,14 +138,28 @@ def sizes_of(model: str) -> Sizes:
         decoder_width=config.get("decoder_embed_dim", 512),
         decoder_heads=config.get("decoder_num_heads", 16),
         seconds=frames / 100,
-        mask_ratio=MASK_RATIOS.get(model, 0.75),
+        mask_ratio=system.preset.mask_ratio,
     )
 
 
-def calls_per_step(model: str) -> dict[str, float]:
+def tower_sizes_of(system: MAESystem | MAViLSystem) -> TowerSizes:
+    """Sizes of a model of towers, and which of its parts a step runs."""
+    config, names = system.arguments, {"img_size": "image", "embed_dim": "width", "num_heads": "heads"}
+    names |= {"decoder_embed_dim": "decoder_width", "decoder_num_heads": "decoder_heads", "modality": "modalities"}
+    names |= {"patch_size": "patch", "tubelet_size": "tubelet"}
+    same = ("frames", "audio_length", "depth", "decoder_depth", "fusion_depth")
+    given = {names.get(name, name): value for name, value in config.items() if name in names or name in same}
+    if isinstance(system, MAESystem):
+        given |= {"fusion_depth": 0, "views": 1}
+    else:
+        given |= {"views": 2 if system.in_force["intra"] else 1, "teacher": system.stage == 2}
+    return TowerSizes(**given, mask_ratio=system.preset.mask_ratio)
+
+
+def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
     """Case -> how often a training step calls it. A product that the catalogue does not have counts as its share of one
     that it has: by operations, proj and fc2 are 1/3 and 4/3 of qkv."""
-    config = MODELS[model]
+    config = system.arguments
     depth, specific = config.get("depth", 12), config.get("modality_specific_depth", 11)
     shared, decoder = depth - specific, config.get("decoder_depth", 8)
     return {
@@ -148,21 +179,36 @@ def calls_per_step(model: str) -> dict[str, float]:
     }
 
 
+def step_calls(model: str, batch: int) -> list[Call]:
+    """The calls of a training step of one of `MODELS`."""
+    system = MODELS[model].system
+    if isinstance(system, CAVMAESystem):
+        counts = calls_per_step(system)
+        return [Call(case, float(counts.get(str(case), 1.0))) for case in catalogue.pretraining(batch, sizes_of(system))]
+    return [Call(case, float(weight)) for case, weight in towers.step(batch, tower_sizes_of(system))]
+
+
+def other_cases(model: str, batch: int) -> list[Case]:
+    """Awkward calls, in which a candidate must be right, too."""
+    system = MODELS[model].system
+    shapes = catalogue.variants(min(batch, 8), sizes_of(system)) if isinstance(system, CAVMAESystem) else []
+    return [*shapes, *catalogue.small()]
+
+
 def units(settings: Settings) -> list[Unit]:
     """The units of a training step, those with most to win first."""
-    sizes, counts = sizes_of(settings.model), calls_per_step(settings.model)
-    trained = [c for c in catalogue.pretraining(settings.batch, sizes) if _wanted(c, settings)]
-    others = [c for c in [*catalogue.variants(min(settings.batch, 8), sizes), *catalogue.small()] if _wanted(c, settings)]
-    groups: dict[tuple[str, torch.dtype, str], list[Case]] = {}
-    for case in trained:
-        groups.setdefault((case.operator, _dtype(case, settings), _key(case)), []).append(case)
+    others = other_cases(settings.model, settings.batch)
+    groups: dict[tuple[str, torch.dtype, str], list[Call]] = {}
+    for call in step_calls(settings.model, settings.batch):
+        if _wanted(call.case, settings):
+            groups.setdefault((call.case.operator, _dtype(call.case, settings), _key(call.case)), []).append(call)
     found = []
-    for (operator, dtype, key), cases in groups.items():
-        timed = tuple(Call(case, float(counts.get(str(case), 1.0))) for case in cases)
+    for (operator, dtype, key), timed in groups.items():
+        cases = [call.case for call in timed]
         awkward = [c for c in others if c.operator == operator and dtype in c.dtypes and not key]
         if operator == "attention":
             awkward = _awkward_attention(key, cases[0].head_width)
-        found.append(Unit(operator, dtype, key, timed, (*awkward, *cases)))
+        found.append(Unit(operator, dtype, key, tuple(timed), (*awkward, *cases)))
     return sorted(found, key=lambda unit: (ORDER.index(unit.operator), -sum(c.weight for c in unit.calls)))
 
 
@@ -197,6 +243,6 @@ def _key(case: Case) -> str:
 def fitting_batch(model: str, device: torch.device) -> int:
     """What a run trains with if nobody says it: 256 clips on a GPU, or as many as fit; few on a CPU, which is slow."""
     if device.type == "cpu":
-        return {"base": 4, "small": 16, "tiny": 2}[model]
+        return MODELS[model].cpu_batch
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(8, min(256, math.floor((memory - RESERVED) / BYTES_PER_SAMPLE / 8) * 8))
+    return max(8, min(256, math.floor((memory - RESERVED) / MODELS[model].bytes_per_clip / 8) * 8))

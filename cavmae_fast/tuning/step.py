@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cavmae_fast.models import CAVMAE
 from cavmae_fast.models.precision import DTYPES
+from cavmae_fast.models.systems import System
+from cavmae_fast.models.systems import inputs as clips_for
 from cavmae_fast.ops import configuration, dispatch, parity
-from cavmae_fast.reference import cavmae as reference
 from cavmae_fast.tuning.clock import elapsed, spin, summary
 from cavmae_fast.tuning.journal import Journal
-from cavmae_fast.tuning.plan import MASK_RATIOS, MODELS, Settings
+from cavmae_fast.tuning.plan import MODELS, Settings
 from cavmae_fast.tuning.processes import end_with_parent
 from cavmae_fast.tuning.proof import release
 
@@ -36,19 +36,19 @@ SEED = 3
 
 def draw(model: nn.Module, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Spectrograms and pictures that `model` takes."""
-    (rows, frames), (height, width) = model.patch_embed_a.img_size, model.patch_embed_v.img_size
     torch.manual_seed(SEED)
-    return torch.randn(batch, frames, rows).to(device), torch.randn(batch, model.in_chans, height, width).to(device)
+    audio, imgs = clips_for(model, batch)
+    return audio.to(device), imgs.to(device)
 
 
 def gradients(
-    model: nn.Module, inputs: tuple[Tensor, Tensor], ratio: float, dtype: torch.dtype
+    system: System, model: nn.Module, inputs: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and the gradients of all that is trained. `dtype`: autocast's where it is a 16-bit one."""
     torch.manual_seed(SEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast(inputs[0].device.type, dtype, enabled=dtype.itemsize == 2):
-        loss = model(*inputs, ratio, ratio)[0]
+        loss = system.step_loss(model, *inputs)
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
     found = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
     return loss.detach(), found
@@ -61,18 +61,18 @@ def in_a_row(loss: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def prove(settings: Settings, content: configuration.Content, device: torch.device) -> dict[str, Any]:
     """Errors and allowed errors of loss and gradient, and whether both are right."""
-    dtype, ratio = DTYPES[settings.dtype], MASK_RATIOS.get(settings.model, 0.75)
+    dtype, system = DTYPES[settings.dtype], MODELS[settings.model].system
     torch.manual_seed(0)
-    plain = reference.CAVMAE(**MODELS[settings.model], attention="sdpa").to(device)
-    fast = CAVMAE(**MODELS[settings.model]).to(device)
+    plain = system.create(plain=True, attention="sdpa").to(device)
+    fast = system.create().to(device)
     fast.load_state_dict(plain.state_dict())
     inputs = draw(plain, min(PROOF_CLIPS, settings.batch), device)
-    base = in_a_row(*gradients(plain, inputs, ratio, dtype))
+    base = in_a_row(*gradients(system, plain, inputs, dtype))
     with chosen(content):
-        got = in_a_row(*gradients(fast, inputs, ratio, dtype))
+        got = in_a_row(*gradients(system, fast, inputs, dtype))
     del fast
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
-    want = in_a_row(*gradients(plain.double(), tuple(x.double() for x in inputs), ratio, torch.float64))
+    want = in_a_row(*gradients(system, plain.double(), (inputs[0].double(), inputs[1]), torch.float64))
     row: dict[str, Any] = {}
     for what, value, near, exact, factor in zip(("loss", "gradient"), got, base, want, (1.0, scale)):
         allowed = 2 * parity.error(near / factor, exact) + 2 * torch.finfo(dtype).eps
@@ -89,18 +89,18 @@ def chosen(content: configuration.Content) -> Iterator[None]:
 
 def time(settings: Settings, content: configuration.Content, device: torch.device) -> dict[str, Any]:
     """Milliseconds of forward and backward, with what was chosen and with PyTorch alone, in turn."""
-    dtype, ratio = DTYPES[settings.dtype], MASK_RATIOS.get(settings.model, 0.75)
+    dtype, system = DTYPES[settings.dtype], MODELS[settings.model].system
     torch.manual_seed(0)
-    model = CAVMAE(**MODELS[settings.model]).to(device)
+    model = system.create().to(device)
     inputs = draw(model, settings.batch, device)
 
     def tuned() -> None:
         with chosen(content):
-            gradients(model, inputs, ratio, dtype)
+            gradients(system, model, inputs, dtype)
 
     def pytorch() -> None:
         with dispatch.override("torch"):
-            gradients(model, inputs, ratio, dtype)
+            gradients(system, model, inputs, dtype)
 
     spin(device)
     samples: dict[str, list[float]] = {"tuned": [], "pytorch": []}
