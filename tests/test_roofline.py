@@ -31,6 +31,20 @@ def test_operations_are_those_of_the_model():
     assert counted == pytest.approx(8 * (step_flops(model) - 2 * projections), rel=0.005)
 
 
+@pytest.mark.parametrize("name", ["tiny-v-mae", "tiny-mavil", "tiny-mavil-stage-2"])
+def test_operations_of_models_of_towers(name):
+    """All of a step but the patch projection's gradient of the pixels, which nobody needs; a teacher's pass included."""
+    system = roofline.MODELS[name].system
+    model = system.create()
+    counted = sum(map(needed, step_launches(model, 8, system)))
+    student = getattr(model, "student", model)
+    views = 1 if name == "tiny-v-mae" else 2
+    pixels = sum(
+        2 * views * int(0.2 * tower.num_patches) * tower.patch_embed.proj.weight.numel() for tower in student.towers
+    )
+    assert counted == pytest.approx(8 * (system.step_flops(model) - pixels), rel=1e-6)
+
+
 def test_the_model_is_left_as_it_was_and_operators_run_again():
     """Kernels are noted in place of being run only while the step is noted."""
     model = CAVMAE(**SMALL)
