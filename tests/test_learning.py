@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 
 from benchmarks import learning
 from benchmarks.common import RESULTS, read_json
-from benchmarks.evidence import clips, report, runs
+from benchmarks.evidence import campaign, clips, report, runs
 from benchmarks.evidence.claims import CLAIMS, above, at_least, judge
 
 BUDGET = ("--steps", "2", "--epochs", "1", "--batch", "4", "--clips", "8", "--test-clips", "6", "--dtype", "float32")
@@ -143,5 +143,5 @@ def test_bad_options(tmp_path, capsys):
         assert refused.value.code == 2 and words in capsys.readouterr().err
     path = tmp_path / "learning.json"
     path.write_text(json.dumps({"settings": {"steps": 1}, "runs": [1]}))
-    budget = learning.Budget(1, 1, 1, 1, 1, "cpu", "float32")
-    assert learning.open_record(path, budget, overwrite=True)["runs"] == []
+    budget = clips.Budget(1, 1, 1, 1, 1, "cpu", "float32")
+    assert campaign.open_record(path, budget, overwrite=True)["runs"] == []

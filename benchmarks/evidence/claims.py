@@ -94,7 +94,8 @@ class Claim:
 
     text: str
     systems: tuple[str, ...]
-    rule: Callable[[Figures], Finding]
+    rule: Callable[[Any], Finding]
+    "Of the record's figures: `Figures`, or a kind of it that a campaign has of its own."
 
 
 def _reconstructs(stream: str) -> Callable[[Figures], Finding]:
@@ -161,10 +162,11 @@ CLAIMS = (
 )
 
 
-def judge(record: Record) -> list[Verdict]:
-    """Each claim judged by its rule; not judged where a system has fewer than two seeds."""
-    figures, verdicts = Figures(record), []
-    for claim in CLAIMS:
+def judge(record: Record, claims: Sequence[Claim] = CLAIMS, kind: type[Figures] = Figures) -> list[Verdict]:
+    """Each claim judged by its rule, given the record's figures of this `kind`; not judged where a system has fewer than two
+    seeds."""
+    figures, verdicts = kind(record), []
+    for claim in claims:
         seeds = {system: sum(row["system"] == system for row in record["runs"]) for system in claim.systems}
         if few := [f"{system} has {count}" for system, count in seeds.items() if count < 2]:
             verdicts.append(Verdict(claim.text, "not judged", f"two seeds are needed; {', '.join(few)}"))

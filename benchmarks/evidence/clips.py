@@ -1,4 +1,4 @@
-"""What the runs of `benchmarks/learning.py` have in common: their budget, and the generated clips."""
+"""What the runs of a campaign (`learning.py`, `mavil_learning.py`) have in common: their budget, and the generated clips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.media.synthetic_lists import LabeledLists, write_lists
@@ -44,9 +45,13 @@ class Budget:
 
 
 class Data:
-    """The generated clips: training batches for each seed, held-out batches, labels. Each clip is decoded once and kept."""
+    """The generated clips: training batches for each seed, held-out batches, labels. Each clip is decoded once and kept.
 
-    def __init__(self, folder: Path, budget: Budget) -> None:
+    `spec`: what the models take of a clip; default: what the preset `small` takes.
+    """
+
+    def __init__(self, folder: Path, budget: Budget, spec: ClipSpec | None = None) -> None:
+        self.spec = spec or SMALL.create().clip_spec
         train, test = generate_clips(folder / "clips", num_train=budget.train_clips, num_test=budget.test_clips, seed=0)
         self.train, self.test = open_clips(train), open_clips(test)
         self.lists: LabeledLists = write_lists(folder / "clips", folder / "lists")
@@ -62,7 +67,7 @@ class Data:
 
     def _all(self, listed: Path) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Every clip of a list, in order: sound, picture and labels of each batch."""
-        spec, budget = SMALL.create().clip_spec, self.budget
+        spec, budget = self.spec, self.budget
         loader = Loader(listed, budget.batch_size, spec, device=budget.device, workers=0, labels=self.label_set)
         batches = [(batch.audio, batch.image, batch.labels) for batch in loader]
         loader.close()
@@ -73,7 +78,7 @@ class Data:
         if self._loader is None or seed != self._seed:
             if self._loader is not None:
                 self._loader.close()
-            spec, budget = SMALL.create().clip_spec, self.budget
+            spec, budget = self.spec, self.budget
             options = {"backend": "torch", "device": torch.device(budget.device), "workers": 0, "seed": seed}
             self._loader = make_loader(self.train, budget.batch_size, spec, training=True, **options)
             self._seed, self._begin = seed, self._loader.state_dict()

@@ -149,16 +149,22 @@ def draw(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def page_with(text: str, records: dict[str, Record]) -> str:
-    """The page `text`, with what the records (by the name of their device's folder) say between the marks."""
+def page_with(
+    text: str,
+    records: dict[str, Record],
+    render: Callable[[Record], str] | None = None,
+    picture: tuple[str, str] = ("learning.png", "Retrieval, linear probe and fine-tuned accuracy of each system"),
+) -> str:
+    """The page `text`, with what the records (by the name of their device's folder) say between the marks. `picture`: the
+    figure's file and what it shows."""
+    render = render or rendered
+    name, shows = picture
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"the page lacks {BEGIN} or {END}, between which the results stand")
     parts = []
     for folder, record in records.items():
-        picture = (
-            f"![Retrieval, linear probe and fine-tuned accuracy of each system](../benchmarks/results/{folder}/learning.png)"
-        )
-        parts += [f"### {record['provenance']['device']}", picture, rendered(record)]
+        figure = f"![{shows}](../benchmarks/results/{folder}/{name})"
+        parts += [f"### {record['provenance']['device']}", figure, render(record)]
     return "\n\n".join([before + BEGIN, *(parts or ["No results yet."]), END + after])

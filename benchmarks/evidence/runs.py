@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from cavmae_fast.evaluation.predicting import Predictions
 from cavmae_fast.evaluation.reconstruction import fill_in
 from cavmae_fast.evaluation.retrieval import embed, retrieval_metrics
 from cavmae_fast.models import CAVMAE, PRESETS
+from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.presets import Preset
+from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.training.finetune import finetune
 from cavmae_fast.training.finetune_config import FinetuneConfig
 from cavmae_fast.training.fit import fit
@@ -30,6 +33,8 @@ SYSTEMS = {"untrained": "cav-mae-base", "cav": "cav", "vanilla-av-mae": "vanilla
     "cav-mae": "cav-mae-base"
 }
 "The systems that are compared, and the preset that each is a small form of. `untrained` is not pretrained."
+Features = dict[str, np.ndarray]
+"By stream, the frozen model's features of all clips of a split, `[N, D]`."
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
 
 
@@ -70,7 +75,7 @@ def pretrained(system: str, seed: int, budget: Budget, data: Data) -> tuple[CAVM
     return model, {name: float(np.mean([row[name] for row in last])) for name in ("loss_mae_a", "loss_mae_v", "loss_c")}
 
 
-def retrieval(model: CAVMAE, data: Data) -> dict[str, float]:
+def retrieval(model: Embeds, data: Data) -> dict[str, float]:
     """Recall and ranks among the held-out clips."""
     return retrieval_metrics(*embed(model, data.pairs("test")))
 
@@ -94,7 +99,7 @@ def reconstruction(model: CAVMAE, data: Data) -> dict[str, float]:
 
 
 @torch.no_grad()
-def features(model: CAVMAE, data: Data, split: str) -> dict[str, np.ndarray]:
+def features(model: CAVMAE, data: Data, split: str) -> Features:
     """Mean tokens of the frozen model: of the sound alone, the picture alone, and of both together (the joint stream)."""
     model.eval()
     parts: dict[str, list[np.ndarray]] = {"joint": [], "audio": [], "video": []}
@@ -105,13 +110,13 @@ def features(model: CAVMAE, data: Data, split: str) -> dict[str, np.ndarray]:
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def probe(model: CAVMAE, data: Data) -> dict[str, dict[str, float]]:
-    """Accuracy of linear classifiers on frozen features, by stream and attribute, and the mean over attributes."""
+def probe(seen: Features, held_out: Features, data: Data) -> dict[str, dict[str, float]]:
+    """Accuracy of linear classifiers on frozen features, by stream and attribute, and the mean over attributes. They are
+    made from the features of the training clips, `seen`, and judged on those of the held-out ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    seen, held_out = features(model, data, "train"), features(model, data, "test")
     known, wanted = data.classes("train"), data.classes("test")
     found: dict[str, dict[str, float]] = {}
     for stream in seen:
@@ -124,8 +129,17 @@ def probe(model: CAVMAE, data: Data) -> dict[str, dict[str, float]]:
     return found
 
 
-def fine_tuned(model: CAVMAE, seed: int, budget: Budget, data: Data, folder: Path) -> dict[str, dict[str, float | None]]:
-    """Figures of the classifier that `finetune` makes of the model, trained with both modalities, in each input mode.
+def fine_tuned(
+    model: Pretrained,
+    seed: int,
+    budget: Budget,
+    data: Data,
+    folder: Path,
+    modes: Sequence[str] = MODES,
+    **changes: Any,
+) -> dict[str, dict[str, float | None]]:
+    """Figures of the classifier that `finetune` makes of the model, in each of these input modes. `changes`: of the options
+    of `finetune`; without any it is trained with both modalities.
 
     A clip has one shape, one hue and one motion: `accuracy` is the mean over the three of how often the highest score among
     the classes of that kind is the right one.
@@ -134,9 +148,9 @@ def fine_tuned(model: CAVMAE, seed: int, budget: Budget, data: Data, folder: Pat
     options = {"recipe": "small", "epochs": budget.epochs, "batch_size": budget.batch_size, "seed": seed}
     places = {"data": (lists.train,), "eval_data": (lists.test,), "labels": lists.labels, "init": start}
     machine = {"device": budget.device, "dtype": budget.dtype, "workers": 0, "loader": "torch"}
-    finetune(FinetuneConfig(out=folder / "finetune", overwrite=True, **places, **options, **machine))
+    finetune(FinetuneConfig(out=folder / "finetune", overwrite=True, **places, **options, **machine, **changes))
     running = Running(**machine)
-    found = classify(folder / "finetune" / "model", lists.test, lists.labels, modes=MODES, running=running)
+    found = classify(folder / "finetune" / "model", lists.test, lists.labels, modes=modes, running=running)
     return {
         mode: {"mAP": found.results[mode].map, **attribute_accuracy(predictions, data)}
         for mode, predictions in found.predictions.items()
@@ -162,7 +176,7 @@ def run(system: str, seed: int, budget: Budget, data: Data, folder: Path) -> dic
         figures = {
             "retrieval": retrieval(model, data),
             "reconstruction": reconstruction(model, data) if reconstructs else None,
-            "probe": probe(model, data),
+            "probe": probe(features(model, data, "train"), features(model, data, "test"), data),
         }
     judged = time.perf_counter()
     figures["finetuned"] = fine_tuned(model, seed, budget, data, folder)
