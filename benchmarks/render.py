@@ -1,5 +1,5 @@
 """Tables of a device's folder, from the JSON files in it: writes `results/<device>/README.md`, and the results in
-docs/learning.md.
+docs/learning.md and docs/mavil-learning.md.
 
 python benchmarks/render.py [nvidia-h200 ...]
 """
@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
 from benchmarks.common import RESULTS, number, percent, read_json, table
+from benchmarks.evidence import mavil_report
 from benchmarks.evidence.report import PAGE, page_with, rendered
 
 Record = dict[str, Any]
@@ -31,6 +32,7 @@ ORDER = (
     "operators",
     "data",
     "learning",
+    "mavil-learning",
 )
 TITLES = {
     "tune": "What was chosen on this device",
@@ -44,6 +46,7 @@ TITLES = {
     "breakdown": "Time by kernel of one step",
     "data": "Data",
     "learning": "Does it learn?",
+    "mavil-learning": "What does each part of MAViL add?",
 }
 
 
@@ -227,6 +230,7 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "breakdown": _breakdown,
     "data": data_tables,
     "learning": rendered,
+    "mavil-learning": mavil_report.rendered,
 }
 
 
@@ -274,8 +278,13 @@ def main(arguments: list[str] | None = None) -> int:
         render(folder)
         print(folder.name)
     if args.out == RESULTS:
-        learned = {path.parent.name: read_json(path) for path in sorted(RESULTS.glob("*/learning.json"))}
+        learned, parts = (
+            {path.parent.name: read_json(path) for path in sorted(RESULTS.glob(f"*/{kind}.json"))}
+            for kind in ("learning", "mavil-learning")
+        )
         PAGE.write_text(page_with(PAGE.read_text(), learned))
+        own = mavil_report.PAGE
+        own.write_text(page_with(own.read_text(), parts, mavil_report.rendered, mavil_report.PICTURE))
     return 0
 
 

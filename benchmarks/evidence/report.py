@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "learning.md"
 BEGIN, END = "<!-- written by benchmarks/render.py -->", "<!-- until here -->"
 
 
-def _spread(values: Sequence[float | None], digits: int = 1) -> str:
+def spread(values: Sequence[float | None], digits: int = 1) -> str:
     """Mean and standard deviation over the seeds."""
     known = [value for value in values if value is not None]
     if not known:
@@ -47,17 +47,17 @@ def figures_table(record: Record) -> str:
     chance = record["chance"]
 
     def percent(*place: str) -> Callable[[str], str]:
-        return lambda system: _spread([100 * value for value in figures.values(system, *place)])
+        return lambda system: spread([100 * value for value in figures.values(system, *place)])
 
     def of(*place: str, digits: int = 1) -> Callable[[str], str]:
-        return lambda system: _spread(figures.values(system, *place), digits)
+        return lambda system: spread(figures.values(system, *place), digits)
 
     def error(stream: str) -> Callable[[str], str]:
         """Of the model's reconstruction, over that of the mean of the rest."""
 
         def cell(system: str) -> str:
             found = [value for value in figures.values(system, "reconstruction") if value is not None]
-            return _spread([value[stream] / value[f"{stream}_mean"] for value in found], 2)
+            return spread([value[stream] / value[f"{stream}_mean"] for value in found], 2)
 
         return cell
 

@@ -136,7 +136,7 @@ def fine_tuned(
     data: Data,
     folder: Path,
     modes: Sequence[str] = MODES,
-    **changes: Any,
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Figures of the classifier that `finetune` makes of the model, in each of these input modes. `changes`: of the options
     of `finetune`; without any it is trained with both modalities.
@@ -148,7 +148,7 @@ def fine_tuned(
     options = {"recipe": "small", "epochs": budget.epochs, "batch_size": budget.batch_size, "seed": seed}
     places = {"data": (lists.train,), "eval_data": (lists.test,), "labels": lists.labels, "init": start}
     machine = {"device": budget.device, "dtype": budget.dtype, "workers": 0, "loader": "torch"}
-    finetune(FinetuneConfig(out=folder / "finetune", overwrite=True, **places, **options, **machine, **changes))
+    finetune(FinetuneConfig(out=folder / "finetune", overwrite=True, **places, **options, **machine, **(changes or {})))
     running = Running(**machine)
     found = classify(folder / "finetune" / "model", lists.test, lists.labels, modes=modes, running=running)
     return {
