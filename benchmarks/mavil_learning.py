@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         run=run,
         draw=draw,
         text=lambda record: f"{figures_table(record)}\n\n{verdicts(record)}",
-        defaults=Defaults(steps=200, epochs=6, clips=320),  # 20 epochs of pretraining
+        defaults=Defaults(steps=160, epochs=6, clips=320),  # 16 epochs of pretraining
         spec=SPEC,
     )
     return campaign.main(made, __doc__.splitlines()[0], arguments)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import one_thread, relative  # noqa: F401
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, whose benchmarks are not installed
+
+from benchmarks import budget
 from cavmae_fast.models import PRESETS, create_model
 from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.mavil_presets import TOWER_PRESETS
@@ -15,6 +21,27 @@ from cavmae_fast.models.systems import SYSTEMS, StudentAndTeacher, inputs
 from cavmae_fast.tuning.plan import MODELS, TINY
 
 SMALL = {name: system.resized(TINY) for name, system in SYSTEMS.items() if "small" not in name}
+
+
+def said_of_the_budget() -> list[str]:
+    """The lines of the table in docs/performance.md."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text()
+    return text.partition("## Budget of a step")[2].partition("\n| ")[2].partition("\n\n")[0].splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", budget.NAMES)
+def test_the_budget_that_is_said_is_counted(system):
+    assert f"| {' | '.join(budget.row(system))} |" in said_of_the_budget()
+
+
+@pytest.mark.parametrize("system", budget.NAMES)
+def test_operations_that_are_said_are_counted(system):
+    """As above, without the memory, which takes longer to count."""
+    with torch.device("meta"):
+        model = SYSTEMS[system].create()
+    row = [budget.NAMES[system]] + [f"{SYSTEMS[system].step_flops(model, plain=p) / 1e9:.0f}" for p in (False, True)]
+    assert any(line.startswith(f"| {' | '.join(row)} |") for line in said_of_the_budget())
 
 
 def trained(model: nn.Module) -> set[str]:

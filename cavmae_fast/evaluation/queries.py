@@ -79,14 +79,15 @@ def read_query(
 
 
 def _read_crop(spec: ClipSpec, kind: str, path: Path) -> Query:
-    """The crop in the middle of a sound or a video."""
+    """The crop in the middle of a sound or a video; of a sound, as of a video that is heard for as long."""
+    source = Source(id=path.stem, video=str(path))
+    frames = frames_of([source], spec)
     if kind == "audio":
         rate = spec.sample_rate
         sound = read_sound_file(path, sample_rate=rate, seconds=spec.samples / rate + FRAME_SECONDS)
-        crop = crop_at(spec, MIDDLE, NUM_FRAMES, len(sound) / rate)
+        crop = crop_at(spec, MIDDLE, frames, len(sound) / rate)
         return Query(path.name, sound=sound[crop.sound(rate, spec.samples)])
-    source = Source(id=path.stem, video=str(path))
-    arrays = Reader(spec, frames_of([source], spec)).read(source, MIDDLE)
+    arrays = Reader(spec, frames).read(source, MIDDLE)
     return Query(path.name, arrays.sound, arrays.images)
 
 
