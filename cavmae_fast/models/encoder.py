@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cavmae_fast.models.drop_path import draw_paths
 from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
@@ -66,7 +67,7 @@ class PackedEncoder(EncoderParameters):
                 embed_kept_patches(
                     self.images(m, x),
                     ids,
-                    embedding.proj.weight.to(dtype),
+                    rounded(embedding.proj.weight, dtype),
                     embedding.proj.bias,
                     getattr(self, f"pos_embed_{m}").squeeze(0),
                     getattr(self, f"modality_{m}").flatten(),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cavmae_fast.models.drop_path import on_path
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
@@ -146,7 +147,7 @@ def _block_for_tokens(state: State, recompute: str, one: Block, ids: Tensor, dty
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
     x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     qkv, width = one.attn.qkv, state.x.shape[1]
-    weight, bias = qkv.weight.to(dtype), qkv.bias.to(dtype)
+    weight, bias = rounded(qkv.weight, dtype), rounded(qkv.bias, dtype)
     kv = stream_linear(h, [weight[width:]], [bias[width:]], layout, origin=origin)
     of_tokens = None if origin is None else gather_origin(origin, ids)
     q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted, origin=of_tokens)
@@ -164,7 +165,7 @@ def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recomput
 def _parameters(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """The weights and the biases of the layers, in `dtype` (None: their own)."""
     pairs = [(layer.weight, layer.bias) for layer in layers]
-    weights, biases = ([tensor if dtype is None else tensor.to(dtype) for tensor in group] for group in zip(*pairs))
+    weights, biases = ([tensor if dtype is None else rounded(tensor, dtype) for tensor in group] for group in zip(*pairs))
     return weights, biases
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
@@ -40,7 +41,7 @@ def embed(tower: Tower, x: Tensor, ids_keep: Tensor | None, clip: ClipSpec, dtyp
         patches = embed_kept_patches(
             images,
             ids,
-            projection.weight.to(dtype),
+            rounded(projection.weight, dtype),
             projection.bias,
             positions[1:],
             None,

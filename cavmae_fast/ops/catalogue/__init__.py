@@ -102,6 +102,7 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.contrastive("batch", batch, width),
         calls.log_mel("clips", batch, s.samples),
         calls.features("features", [s.samples] * batch, s.frames),
+        calls.adam("block", [12 * width * width, 3 * width, width, 4 * width, width]),
     ]
 
 
@@ -161,4 +162,6 @@ def small() -> list[Case]:
         calls.contrastive("both-ways-odd", 17, 33, bidirectional=True, full=False),
         calls.log_mel("waveform", 2, 1000),
         calls.features("clips-odd", [800, 400, 1100], 6),
+        calls.adam("odd", [1, 97, 8193, 24]),
+        calls.adam("l2", [1000], decoupled=False),
     ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cavmae_fast.ops.adam_update import adam_update
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.catalogue.case import LOW_AND_FULL, Case, Draw, in_float32, of_first, rounded, size
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
@@ -383,4 +384,49 @@ def features(name: str, counts: list[int], length: int) -> Case:
         dtypes=(torch.float32,),
         differentiable=False,
         capture=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizer
+
+
+def adam(name: str, sizes: list[int], *, decoupled: bool = True) -> Case:
+    """A step of Adam on parameters of `sizes` elements, the third one, after which the weights are rounded to the gradients'
+    dtype; to float16 where these are in float32."""
+    options = (0.01, 0.9, 0.999, 1e-8, 0.1)
+
+    def draw(d: Draw) -> list:
+        params, moments = ([d.fixed(size) for size in sizes] for _ in range(2))
+        return [[d.low(size).detach() for size in sizes], params, moments, [x.square() for x in moments]]
+
+    def ours(grads, params, exp_avgs, exp_avg_sqs):
+        groups = [[torch.empty_like(x).copy_(x) for x in group] for group in (grads, params, exp_avgs, exp_avg_sqs)]
+        steps = [torch.full((), 2.0, device=p.device) for p in params]
+        low = torch.float16 if grads[0].dtype == torch.float32 else grads[0].dtype
+        rounded = [torch.empty_like(p, dtype=low) for p in params]
+        adam_update(*groups, steps, rounded, None, *options, decoupled, False, None, None)
+        return *groups[1], *groups[2], *groups[3], *rounded
+
+    def plain(grads, params, exp_avgs, exp_avg_sqs):
+        each = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+        results = [reference.adam_update(p, g.to(p.dtype), m, v, 3, *options, decoupled) for p, g, m, v in each]
+        params, exp_avgs, exp_avg_sqs = zip(*results)
+        return *params, *exp_avgs, *exp_avg_sqs, *params
+
+    def dtypes(grads, *_):
+        low = torch.float16 if grads[0].dtype == torch.float32 else grads[0].dtype
+        return 3 * [torch.float32] * len(grads) + [low] * len(grads)
+
+    def moved(grads, params, exp_avgs, exp_avg_sqs):
+        return size(*grads) + 2 * size(*params, *exp_avgs, *exp_avg_sqs) + sum(sizes) * 2, 0
+
+    return Case(
+        "adam_update",
+        name,
+        ours=ours,
+        reference=plain,
+        baseline=rounded(plain, dtypes),
+        draw=draw,
+        moved=moved,
+        differentiable=False,
     )
