@@ -116,7 +116,7 @@ def decode_removed(
 ) -> list[Tensor]:
     """As `decode`, for removed patches alone: `[B, M, width]`, in `ids_removed` order. Something must be removed."""
     state = _decoder_state(towers, tokens, maskings, 1, dtype, backend)
-    rows = state.layout.rows_per_stream
+    state, rows = state.settled(), state.layout.rows_per_stream
     deltas = [None] * len(towers) if state.delta is None else state.delta.split(rows)
     decoded = []
     for tower, x, delta, length, masking in zip(towers, state.x.split(rows), deltas, state.layout.lengths, maskings):

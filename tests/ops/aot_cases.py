@@ -27,6 +27,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
     masked_patch_mse,
     scatter_tokens,
     stream_layer_norm,
+    stream_tiles,
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
     for name in (
@@ -39,6 +40,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
         "masked_patch_mse",
         "scatter_tokens",
         "stream_layer_norm",
+        "stream_tiles",
     )
 )
 
@@ -56,9 +58,13 @@ def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool,
     update = low if delta else None
     for store in (True, False) if delta else (False,):
         stream_layer_norm._forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
+    updates = [low] * delta
     for kept in {None, update}:
-        arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths, dtype)
-        stream_layer_norm._backward_triton(*arguments, architecture)
+        arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths)
+        stream_layer_norm._backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
+    if delta:  # the residual stream's gradient in 16 bits; and a sum of many rows
+        stream_layer_norm._backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
+        stream_tiles.sum_of_streams(torch.empty(300, 3, width), [100] * 3, 3, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():

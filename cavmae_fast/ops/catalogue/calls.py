@@ -31,19 +31,28 @@ PIECE = 1 << 27
 # ------------------------------------------------------------------------------------------------- norms and products
 
 
-def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = True, full: bool = True) -> Case:
-    """`full`: the residual stream is in float32, as in training. `delta`: an update is added to it first."""
+def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = True, full: bool = True, owed: int = 0) -> Case:
+    """`full`: the residual stream is in float32, as in training. `delta`: an update is added to it first. `owed`: biases
+    within it whose gradients are formed here, one for all streams or one for each."""
 
     def draw(d: Draw) -> list:
         stream = d.full if full else d.low
         weights, biases = ([d.full(width, shift=shift) for _ in layout.lengths] for shift in (1.0, 0.0))
-        return [stream(layout.rows, width), d.low(layout.rows, width) if delta else None, weights, biases, d.dtype]
+        biases_within = [d.low(width) for _ in range(owed)]
+        update = d.low(layout.rows, width) if delta else None
+        return [stream(layout.rows, width), update, weights, biases, d.dtype, biases_within]
 
-    def plain(x, delta, weights, biases, dtype):
+    def ours(x, delta, weights, biases, dtype, owed):
+        return stream_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype, owed=owed)
+
+    def plain(x, delta, weights, biases, dtype, owed):
+        if owed:
+            each = owed * len(layout.lengths) if len(owed) == 1 else owed
+            delta = torch.cat([part + (b - b.detach()) for part, b in zip(delta.split(layout.rows_per_stream), each)])
         x, y = reference.stream_layer_norm(x, delta, weights, biases, layout.rows_per_stream)
         return x, y if y.dtype == torch.float64 else y.to(dtype)
 
-    def moved(x, delta, weights, biases, dtype):
+    def moved(x, delta, weights, biases, dtype, owed):
         y = x.numel() * dtype.itemsize
         forward = size(x, delta) + (size(x) if delta is not None else 0) + y
         return forward, 3 * size(x) + size(delta) + y  # dy, the sum's gradient, the sum; dx, ddelta
@@ -51,9 +60,9 @@ def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = Tru
     return Case(
         "stream_layer_norm",
         name,
-        ours=lambda x, delta, weights, biases, dtype: stream_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype),
+        ours=ours,
         reference=plain,
-        baseline=rounded(plain, lambda x, delta, weights, biases, dtype: [x.dtype, dtype]),
+        baseline=rounded(plain, lambda x, delta, weights, biases, dtype, owed: [x.dtype, dtype]),
         draw=draw,
         moved=moved,
     )
