@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
+from benchmarks import gradient_error, loss_curves
 from benchmarks.common import RESULTS, number, percent, read_json, table
 from benchmarks.evidence.report import PAGE, page_with, rendered
 
@@ -31,6 +32,8 @@ ORDER = (
     "operators",
     "data",
     "learning",
+    "loss_curves",
+    "gradient_error",
 )
 TITLES = {
     "tune": "What was chosen on this device",
@@ -44,6 +47,8 @@ TITLES = {
     "breakdown": "Time by kernel of one step",
     "data": "Data",
     "learning": "Does it learn?",
+    "loss_curves": "Do cheaper steps train as well?",
+    "gradient_error": "Gradients in bfloat16, beside the published model's own error",
 }
 
 
@@ -227,6 +232,8 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "breakdown": _breakdown,
     "data": data_tables,
     "learning": rendered,
+    "loss_curves": loss_curves.tables,
+    "gradient_error": lambda record: gradient_error.report(record["rows"]),
 }
 
 
