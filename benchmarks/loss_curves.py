@@ -3,13 +3,13 @@ weights.
 
     python benchmarks/loss_curves.py && python benchmarks/render.py
 
-**Variants**: the residual stream's gradient in bfloat16, recomputation, this package's AdamW with rounded weights, and, where
-the models have it, products in fp8. All runs of a seed begin with the same weights and see the same clips and masks.
+**Variants**: the residual stream's gradient in bfloat16, recomputation, this package's AdamW with rounded weights, and,
+where the models have it, products in fp8. All runs of a seed begin with the same weights and see the same clips and masks.
 
 **The rule**, fixed before the first run. A variant's loss is the mean over the last tenth of the steps; its difference from
 the baseline's is taken seed by seed. A variant is *within seed noise* if the mean difference is at most the standard
-deviation of the baseline's loss over the seeds, and *the same bits* if no step of any seed differs. Better than the baseline by more
-than that is allowed, and named.
+deviation of the baseline's loss over the seeds, and *the same bits* if no step of any seed differs. Better than the baseline
+by more than that is allowed, and named.
 
 A run is recorded when it is done; the same command, started again, goes on with those that are missing.
 """
@@ -23,12 +23,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
+import numpy as np
 import torch
 
 from benchmarks.common import add_arguments, device_name, find_device, provenance, read_json, table, write_json
@@ -106,6 +107,11 @@ def run(variant: Variant, seed: int, steps: int, loader: Loader, device: torch.d
     return {"curve": curve, "every": width, "loss": tail, "sum": sum(losses), "seconds": time.perf_counter() - begin}
 
 
+def _deviation(rows: Sequence[Record]) -> float:
+    """The standard deviation of the runs' losses over the seeds."""
+    return float(np.std([row["loss"] for row in rows], ddof=1))
+
+
 def verdicts(record: Record) -> dict[str, Record]:
     """Variant -> its mean difference from the baseline, the seed noise, and what the rule says; of complete variants."""
     runs = {(row["variant"], row["seed"]): row for row in record["runs"]}
@@ -113,7 +119,7 @@ def verdicts(record: Record) -> dict[str, Record]:
     if len(seeds) < 2 or any((BASELINE, seed) not in runs for seed in seeds):
         return {}
     base = [runs[BASELINE, seed] for seed in seeds]
-    noise, found = stdev(row["loss"] for row in base), {}
+    noise, found = _deviation(base), {}
     for name in record["settings"]["variants"]:
         if name == BASELINE or any((name, seed) not in runs for seed in seeds):
             continue
@@ -136,7 +142,7 @@ def tables(record: Record) -> str:
         own = [row for row in record["runs"] if row["variant"] == name]
         if not own:
             continue
-        spread = f" ± {stdev(row['loss'] for row in own):.4f}" if len(own) > 1 else ""
+        spread = f" ± {_deviation(own):.4f}" if len(own) > 1 else ""
         verdict = judged.get(name)
         of_baseline = f"{verdict['difference']:+.4f}" if verdict else "-"
         outcome = verdict["outcome"] if verdict else "baseline" if name == BASELINE else "not judged"

@@ -81,8 +81,8 @@ class Passes(TorchDispatchMode):
 
 def test_streams_are_not_copied_between_the_parts_of_the_model():
     """Forward: both embeddings are put side by side, one update is added outside of a LayerNorm, and the heads take
-    contiguous tokens. Backward: what was split is put together in one pass, never as a sum of padded slices; of the gradients
-    that meet, those of the last block's keys and queries alone are added outside of a LayerNorm."""
+    contiguous tokens. Backward: what was split is put together in one pass, never as a sum of padded slices; of the
+    gradients that meet, those of the last block's keys and queries alone are added outside of a LayerNorm."""
     model = randomize(CAVMAE(**TINY))
     batch, width = 3, TINY["embed_dim"]
     (audio, imgs), kept = inputs(dtype=torch.float32), (32 + 4) // 4
