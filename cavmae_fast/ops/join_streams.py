@@ -32,7 +32,9 @@ class _JoinStreams(torch.autograd.Function):
             x, delta = out[: len(x)], None
         deltas = [None] * len(layout.lengths) if delta is None else layout.streams(delta)
         for place, stream, update in zip(_places(out[-layout.rows :], layout), layout.streams(x), deltas, strict=True):
-            place.copy_(stream) if update is None else torch.add(stream, update, out=place)
+            place.copy_(stream)
+            if update is not None:
+                place.add_(update)
         return out
 
     @staticmethod
