@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing needs to be installed
 
+from benchmarks import gradient_error, loss_curves
 from benchmarks.common import RESULTS, number, percent, read_json, table
 from benchmarks.evidence import mavil_report
 from benchmarks.evidence.report import PAGE, page_with, rendered
@@ -33,6 +34,8 @@ ORDER = (
     "data",
     "learning",
     "mavil-learning",
+    "loss_curves",
+    "gradient_error",
 )
 TITLES = {
     "tune": "What was chosen on this device",
@@ -47,6 +50,8 @@ TITLES = {
     "data": "Data",
     "learning": "Does it learn?",
     "mavil-learning": "What does each part of MAViL add?",
+    "loss_curves": "Do cheaper steps train as well?",
+    "gradient_error": "Gradients in bfloat16, beside the published model's own error",
 }
 
 
@@ -231,6 +236,8 @@ RENDERERS: dict[str, Callable[[Record], str]] = {
     "data": data_tables,
     "learning": rendered,
     "mavil-learning": mavil_report.rendered,
+    "loss_curves": loss_curves.tables,
+    "gradient_error": lambda record: gradient_error.report(record["rows"]),
 }
 
 

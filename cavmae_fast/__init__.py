@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         load_mae,
         load_tower,
     )
+    from cavmae_fast.training.adam import Adam, AdamW
 
 __all__ = [
     "CAVMAE",
@@ -38,6 +39,8 @@ __all__ = [
     "MAEFT",
     "PRESETS",
     "PRETRAINED_TO_FINE_TUNED",
+    "Adam",
+    "AdamW",
     "Augmentation",
     "CAVMAEFTAudio",
     "CheckpointError",
@@ -52,12 +55,18 @@ __all__ = [
 ]
 
 
-_DATA = {"Augmentation": ".data.draws", "Loader": ".data.loader"}
+_ELSEWHERE = {
+    "Adam": ".training.adam",
+    "AdamW": ".training.adam",
+    "Augmentation": ".data.draws",
+    "Loader": ".data.loader",
+}
+"Names that are not in `models`, and where they are."
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(importlib.import_module(_DATA.get(name, ".models"), __name__), name)
+        return getattr(importlib.import_module(_ELSEWHERE.get(name, ".models"), __name__), name)
     if name in ("data", "evaluation", "models", "ops", "reference", "training"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

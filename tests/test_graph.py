@@ -86,6 +86,17 @@ def test_a_replayed_run_is_the_run(on_gpu, before, dtype):
         assert torch.equal(average, same["average"][name])
 
 
+def test_rounded_weights_are_those_of_the_replayed_step(on_gpu):
+    """The copies that the optimizer keeps are the present weights' when the step is recorded, so none is rounded in it."""
+    results = []
+    for mode in ("off", "on"):
+        state, rows = start(torch.bfloat16, optimizer="fast-adam", weight_decay=0.1), []
+        fit(TASK, state, 4, rows.append, cuda_graph=mode, report=lambda text: None)
+        results.append(([row["loss"] for row in rows], state.model.state_dict()))
+    (losses, weights), (again, same) = results
+    assert losses == again and all(torch.equal(a, b) for a, b in zip(weights.values(), same.values(), strict=True))
+
+
 def test_recording_leaves_the_state_as_it_was():
     state, plain = start(), start()
     batch = state.loader.batch_at(0, 0)

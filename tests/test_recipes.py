@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cavmae_fast.models import CAVMAE, CAVMAEFT
+from cavmae_fast.training.adam import Adam, AdamW
 from cavmae_fast.training.optimizers import OptimizerError, layer_of, layers, make_optimizer, parameter_groups
 from cavmae_fast.training.recipes import PRETRAINING, Recipe
 from cavmae_fast.training.run_config import RunConfig, recipe_in_force, resolve_run
@@ -110,8 +111,15 @@ def test_pytorchs_optimizers_are_fused(name, kind):
     assert optimizer.defaults["weight_decay"] == RECIPE.weight_decay
 
 
+@pytest.mark.parametrize(("name", "kind"), [("fast-adam", Adam), ("fast-adamw", AdamW)])
+def test_our_own_optimizers(name, kind):
+    optimizer = make_optimizer(replace(RECIPE, optimizer=name, betas=(0.8, 0.9)), nn.Linear(2, 2))
+    assert type(optimizer) is kind and optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["weight_decay"] == RECIPE.weight_decay
+
+
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="'sgd'; it must be one of adam, adamw, fused-adam"):
+    with pytest.raises(ValueError, match="'sgd'; it must be one of adam, adamw, fast-adam, fast-adamw, fused-adam"):
         make_optimizer(replace(RECIPE, optimizer="sgd"), nn.Linear(2, 2))
 
 

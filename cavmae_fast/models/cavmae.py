@@ -67,7 +67,7 @@ class CAVMAE(Pretrained, FillsIn, PackedEncoder, CAVMAEParameters):
             positions.append(getattr(self, f"decoder_pos_embed_{m}") + getattr(self, f"decoder_modality_{m}"))
         place, pos = torch.cat(places, dim=1), torch.cat(positions, dim=1)
         x = scatter_tokens(x, place, self.mask_token.flatten(), pos.squeeze(0))
-        state = State(x, None, StreamLayout(batch, (place.shape[1],)))
+        state = State(self.residual(x, dtype), None, StreamLayout(batch, (place.shape[1],)))
         for one in blocks:
             state = block(state, [one], [None], dtype, self.attention, recompute=self.recompute)
         return state
@@ -76,7 +76,8 @@ class CAVMAE(Pretrained, FillsIn, PackedEncoder, CAVMAEParameters):
         """The final norm and the two heads; the first `length_a` tokens of each sample are audio's."""
         (tokens,) = state.layout.streams(normalize(state, [self.decoder_norm], dtype)[1])
         predictions = []
-        for head, part in ((self.decoder_pred_a, tokens[:, :length_a]), (self.decoder_pred_v, tokens[:, length_a:])):
+        parts = tokens.split([length_a, tokens.shape[1] - length_a], dim=1)
+        for head, part in zip((self.decoder_pred_a, self.decoder_pred_v), parts):
             layout = StreamLayout(part.shape[0], (part.shape[1],))
             predictions.append(linear(part.flatten(0, 1), [head], layout).unflatten(0, part.shape[:2]))
         return predictions[0], predictions[1]

@@ -10,10 +10,15 @@ from torch import Tensor
 from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.drop_path import DropPath
 from cavmae_fast.models.packed import RECOMPUTE, State, block, normalize
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import BACKENDS
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.ops.join_streams import join_streams
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.residual import Residual, with_gradient_in
 from cavmae_fast.reference.encoder_parameters import EncoderParameters
+
+RESIDUAL_GRADIENTS = ("full", "low")
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -32,6 +37,9 @@ class PackedEncoder(Embeds, DropPath, EncoderParameters):
 
     attentions = ("auto", *BACKENDS)
     recomputations = RECOMPUTE
+    residual_gradient = "full"
+    """'full': the gradient of the residual stream is handed from block to block in the stream's float32; 'low': in the dtype
+    of the products, which saves a LayerNorm's backward pass 6 of 16 bytes per element, and rounds the gradient in each."""
 
     @property
     def depth(self) -> int:
@@ -56,7 +64,7 @@ class PackedEncoder(Embeds, DropPath, EncoderParameters):
                 embed_kept_patches(
                     self.images(m, x),
                     ids,
-                    embedding.proj.weight.to(dtype),
+                    rounded(embedding.proj.weight, dtype),
                     embedding.proj.bias,
                     getattr(self, f"pos_embed_{m}").squeeze(0),
                     getattr(self, f"modality_{m}").flatten(),
@@ -65,7 +73,18 @@ class PackedEncoder(Embeds, DropPath, EncoderParameters):
                 )
             )
             lengths.append(embedding.num_patches if ids is None else ids.shape[1])
-        return State(torch.cat(tokens), None, StreamLayout(batch, tuple(lengths)))
+        return State(self.residual(torch.cat(tokens), dtype), None, StreamLayout(batch, tuple(lengths)))
+
+    def residual(self, x: Tensor, dtype: torch.dtype) -> Tensor | Residual:
+        """The beginning x of a residual stream, with its gradient as `residual_gradient` says; `dtype`: of the products."""
+        if self.residual_gradient not in RESIDUAL_GRADIENTS:
+            allowed = ", ".join(RESIDUAL_GRADIENTS)
+            raise ValueError(f"residual_gradient is {self.residual_gradient!r}; it must be one of {allowed}")
+        if self.residual_gradient == "full":
+            return x
+        if self.recompute == "block":
+            raise ValueError("residual_gradient is 'low', which recompute 'block' does not have; take another of the two")
+        return with_gradient_in(x, dtype)
 
     def specific_blocks(self, state: State, modalities: list[str], dtype: torch.dtype, paths: Tensor | None = None) -> State:
         """The modality-specific blocks, all modalities at once."""
@@ -99,17 +118,13 @@ class PackedEncoder(Embeds, DropPath, EncoderParameters):
         dtype = compute_dtype(self.norm.weight)
         modalities = list(inputs)
         state = self.specific_blocks(self.embed_kept(inputs, ids_keep, dtype), modalities, dtype, paths)
-        x, layout = state.value(), state.layout
-        parts, lengths, streams = [], [], []
-        if single:
-            parts, lengths, streams = [x], [*layout.lengths], [*modalities]
+        streams = [*(modalities if single else ()), *([None] if joint else ())]
         if joint:
-            parts.append(torch.cat(layout.streams(x), dim=1).flatten(0, 1))
-            lengths.append(sum(layout.lengths))
-            streams.append(None)
-        packed = StreamLayout(layout.batch, tuple(lengths))
-        tokens = self.shared_blocks(State(torch.cat(parts), None, packed), streams, dtype, paths)
-        return dict(zip(streams, packed.streams(tokens)))
+            x, delta, layout, _ = state.settled()
+            x, layout = join_streams(x, delta, layout, single=single)
+            state = State(self.residual(x, dtype), None, layout)
+        tokens = self.shared_blocks(state, streams, dtype, paths)
+        return dict(zip(streams, state.layout.streams(tokens)))
 
     @property
     def lengths(self) -> dict[str, int]:

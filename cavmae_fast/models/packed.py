@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cavmae_fast.models.drop_path import on_path
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin
+from cavmae_fast.ops.residual import Residual, as_tensor
 from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
-from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.ops.stream_linear import stream_linear, with_bias_gradients
 from cavmae_fast.ops.stream_mlp import RECOMPUTE as MLP_RECOMPUTE
 from cavmae_fast.ops.stream_mlp import stream_mlp
 from cavmae_fast.reference.layers import Block
@@ -35,19 +37,31 @@ RECOMPUTE = (*MLP_RECOMPUTE, "block")
 
 
 class State(NamedTuple):
-    """`x + delta` is the residual stream `[R, D]` of the streams in `layout`; delta None means nothing to add."""
+    """`x + delta` is the residual stream `[R, D]` of the streams in `layout`; delta None means nothing to add.
 
-    x: Tensor
+    `owed`: the biases in delta whose gradients the next LayerNorm gives (`stream_layer_norm`). What uses delta in another
+    way takes that of `settled`.
+    """
+
+    x: Tensor | Residual
     delta: Tensor | None
     layout: StreamLayout
+    owed: Sequence[Tensor] = ()
+
+    def settled(self) -> State:
+        """The same with ordinary tensors, which owe nothing."""
+        delta = with_bias_gradients(self.delta, self.owed, self.layout) if self.owed else self.delta
+        return State(as_tensor(self.x), delta, self.layout)
 
     def value(self) -> Tensor:
-        return self.x if self.delta is None else self.x + self.delta
+        """The residual stream as one tensor."""
+        x, delta, *_ = self.settled()
+        return x if delta is None else x + delta
 
 
 def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The residual stream with its update added, and its LayerNorm in `dtype`, one norm per stream."""
-    return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype)
+    return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype, owed=state.owed)
 
 
 def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None) -> Tensor:
@@ -58,7 +72,7 @@ def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin:
 class Normed(NamedTuple):
     """The residual stream `x` with its update added, its LayerNorm `y`, and how y is formed again, where it is not kept."""
 
-    x: Tensor
+    x: Tensor | Residual
     y: Tensor
     origin: Origin | None
 
@@ -71,9 +85,13 @@ def normalize_again(
         return Normed(*normalize(state, norms, dtype), None)
     weights, biases = _parameters(norms)
     arguments = (weights, biases, state.layout, norms[0].eps, dtype)
-    x, y = stream_layer_norm(state.x, state.delta, *arguments, keep_sum=not x_is_kept)
-    kept = (state.x, state.delta) if x_is_kept else (x, None)
+    x, y = stream_layer_norm(state.x, state.delta, *arguments, keep_sum=not x_is_kept, owed=state.owed)
+    kept = (_values(state.x), state.delta) if x_is_kept else (_values(x), None)
     return Normed(x, y, layer_norm_origin(*kept, *arguments))
+
+
+def _values(x: Tensor | Residual) -> Tensor:
+    return x.value if isinstance(x, Residual) else x
 
 
 def block(
@@ -129,9 +147,24 @@ def _block(
     qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
     # The first norm keeps x: with the update, half as wide in autocast, it gives what the second one normalizes.
-    delta = on_path(linear(h, [b.attn.proj for b in blocks], layout), attention_path, layout)
-    normed = normalize_again(State(x, delta, layout), norm2s, dtype, recompute, x_is_kept=True)
-    return State(normed.x, on_path(_mlp(normed, blocks, layout, recompute), mlp_path, layout), layout)
+    updated = _updated(x, h, [b.attn.proj for b in blocks], layout, attention_path)
+    normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=True)
+    return _mlp(normed, blocks, layout, recompute, mlp_path)
+
+
+def _updated(
+    x: Tensor | Residual, h: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, path: Tensor | None = None
+) -> State:
+    """The residual stream with the update `layers(h)`, of which `path` leaves out some. With the whole update the biases'
+    gradients are owed: the next LayerNorm gives them where the update's gradient passes anyway."""
+    weights, biases = _parameters(layers, h.dtype)
+    if path is not None:
+        return State(x, on_path(stream_linear(h, weights, biases, layout), path, layout), layout)
+    return State(x, stream_linear(h, weights, _detached(biases), layout), layout, biases)
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
 
 
 def block_for_tokens(
@@ -145,26 +178,31 @@ def _block_for_tokens(state: State, recompute: str, one: Block, ids: Tensor, dty
     layout = state.layout
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
     x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
-    qkv, width = one.attn.qkv, state.x.shape[1]
-    weight, bias = qkv.weight.to(dtype), qkv.bias.to(dtype)
-    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout, origin=origin)
+    qkv, width = one.attn.qkv, h.shape[1]
+    (weight, weight_kv), (bias, bias_kv) = (rounded(p, dtype).split([width, 2 * width]) for p in (qkv.weight, qkv.bias))
+    kv = stream_linear(h, [weight_kv], [bias_kv], layout, origin=origin)
     of_tokens = None if origin is None else gather_origin(origin, ids)
-    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted, origin=of_tokens)
+    q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
-    state = State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted), wanted)
-    normed = normalize_again(state, [one.norm2], dtype, recompute, x_is_kept=False)
-    return State(normed.x, _mlp(normed, [one], wanted, recompute), wanted)
+    updated = _updated(gather_tokens(as_tensor(x), ids), h, [one.attn.proj], wanted)
+    normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False)
+    return _mlp(normed, [one], wanted, recompute)
 
 
-def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str) -> Tensor:
-    fc1, fc2 = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    return stream_mlp(normed.y, *fc1, *fc2, layout, recompute=recompute, origin=normed.origin)
+def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str, path: Tensor | None = None) -> State:
+    """The residual stream with the MLP's update; as in `_updated`."""
+    fc1, (weights, biases) = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
+    given = biases if path is not None else _detached(biases)
+    delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, origin=normed.origin)
+    if path is not None:
+        return State(normed.x, on_path(delta, path, layout), layout)
+    return State(normed.x, delta, layout, biases)
 
 
 def _parameters(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """The weights and the biases of the layers, in `dtype` (None: their own)."""
     pairs = [(layer.weight, layer.bias) for layer in layers]
-    weights, biases = ([tensor if dtype is None else tensor.to(dtype) for tensor in group] for group in zip(*pairs))
+    weights, biases = ([tensor if dtype is None else rounded(tensor, dtype) for tensor in group] for group in zip(*pairs))
     return weights, biases
 
 

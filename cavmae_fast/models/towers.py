@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
+from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
@@ -41,7 +42,7 @@ def embed(tower: Tower, x: Tensor, ids_keep: Tensor | None, clip: ClipSpec, dtyp
         patches = embed_kept_patches(
             images,
             ids,
-            projection.weight.to(dtype),
+            rounded(projection.weight, dtype),
             projection.bias,
             positions[1:],
             None,
@@ -139,7 +140,7 @@ def decode_removed(
 ) -> list[Tensor]:
     """As `decode`, for removed patches alone: `[B, M, width]`, in `ids_removed` order. Something must be removed."""
     state = _decoder_state(towers, tokens, maskings, 1, dtype, backend, recompute)
-    rows = state.layout.rows_per_stream
+    state, rows = state.settled(), state.layout.rows_per_stream
     deltas = [None] * len(towers) if state.delta is None else state.delta.split(rows)
     decoded = []
     for tower, x, delta, length, masking in zip(towers, state.x.split(rows), deltas, state.layout.lengths, maskings):

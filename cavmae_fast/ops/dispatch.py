@@ -226,7 +226,8 @@ def register(
 
     `name_backward` belongs to the operator `name`: the choice is made for both by the operator's name, and a part without
     the chosen implementation runs `torch`. The first tensor among the arguments decides the device, the narrowest
-    floating-point dtype among them the dtype (but float64, where there is one).
+    floating-point dtype among them the dtype (but float64, where there is one). Where the first argument is a list of
+    tensors, these alone decide.
 
     Args:
         schema: the part after the name, `(Tensor x, float eps) -> Tensor`.
@@ -269,7 +270,7 @@ def _runner(
     """What PyTorch calls for the operator: it chooses, and runs what was chosen."""
 
     def run(*args):
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        tensors = list(args[0]) if isinstance(args[0], list) else [arg for arg in args if isinstance(arg, Tensor)]
         device = tensors[0].device
         # Operators compute in the dtypes they are given: autocast, which modules alone read, must not change them.
         # Triton launches on the current device, which need not be that of the tensors.
@@ -298,7 +299,8 @@ def _bind(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
 
 
 def _first_shape(*args: object) -> Sequence[int]:
-    return next(arg.shape for arg in args if isinstance(arg, Tensor))
+    first = args[0] if isinstance(args[0], list) else args
+    return next(arg.shape for arg in first if isinstance(arg, Tensor))
 
 
 def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -11,6 +11,9 @@ Backward, with g = dy * weight[s] and h = (x' - mean) * rstd:
 Forward reads x, delta and writes x', y in one pass; backward reads dx', dy, x' and writes dx (and ddelta, where its dtype
 differs) in one pass, with partial weight gradients summed by a second small kernel in a fixed order: no atomics.
 
+The gradient of a bias that was added to delta is the column sum of ddelta: it can be formed in the same pass, instead of
+in one of its own (`owed`; the launch option UPDATE_SUMS says which).
+
 For backward x' is kept or, where x is kept anyway and delta is the narrower one, x and delta; it adds them again. What
 takes y need not keep it: `layer_norm_origin` says how it is formed again.
 """
@@ -28,6 +31,8 @@ from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin
+from cavmae_fast.ops.residual import Residual, new_carrier
+from cavmae_fast.ops.stream_linear import bias_gradient
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
 CPU_ROWS = 1024
@@ -82,13 +87,13 @@ def stream_layer_norm_backward_kernel(
     dy, dx_new, x, delta, dx, ddelta,  # [R, D]
     mean, rstd,  # [R] fp32
     w0, w1, w2,  # [D] each
-    dw_partial, db_partial,  # [programs, D] fp32
+    sums,  # [programs, 2 or 3, D] fp32
     rows0, rows1, rows2, tiles0, tiles1,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
-    HAS_DX_NEW: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DDELTA: tl.constexpr,
+    HAS_DX_NEW: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DDELTA: tl.constexpr, UPDATE_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """A program sums the weight gradients of ROWS_PER_PROGRAM rows, BLOCK_R at a time, before it writes them. What was
-    normalized is x, or x + delta."""
+    """A program sums the gradients of weight and bias over ROWS_PER_PROGRAM rows, BLOCK_R at a time, before it writes them;
+    with UPDATE_SUMS that of delta, too. What was normalized is x, or x + delta."""
     program = tl.program_id(0)
     stream, local = stream_of_tile(program, tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
@@ -98,6 +103,7 @@ def stream_layer_norm_backward_kernel(
     w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_D], dtype=tl.float32)
     db = tl.zeros([BLOCK_D], dtype=tl.float32)
+    update = tl.zeros([BLOCK_D], dtype=tl.float32)
     for step in range(0, ROWS_PER_PROGRAM, BLOCK_R):
         row = local * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_R)
         valid = (row < count)[:, None] & inside[None, :]
@@ -119,11 +125,16 @@ def stream_layer_norm_backward_kernel(
         result = r[:, None] * (g - mean_g[:, None] - h * mean_gh[:, None])
         if HAS_DX_NEW:
             result += tl.load(dx_new + offset, mask=valid, other=0.0).to(tl.float32)
+        if UPDATE_SUMS:
+            update += tl.sum(result, axis=0)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=valid)
         if HAS_DDELTA:
             tl.store(ddelta + offset, result.to(ddelta.dtype.element_ty), mask=valid)
-    tl.store(dw_partial + program * D + column, dw, mask=inside)
-    tl.store(db_partial + program * D + column, db, mask=inside)
+    own = sums + program.to(tl.int64) * (3 if UPDATE_SUMS else 2) * D + column
+    tl.store(own, dw, mask=inside)
+    tl.store(own + D, db, mask=inside)
+    if UPDATE_SUMS:
+        tl.store(own + 2 * D, update, mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
@@ -143,20 +154,36 @@ def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype, store_sum, 
     return x_new, y, mean, rstd
 
 
-def _backward_triton(dy, dx_new, x, delta, mean, rstd, weights, rows, delta_dtype, architecture):
+def _backward_triton(
+    dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype, architecture
+):  # fmt: skip
     width = x.shape[1]
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, dtype=dx_dtype)
     ddelta = torch.empty_like(x, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    options = launch("stream_layer_norm_backward", architecture, dy.dtype)
+    options = dict(launch("stream_layer_norm_backward", architecture, dy.dtype))
+    apart = not options.pop("UPDATE_SUMS")
+    kinds = 2 if apart or not updates else 3
     programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
-    sums = torch.empty(2, sum(programs), width, dtype=torch.float32, device=dx.device)
+    sums = torch.empty(sum(programs), kinds, width, dtype=torch.float32, device=dx.device)
     stream_layer_norm_backward_kernel[(sum(programs),)](
-        dy, dx_new, x, delta, dx, ddelta, mean, rstd, *three(weights), sums[0], sums[1], *three(rows),
+        dy, dx_new, x, delta, dx, ddelta, mean, rstd, *three(weights), sums, *three(rows),
         programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DX_NEW=dx_new is not None,
-        HAS_DELTA=delta is not None, HAS_DDELTA=delta_dtype is not None, **options,
+        HAS_DELTA=delta is not None, HAS_DDELTA=delta_dtype is not None, UPDATE_SUMS=kinds == 3, **options,
     )  # fmt: skip
-    dw, db = (sum_of_streams(part, programs, len(rows), architecture) for part in sums)
-    return dx, ddelta, dw, db
+    totals = sum_of_streams(sums, programs, len(rows), architecture)
+    if kinds == 3:
+        dupdate = torch.empty(updates, width, dtype=update_dtype, device=dx.device)
+        dupdate.copy_(totals[2] if updates == len(rows) else totals[2].sum(0, keepdim=True))
+    else:
+        dupdate = _update_sums(dx if delta_dtype is None else ddelta, rows, updates, update_dtype)
+    return dx, ddelta, totals[:2], dupdate
+
+
+def _update_sums(ddelta: Tensor, rows: Sequence[int], updates: int, dtype: torch.dtype | None) -> Tensor:
+    """The column sums of ddelta, `[updates, D]`: of each stream's rows, or of all rows; empty for 0."""
+    if not updates:
+        return ddelta.new_empty(0)
+    return bias_gradient(ddelta, rows if updates == len(rows) else [sum(rows)], dtype)
 
 
 def _parts(x: Tensor, rows: Sequence[int], at_once: int = CPU_ROWS) -> Iterator[tuple[int, slice]]:
@@ -191,11 +218,13 @@ def _forward_torch(x, delta, weights, biases, rows, eps, out_dtype, store_sum, a
     return x_new, y, mean, rstd
 
 
-def _backward_torch(dy, dx_new, x, delta, mean, rstd, weights, rows, delta_dtype, at_once=CPU_ROWS):
+def _backward_torch(
+    dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype, at_once=CPU_ROWS
+):  # fmt: skip
     statistics = mean.dtype
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, dtype=dx_dtype)
     ddelta = torch.empty_like(x, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    dw, db = (torch.zeros(len(rows), x.shape[1], dtype=statistics, device=dx.device) for _ in range(2))
+    sums = torch.zeros(2, len(rows), x.shape[1], dtype=statistics, device=dx.device)
     for stream, part in _parts(x, rows, at_once):
         # In the statistics' dtype throughout: PyTorch's bf16 weight gradient on the CPU loses a good part of its bits.
         w = weights[stream].to(statistics)
@@ -205,10 +234,10 @@ def _backward_torch(dy, dx_new, x, delta, mean, rstd, weights, rows, delta_dtype
         )  # fmt: skip
         if dx_new is not None:
             result.add_(dx_new[part])
-        dx[part].copy_(result), dw[stream].add_(dw_part), db[stream].add_(db_part)
+        dx[part].copy_(result), sums[0, stream].add_(dw_part), sums[1, stream].add_(db_part)
         if delta_dtype is not None:
             ddelta[part].copy_(result)
-    return dx, ddelta, dw, db
+    return dx, ddelta, sums, _update_sums(dx if delta_dtype is None else ddelta, rows, updates, update_dtype)
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -221,11 +250,11 @@ def _forward_fake(x, delta, weights, biases, rows, eps, out_dtype, store_sum):
     return x_new, torch.empty_like(x, dtype=out_dtype), mean, rstd
 
 
-def _backward_fake(dy, dx_new, x, delta, mean, rstd, weights, rows, delta_dtype):
-    dx = torch.empty_like(x)
+def _backward_fake(dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype):
+    dx = torch.empty_like(x, dtype=dx_dtype)
     ddelta = torch.empty_like(x, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    dw, db = (mean.new_empty(len(rows), x.shape[1]) for _ in range(2))
-    return dx, ddelta, dw, db
+    dupdate = (dx if delta_dtype is None else ddelta).new_empty((updates, x.shape[1]) if updates else 0, dtype=update_dtype)
+    return dx, ddelta, mean.new_empty(2, len(rows), x.shape[1]), dupdate
 
 
 _forward = register(
@@ -240,7 +269,8 @@ _forward = register(
 _backward = register(
     "stream_layer_norm_backward",
     "(Tensor dy, Tensor? dx_new, Tensor x, Tensor? delta, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
-    " ScalarType? delta_dtype) -> (Tensor dx, Tensor ddelta, Tensor dw, Tensor db)",
+    " ScalarType dx_dtype, ScalarType? delta_dtype, int updates, ScalarType? update_dtype)"
+    " -> (Tensor dx, Tensor ddelta, Tensor sums, Tensor dupdate)",
     torch=_backward_torch,
     forms={name: partial(_backward_torch, at_once=rows) for name, rows in CPU_FORMS.items()},
     triton=_backward_triton,
@@ -249,38 +279,48 @@ _backward = register(
 
 
 class _StreamLayerNorm(torch.autograd.Function):
+    """Where the residual stream has a carrier, gradients go by way of it, and x itself has none."""
+
     @staticmethod
-    def forward(ctx, x, delta, rows, eps, out_dtype, keep_sum, *parameters):
-        count = len(parameters) // 2
-        weights, biases = list(parameters[:count]), list(parameters[count:])
-        x_new, y, mean, rstd = _forward(x, delta, weights, biases, rows, eps, out_dtype, delta is not None)
+    def forward(ctx, x, carrier, delta, rows, eps, out_dtype, keep_sum, *parameters):
+        count = len(rows)
+        weights, biases, updates = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
+        x_new, y, mean, rstd = _forward(x, delta, list(weights), list(biases), rows, eps, out_dtype, delta is not None)
         kept = (x, delta) if delta is None or not keep_sum else (x_new, None)
         ctx.save_for_backward(*kept, mean, rstd, *weights)
         ctx.rows, ctx.delta_dtype = rows, None if delta is None else delta.dtype
-        ctx.bias_dtypes = [b.dtype for b in biases]
+        ctx.carried, ctx.dx_dtype = carrier is not None, x.dtype if carrier is None else carrier.dtype
+        ctx.bias_dtypes, ctx.update_dtypes = [b.dtype for b in biases], [b.dtype for b in updates]
         ctx.set_materialize_grads(False)
-        return y if delta is None else (x_new, y)
+        # x is handed on even where nothing is added to it: its other gradient then arrives here, and is added on the way.
+        if carrier is None:
+            return x.view_as(x) if delta is None else x_new, y
+        x_new = x.detach() if delta is None else x_new
+        ctx.mark_non_differentiable(x_new)
+        return x_new, y, new_carrier(x, carrier.dtype)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, dx_new, dy, dcarrier=None):
         x, delta, mean, rstd, *weights = ctx.saved_tensors
-        dx_new, dy = (None, *grads) if ctx.delta_dtype is None else grads
+        dx_new = dcarrier if ctx.carried else dx_new
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        separate = ctx.delta_dtype if ctx.delta_dtype not in (None, x.dtype) else None
-        dx, ddelta, dw, db = _backward(
-            dy, None if dx_new is None else dx_new.contiguous(), x, delta, mean, rstd, weights, ctx.rows, separate
-        )
+        separate = ctx.delta_dtype if ctx.delta_dtype not in (None, ctx.dx_dtype) else None
+        dx_new = None if dx_new is None else dx_new.contiguous()
+        kinds = (ctx.dx_dtype, separate, len(ctx.update_dtypes), ctx.update_dtypes[0] if ctx.update_dtypes else None)
+        dx, ddelta, sums, dupdate = _backward(dy, dx_new, x, delta, mean, rstd, weights, ctx.rows, *kinds)
         if ctx.delta_dtype is None:
             ddelta = None
         elif separate is None:
             ddelta = dx
-        dws = [part.to(w.dtype) for part, w in zip(dw.unbind(0), weights)]
-        dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
-        return dx, ddelta, None, None, None, None, *dws, *dbs
+        dws = [part.to(w.dtype) for part, w in zip(sums[0], weights)]
+        dbs = [part.to(dtype) for part, dtype in zip(sums[1], ctx.bias_dtypes)]
+        dupdates = dupdate.unbind(0) if ctx.update_dtypes else ()
+        dxs = (None, dx) if ctx.carried else (dx, None)
+        return *dxs, ddelta, None, None, None, None, *dws, *dbs, *dupdates
 
 
 def stream_layer_norm(
-    x: Tensor,
+    x: Tensor | Residual,
     delta: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -289,14 +329,22 @@ def stream_layer_norm(
     out_dtype: torch.dtype | None = None,
     *,
     keep_sum: bool = True,
-) -> tuple[Tensor, Tensor]:
+    owed: Sequence[Tensor] = (),
+) -> tuple[Tensor | Residual, Tensor]:
     """`x + delta`, and its LayerNorm with each stream's own weight and bias.
 
     x `[R, D]` (the residual stream), delta `[R, D]` or None (nothing to add), weights and biases: one `[D]` for each
     stream of `layout`. Returns `(x + delta` in x's dtype, its LayerNorm in `out_dtype)` (default: x's dtype). Statistics
     are computed in float32. `keep_sum`: keep x + delta for backward; else x and delta, which takes less memory where x is
-    kept anyway. Raises ValueError when a shape does not fit.
+    kept anyway.
+
+    `owed`: biases `[D]` that were added where delta was made, one for all rows or one for each stream, and whose gradients
+    are owed: they are column sums of delta's gradient, and are given here, where that one is formed, if delta was made with
+    the biases' values alone (`bias.detach()`) and is used nowhere else.
+
+    A `Residual` for x is a stream whose gradient is narrower, and gives one. Raises ValueError when a shape does not fit.
     """
+    x, carrier = x if isinstance(x, Residual) else (x, None)
     layout.check("x", x)
     width = x.shape[1]
     if delta is not None and delta.shape != x.shape:
@@ -307,12 +355,14 @@ def stream_layer_norm(
             raise ValueError(f"{name} have shapes {shapes}; {len(layout.lengths)} streams need one [{width}] each")
         if len({v.dtype for v in values}) > 1:
             raise TypeError(f"{name} have dtypes {[v.dtype for v in values]}; they must have one")
+    if owed and (delta is None or len(owed) not in (1, len(layout.lengths)) or any(b.shape != (width,) for b in owed)):
+        shapes = [list(b.shape) for b in owed]
+        raise ValueError(f"owed has shapes {shapes}; it takes [{width}], once or for each stream, and only with a delta")
     delta = None if delta is None else delta.contiguous()
     parameters = [p.contiguous() for p in (*weights, *biases)]
-    result = _StreamLayerNorm.apply(
-        x.contiguous(), delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, *parameters
-    )
-    return (x, result) if delta is None else result
+    arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, *parameters, *owed)
+    x, y, *carriers = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments)
+    return Residual(x, *carriers) if carriers else x, y
 
 
 def layer_norm_origin(

@@ -113,7 +113,8 @@ def onednn_limit(implementation: str, dtype: torch.dtype) -> str | None:
 
 
 def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False):
-    return *linear_backward(dout, x, weights, rows, needs_dx, onednn), bias_gradient(dout, rows, bias_dtype)
+    db = dout.new_empty(0) if bias_dtype is None else bias_gradient(dout, rows, bias_dtype)
+    return *linear_backward(dout, x, weights, rows, needs_dx, onednn), db
 
 
 def _forward_fake(x, weights, biases, rows):
@@ -123,7 +124,7 @@ def _forward_fake(x, weights, biases, rows):
 def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx):
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
-    return dx, dw, x.new_empty(len(weights), dout.shape[1], dtype=bias_dtype)
+    return dx, dw, x.new_empty(0 if bias_dtype is None else (len(weights), dout.shape[1]), dtype=bias_dtype)
 
 
 forward_operator = register(
@@ -136,7 +137,7 @@ forward_operator = register(
 )
 backward_operator = register(
     "stream_linear_backward",
-    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
+    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
     forms={"onednn": partial(_backward_torch, onednn=True)},
@@ -157,10 +158,30 @@ class _StreamLinear(torch.autograd.Function):
     def backward(ctx, dout):
         tensors = ctx.saved_tensors  # once: where it is formed again for this call, a second call is an error
         kept, weights = tensors[: ctx.count], list(tensors[ctx.count :])
-        needs_dx = ctx.needs_input_grad[0]
-        dx, dw, db = backward_operator(dout.contiguous(), ctx.form(*kept), weights, ctx.rows, ctx.bias_dtypes[0], needs_dx)
-        dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)]
+        needs_dx, needs_db = ctx.needs_input_grad[0], any(ctx.needs_input_grad[-len(weights) :])
+        bias_dtype = ctx.bias_dtypes[0] if needs_db else None
+        dx, dw, db = backward_operator(dout.contiguous(), ctx.form(*kept), weights, ctx.rows, bias_dtype, needs_dx)
+        dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)] if needs_db else [None] * len(weights)
         return dx if needs_dx else None, None, None, None, *[None] * ctx.count, *dw.unbind(0), *dbs
+
+
+class _OwnBias(torch.autograd.Function):
+    """`delta` as it is; the gradients of the biases that were added to it are its column sums."""
+
+    @staticmethod
+    def forward(ctx, delta, rows, *biases):
+        ctx.rows, ctx.dtypes = rows, [b.dtype for b in biases]
+        return delta.view_as(delta)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, *bias_gradient(gradient.contiguous(), ctx.rows, ctx.dtypes[0]).unbind(0)
+
+
+def with_bias_gradients(delta: Tensor, biases: Sequence[Tensor], layout: StreamLayout) -> Tensor:
+    """`delta [R, N]`, which was made with the values of `biases` alone (`bias.detach()`), with their gradients: for where no
+    LayerNorm gives them (`stream_layer_norm`'s `owed`). One bias for all rows, or one for each stream of `layout`."""
+    return _OwnBias.apply(delta, [layout.rows] if len(biases) == 1 else layout.rows_per_stream, *biases)
 
 
 def stream_linear(

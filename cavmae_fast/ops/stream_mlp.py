@@ -51,10 +51,12 @@ class _StreamMlp(torch.autograd.Function):
             y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True)
         else:
             pre, y = hidden if len(hidden) == 2 else (hidden[0], F.gelu(hidden[0]))
-        dy, dw2, db2 = linear_backward(dout.contiguous(), y, w2, ctx.rows, ctx.bias_dtypes[1], True)
+        owed = not any(ctx.needs_input_grad[-len(w2) :])  # the second layer's bias gradients are formed elsewhere
+        dy, dw2, db2 = linear_backward(dout.contiguous(), y, w2, ctx.rows, None if owed else ctx.bias_dtypes[1], True)
         needs_dx = ctx.needs_input_grad[0]
         dx, dw1, db1 = linear_gelu_backward(dy, pre, x, w1, ctx.rows, ctx.bias_dtypes[0], needs_dx)
-        gradients = [part for group in (dw1, db1, dw2, db2) for part in group.unbind(0)]
+        gradients = [part for group in (dw1, db1, dw2) for part in group.unbind(0)]
+        gradients += [None] * len(w2) if owed else db2.unbind(0)
         return dx if needs_dx else None, *[None] * (4 + len(kept)), *gradients
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
+
+ONE_LEVEL = 2
+"Blocks of rows that are summed in one level."
 
 
 def three(values: Sequence) -> list:
@@ -43,27 +47,46 @@ def pick(stream, first, second, third):
 @triton.jit
 def stream_sum_kernel(
     partial,  # [programs, D] fp32
-    total,  # [streams, D] fp32
+    total,  # [D / WIDTH, streams * SPLITS, WIDTH] fp32
     tiles0, tiles1, tiles2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Sums each stream's rows of `partial` in a fixed order."""
-    stream = tl.program_id(0)
+    """Sums each stream's rows of `partial`, in SPLITS pieces one after the other, in a fixed order."""
+    piece = tl.program_id(0)
+    stream = piece // SPLITS
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = pick(stream, 0, tiles0, tiles0 + tiles1)
     count = pick(stream, tiles0, tiles1, tiles2)
+    share = tl.cdiv(count, SPLITS)
+    begin = piece % SPLITS * share
+    end = tl.minimum(begin + share, count)
     total_sum = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
-    for start in range(0, count, BLOCK_P):
+    for start in range(begin, end, BLOCK_P):
         row = start + tl.arange(0, BLOCK_P)
-        valid = (row < count)[:, None] & (column < D)[None, :]
-        total_sum += tl.load(partial + (first + row)[:, None] * D + column[None, :], mask=valid, other=0.0)
-    tl.store(total + stream * D + column, tl.sum(total_sum, axis=0), mask=column < D)
+        valid = (row < end)[:, None] & (column < D)[None, :]
+        total_sum += tl.load(partial + (first + row)[:, None].to(tl.int64) * D + column[None, :], mask=valid, other=0.0)
+    place = (column // WIDTH * tl.num_programs(0) + piece) * WIDTH + column % WIDTH
+    tl.store(total + place, tl.sum(total_sum, axis=0), mask=column < D)
 
 
 def sum_of_streams(partial: Tensor, programs: Sequence[int], streams: int, architecture: str) -> Tensor:
-    """Adds up the partial sums `[programs, D]` fp32 of each stream's programs (three counts) -> `[streams, D]` fp32."""
-    width = partial.shape[1]
-    total = torch.empty(streams, width, dtype=torch.float32, device=partial.device)
-    options = launch("stream_sum", architecture, torch.float32)
-    stream_sum_kernel[(streams, triton.cdiv(width, options["BLOCK_D"]))](partial, total, *programs, D=width, **options)
-    return total
+    """Adds up the partial sums of each stream's programs (three counts): `[programs, D]` fp32 -> `[streams, D]` fp32, or
+    `[programs, kinds, D]`, sums of several kinds, -> `[kinds, streams, D]`.
+
+    In two levels where there are many: a stream and some columns alone would occupy a few of a GPU's processors, each of
+    which would wait for one row after the other.
+    """
+    options = dict(launch("stream_sum", architecture, torch.float32))
+    splits, rows, (*kinds, width) = options.pop("SPLITS"), options["BLOCK_P"], partial.shape[1:]
+    columns = math.prod(kinds) * width
+
+    def add(programs: Sequence[int], splits: int, total: Tensor) -> Tensor:
+        grid = (streams * splits, triton.cdiv(columns, options["BLOCK_D"]))
+        arguments = {"D": columns, "WIDTH": total.shape[-1], "SPLITS": splits, **options}
+        stream_sum_kernel[grid](partial, total, *programs, **arguments)
+        return total
+
+    if splits > 1 and max(programs) > ONE_LEVEL * rows:
+        room = torch.empty(streams * splits, columns, dtype=torch.float32, device=partial.device)
+        partial, programs = add(programs, splits, room), three([splits] * streams)
+    return add(programs, 1, torch.empty(*kinds, streams, width, dtype=torch.float32, device=partial.device))

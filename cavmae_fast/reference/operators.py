@@ -195,3 +195,26 @@ def contrastive_loss(
         other_loss, other_accuracy = one_way(similarity)
         loss, accuracy = (loss + other_loss) / 2, (accuracy + other_accuracy) / 2
     return loss, accuracy
+
+
+def adam_update(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of Adam (Kingma & Ba, 2015), number `step` (from 1) -> weight and both moments after it. `decoupled`: the
+    weight decay of AdamW (Loshchilov & Hutter, 2019), else L2 regularization."""
+    p = p * (1 - lr * weight_decay) if decoupled else p
+    grad = grad if decoupled else grad + weight_decay * p
+    m = beta1 * m + (1 - beta1) * grad
+    v = beta2 * v + (1 - beta2) * grad * grad
+    denominator = (v / (1 - beta2**step)).sqrt() + eps
+    return p - lr * m / (1 - beta1**step) / denominator, m, v

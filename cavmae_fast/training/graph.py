@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cavmae_fast.data.batches import Batch
 from cavmae_fast.errors import first_line
+from cavmae_fast.models.rounded import refresh
 from cavmae_fast.training.guard import TrainingError
 from cavmae_fast.training.random_state import random_state, set_random_state
 from cavmae_fast.training.state import RunState
@@ -173,6 +174,7 @@ class _Snapshot:
         for x in _changed_by_steps(self.state):
             if id(x) not in known:
                 x.zero_()
+        refresh(self.state.model.parameters())
         self.state.scaler.load_state_dict(self.scaler)
         set_random_state(self.state.precision.device, self.random)
 

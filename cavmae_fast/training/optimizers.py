@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cavmae_fast.errors import CavmaeError
+from cavmae_fast.training.adam import Adam, AdamW
 from cavmae_fast.training.recipes import Recipe
 
-OPTIMIZERS = ("adam", "adamw", "fused-adam")
+OPTIMIZERS = ("adam", "adamw", "fast-adam", "fast-adamw", "fused-adam")
 HEAD = "mlp_head."
 "How the names of a classifier's head begin."
 _FIRST = re.compile(r"(audio\.|video\.)?(patch_embed|pos_embed|modality_|cls_token)")
@@ -22,12 +24,14 @@ class OptimizerError(CavmaeError, RuntimeError):
     """An optimizer that is asked for by name and is not there; the message says what to install."""
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `recipe` names, over those parameters of `model` that are trained.
+def make_optimizer(recipe: Recipe, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """The optimizer that `recipe` names, over those parameters of `model` that are trained. `dtype`: of the products.
 
     Its groups carry `scale`, what the recipe's learning rate is multiplied by for them, besides the schedule.
 
     'adam' and 'adamw' are PyTorch's, fused: Adam with L2 regularization, as published, or with decoupled weight decay.
+    'fast-adam' and 'fast-adamw' are this package's, the same updates (`training.adam`); with 16-bit products they also write
+    the weights rounded, and in bfloat16 take gradients in it, where a step has one backward pass on one rank.
     'fused-adam' is FusedAdam of NVIDIA's apex, with L2 regularization: the same update as 'adam'.
 
     Raises:
@@ -41,6 +45,11 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, fused=True, **options)
     if recipe.optimizer == "fused-adam":
         return _apex()(groups, adam_w_mode=False, **options)
+    if recipe.optimizer in ("fast-adam", "fast-adamw"):
+        alone = recipe.accumulate == 1 and not (dist.is_available() and dist.is_initialized())
+        options["rounded"] = dtype if dtype.itemsize == 2 else None
+        options["low_gradients"] = alone and dtype == torch.bfloat16
+        return {"fast-adam": Adam, "fast-adamw": AdamW}[recipe.optimizer](groups, **options)
     raise ValueError(f"the recipe's optimizer is {recipe.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
 
 

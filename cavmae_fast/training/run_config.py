@@ -50,8 +50,9 @@ class RunConfig:
     """Steps whose losses are read from the device together; default: 20 on a GPU, which else would wait at every step, and
     1 on a CPU."""
     seed: int = 0
-    optimizer: Literal["adam", "adamw", "fused-adam"] | None = None
-    """adam (published: L2 regularization), adamw, or fused-adam of NVIDIA's apex; default: the recipe's."""
+    optimizer: Literal["adam", "adamw", "fast-adam", "fast-adamw", "fused-adam"] | None = None
+    """adam (published: L2 regularization) or adamw of PyTorch; fast-adam or fast-adamw, which keep the weights rounded for
+    16-bit products, too; or fused-adam of NVIDIA's apex; default: the recipe's."""
     betas: tuple[float, float] | None = None
     """Of the optimizer; default: the recipe's."""
     weight_decay: float | None = None

@@ -59,7 +59,8 @@ class RunState:
                 raise ValueError(f"--drop-path is {recipe.drop_path}, but {type(model).__name__} has no drop path")
             model.drop_path = recipe.drop_path
         average = MovingAverage(model, recipe.ema) if recipe.ema else None
-        return cls(model, recipe, loader, precision, make_optimizer(recipe, model), precision.scaler(), average)
+        optimizer = make_optimizer(recipe, model, precision.dtype)
+        return cls(model, recipe, loader, precision, optimizer, precision.scaler(), average)
 
     def set_learning_rate(self, epoch: int, total: int) -> None:
         """Sets what belongs to the next step, in `epoch`, of `total` steps."""
@@ -88,7 +89,7 @@ class RunState:
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        parts_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        parts_norm = nn.utils.get_total_norm(_in_float32([p.grad for p in parameters]))
         norm = whole(parts_norm)
         computed = loss.detach().isfinite()
         taken = computed & norm.isfinite()
@@ -147,3 +148,10 @@ class RunState:
         self.step = state["step"]
         self.skipped = state.get("skipped", 0)
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+
+
+def _in_float32(gradients: list[Tensor]) -> list[Tensor]:
+    """Tensors with the norms of `gradients`, in float32 at least: a gradient in 16 bits is stood for by its norm, which
+    PyTorch would round to 16 bits."""
+    low = [g for g in gradients if g.dtype.itemsize == 2]
+    return [g for g in gradients if g.dtype.itemsize > 2] + (list(torch._foreach_norm(low, 2, torch.float32)) if low else [])

@@ -64,6 +64,7 @@ ORDER = (
     "gather_tokens",
     "embed_kept_patches",
     "contrastive_loss",
+    "adam_update",
     "log_mel_fbank",
 )
 "Operators in the order of the time that is to be won, so that a run with little time spends it well."
@@ -160,7 +161,7 @@ def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
     """Case -> how often a training step calls it. A product that the catalogue does not have counts as its share of one
     that it has: by operations, proj and fc2 are 1/3 and 4/3 of qkv."""
     config = system.arguments
-    depth, specific = config.get("depth", 12), config.get("modality_specific_depth", 11)
+    depth, specific, width = config.get("depth", 12), config.get("modality_specific_depth", 11), config.get("embed_dim", 768)
     shared, decoder = depth - specific, config.get("decoder_depth", 8)
     return {
         "stream_layer_norm-encoders": 2 * specific,
@@ -175,6 +176,7 @@ def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
         "attention-decoder": decoder - 1,
         "attention-decoder-last": 1,
         "gather_tokens-decoder": 2,
+        "adam_update-block": 2 * specific + shared + decoder * config.get("decoder_embed_dim", 512) ** 2 / width**2,
         "log_mel_fbank-clips": 0,
     }
 

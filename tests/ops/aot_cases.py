@@ -18,6 +18,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
 (
+    adam_update,
     contrastive_loss,
     embed_kept_patches,
     gather_tokens,
@@ -26,9 +27,11 @@ from cavmae_fast.ops.pixels import scale_and_shift
     masked_patch_mse,
     scatter_tokens,
     stream_layer_norm,
+    stream_tiles,
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
     for name in (
+        "adam_update",
         "contrastive_loss",
         "embed_kept_patches",
         "gather_tokens",
@@ -37,6 +40,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
         "masked_patch_mse",
         "scatter_tokens",
         "stream_layer_norm",
+        "stream_tiles",
     )
 )
 
@@ -54,9 +58,13 @@ def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool,
     update = low if delta else None
     for store in (True, False) if delta else (False,):
         stream_layer_norm._forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
+    updates = [low] * delta
     for kept in {None, update}:
-        arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths, dtype)
-        stream_layer_norm._backward_triton(*arguments, architecture)
+        arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths)
+        stream_layer_norm._backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
+    if delta:  # the residual stream's gradient in 16 bits; and a sum of many rows
+        stream_layer_norm._backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
+        stream_tiles.sum_of_streams(torch.empty(300, 3, width), [100] * 3, 3, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
@@ -218,3 +226,19 @@ CASES["log_mel-int16"] = partial(_log_mel, torch.int16, 2, 163840, True, 16000, 
 CASES["log_mel-float"] = partial(_log_mel, torch.float32, 2, 160000, False, 16000, 128, 998)
 CASES["log_mel-odd"] = partial(_log_mel, torch.float32, 3, 30001, True, 22050, 97, 77)
 CASES["log_mel-ones"] = partial(_log_mel, torch.int16, 1, 400, True, 16000, 1, 1)
+
+
+def _adam(dtype: torch.dtype, low: torch.dtype | None, on_device: bool, architecture: str) -> None:
+    """Tensors at whole multiples of 16 bytes, and one that is not. `on_device`: as in a CUDA graph, with a scaler."""
+    buffers = [[torch.empty(48, dtype=t) for _ in range(2)] for t in (dtype, *[torch.float32] * 3)]
+    groups = [[first, second[1:]] for first, second in buffers]
+    rounded = [] if low is None else [p.to(low) for p in groups[1]]
+    value = torch.ones(()) if on_device else None
+    options = (value, 0.01, 0.9, 0.999, 1e-8, 0.1, not on_device, False, value, value, architecture)
+    adam_update._update_triton(*groups, [torch.zeros(()) for _ in range(2)], rounded, *options)
+
+
+for _name, _dtype in LOW_PRECISION.items():
+    CASES[f"adam_update-{_name}"] = partial(_adam, _dtype, _dtype, False)
+    CASES[f"adam_update-device-{_name}"] = partial(_adam, _dtype, _dtype, True)
+CASES["adam_update-fp32"] = partial(_adam, torch.float32, None, True)

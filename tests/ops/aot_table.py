@@ -28,6 +28,7 @@ CASES = (
     "patches-bytes-bf16",
     "contrastive-1-bf16",
     "log_mel-int16",
+    "adam_update-bf16",
 )
 SIZES = {
     "attention_forward_kernel": ("BLOCK_Q", "BLOCK_K"),

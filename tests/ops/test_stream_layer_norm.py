@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cavmae_fast.ops import dispatch
+from cavmae_fast.ops import catalogue, configuration, dispatch
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.parity import assert_parity
+from cavmae_fast.ops.parity import assert_parity, repeats
+from cavmae_fast.ops.residual import as_tensor, with_gradient_in
 from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
 from cavmae_fast.reference import operators as reference
 
@@ -87,3 +88,60 @@ def test_norms_of_several_dtypes_are_refused():
     weights = [torch.ones(8), torch.ones(8, dtype=torch.float16)]
     with pytest.raises(TypeError, match="weights have dtypes"):
         stream_layer_norm(torch.zeros(5, 8), None, weights, [torch.zeros(8)] * 2, layout)
+
+
+def owed_case(name: str) -> catalogue.Case:
+    return next(case for case in catalogue.small() if str(case) == f"stream_layer_norm-{name}")
+
+
+@pytest.mark.parametrize("case", ["delta", "streams"])
+@pytest.mark.parametrize(("mode", "apart"), [("torch", False), ("triton", False), ("triton", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_biases_within_the_update(case, mode, apart, dtype):
+    """One for all streams or one for each, summed in the kernel or in a pass of its own."""
+    case = owed_case(case)
+    launch = {"BLOCK_R": 2, "ROWS_PER_PROGRAM": 4, "num_warps": 4, "UPDATE_SUMS": not apart}
+    content = {"implementations": {}, "launches": {"stream_layer_norm_backward": {configuration.name_of(dtype): launch}}}
+    with dispatch.override(mode), configuration.trial(content):
+        assert_parity(case.ours, case.reference, case.inputs(dtype), baseline=case.baseline)
+        assert repeats(case.ours, case.inputs(dtype))
+
+
+def test_owed_biases_that_do_not_fit_are_refused():
+    layout = StreamLayout(1, (2, 3, 4))
+    norms = [torch.ones(8)] * 3
+    for delta, owed in ((torch.zeros(9, 8), [torch.zeros(7)]), (torch.zeros(9, 8), norms[:2]), (None, norms)):
+        with pytest.raises(ValueError, match="owed has shapes"):
+            stream_layer_norm(torch.zeros(9, 8), delta, norms, norms, layout, owed=owed)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("delta_dtype", [torch.float16, None])
+def test_a_residual_stream_with_a_narrow_gradient(mode, delta_dtype):
+    """The same results; the gradients of the stream and of its update are rounded, and nothing else."""
+    layout = StreamLayout(2, (5, 7, 12))
+    arguments = inputs(layout, 97, torch.float32, delta_dtype)
+    low = delta_dtype or torch.float16
+    weight, other = torch.randn(layout.rows, 97), torch.randn(layout.rows, 97)
+
+    def losses(x, *args):
+        stream, y = stream_layer_norm(x, *args, layout, out_dtype=torch.float32)
+        return (as_tensor(stream) * weight).sum() + (y * other).sum(), stream, y
+
+    tensors = [*[t for t in arguments[:2] if t is not None], *arguments[2], *arguments[3]]
+    with dispatch.override(mode):
+        want, stream, y = losses(*arguments)
+        exact = torch.autograd.grad(want, tensors)
+        got, carried, same = losses(with_gradient_in(arguments[0], low), *arguments[1:])
+        found = torch.autograd.grad(got, tensors)
+    assert torch.equal(carried.value, stream) and torch.equal(same, y) and carried.carrier.dtype == low
+    assert carried.carrier.untyped_storage().nbytes() == low.itemsize
+    rounding = torch.finfo(low).eps
+    for a, b, tensor in zip(found, exact, tensors):
+        assert a.dtype == tensor.dtype
+        assert float((a - b).norm()) <= rounding * float(b.norm()) if tensor.dim() == 2 else torch.equal(a, b)
+
+
+def test_a_gradient_that_is_not_narrower_needs_no_carrier():
+    x = torch.zeros(3, 4, dtype=torch.float16)
+    assert with_gradient_in(x, torch.float16) is x and as_tensor(x) is x

@@ -80,9 +80,9 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
     spectrogram, frame = (batch, 1, 128, s.frames), (batch, 3, s.image, s.image)
     removed_a, removed_v = s.all_a - s.kept_a, s.all_v - s.kept_v
     return [
-        calls.layer_norm("encoders", encoders, width),
-        calls.layer_norm("shared", shared, width),
-        calls.layer_norm("decoder", decoder, decoder_width),
+        calls.layer_norm("encoders", encoders, width, owed=2),
+        calls.layer_norm("shared", shared, width, owed=1),
+        calls.layer_norm("decoder", decoder, decoder_width, owed=1),
         calls.linear("encoders-qkv", encoders, width, 3 * width, shared=False, gelu=False),
         calls.linear("decoder-fc2", decoder, 4 * decoder_width, decoder_width, shared=True, gelu=False),
         calls.linear("encoders-fc1", encoders, width, 4 * width, shared=False, gelu=True),
@@ -102,6 +102,7 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.contrastive("batch", batch, width),
         calls.log_mel("clips", batch, s.samples),
         calls.features("features", [s.samples] * batch, s.frames),
+        calls.adam("block", [12 * width * width, 3 * width, width, 4 * width, width]),
     ]
 
 
@@ -137,7 +138,9 @@ def small() -> list[Case]:
     """Awkward shapes: odd widths, streams of one token, fewer rows than a tile."""
     three, two, one = StreamLayout(2, (3, 7, 10)), StreamLayout(3, (1, 5)), StreamLayout(2, (11,))
     return [
-        calls.layer_norm("delta", three, 24, full=False),
+        calls.layer_norm("delta", three, 24, full=False, owed=1),
+        calls.layer_norm("streams", two, 17, owed=2),
+        calls.layer_norm("nothing-owed", two, 17),
         calls.layer_norm("alone", one, 33, delta=False, full=False),
         calls.linear("shared", three, 24, 40, shared=True, gelu=False),
         calls.linear("streams", two, 17, 33, shared=False, gelu=False),
@@ -161,4 +164,6 @@ def small() -> list[Case]:
         calls.contrastive("both-ways-odd", 17, 33, bidirectional=True, full=False),
         calls.log_mel("waveform", 2, 1000),
         calls.features("clips-odd", [800, 400, 1100], 6),
+        calls.adam("odd", [1, 97, 8193, 24]),
+        calls.adam("l2", [1000], decoupled=False),
     ]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cavmae_fast.ops.adam_update import adam_update
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.catalogue.case import LOW_AND_FULL, Case, Draw, in_float32, of_first, rounded, size
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
@@ -30,19 +31,28 @@ PIECE = 1 << 27
 # ------------------------------------------------------------------------------------------------- norms and products
 
 
-def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = True, full: bool = True) -> Case:
-    """`full`: the residual stream is in float32, as in training. `delta`: an update is added to it first."""
+def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = True, full: bool = True, owed: int = 0) -> Case:
+    """`full`: the residual stream is in float32, as in training. `delta`: an update is added to it first. `owed`: biases
+    within it whose gradients are formed here, one for all streams or one for each."""
 
     def draw(d: Draw) -> list:
         stream = d.full if full else d.low
         weights, biases = ([d.full(width, shift=shift) for _ in layout.lengths] for shift in (1.0, 0.0))
-        return [stream(layout.rows, width), d.low(layout.rows, width) if delta else None, weights, biases, d.dtype]
+        biases_within = [d.low(width) for _ in range(owed)]
+        update = d.low(layout.rows, width) if delta else None
+        return [stream(layout.rows, width), update, weights, biases, d.dtype, biases_within]
 
-    def plain(x, delta, weights, biases, dtype):
+    def ours(x, delta, weights, biases, dtype, owed):
+        return stream_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype, owed=owed)
+
+    def plain(x, delta, weights, biases, dtype, owed):
+        if owed:
+            each = owed * len(layout.lengths) if len(owed) == 1 else owed
+            delta = torch.cat([part + (b - b.detach()) for part, b in zip(delta.split(layout.rows_per_stream), each)])
         x, y = reference.stream_layer_norm(x, delta, weights, biases, layout.rows_per_stream)
         return x, y if y.dtype == torch.float64 else y.to(dtype)
 
-    def moved(x, delta, weights, biases, dtype):
+    def moved(x, delta, weights, biases, dtype, owed):
         y = x.numel() * dtype.itemsize
         forward = size(x, delta) + (size(x) if delta is not None else 0) + y
         return forward, 3 * size(x) + size(delta) + y  # dy, the sum's gradient, the sum; dx, ddelta
@@ -50,9 +60,9 @@ def layer_norm(name: str, layout: StreamLayout, width: int, *, delta: bool = Tru
     return Case(
         "stream_layer_norm",
         name,
-        ours=lambda x, delta, weights, biases, dtype: stream_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype),
+        ours=ours,
         reference=plain,
-        baseline=rounded(plain, lambda x, delta, weights, biases, dtype: [x.dtype, dtype]),
+        baseline=rounded(plain, lambda x, delta, weights, biases, dtype, owed: [x.dtype, dtype]),
         draw=draw,
         moved=moved,
     )
@@ -383,4 +393,49 @@ def features(name: str, counts: list[int], length: int) -> Case:
         dtypes=(torch.float32,),
         differentiable=False,
         capture=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizer
+
+
+def adam(name: str, sizes: list[int], *, decoupled: bool = True) -> Case:
+    """A step of Adam on parameters of `sizes` elements, the third one, after which the weights are rounded to the gradients'
+    dtype; to float16 where these are in float32."""
+    options = (0.01, 0.9, 0.999, 1e-8, 0.1)
+
+    def draw(d: Draw) -> list:
+        params, moments = ([d.fixed(size) for size in sizes] for _ in range(2))
+        return [[d.low(size).detach() for size in sizes], params, moments, [x.square() for x in moments]]
+
+    def ours(grads, params, exp_avgs, exp_avg_sqs):
+        groups = [[torch.empty_like(x).copy_(x) for x in group] for group in (grads, params, exp_avgs, exp_avg_sqs)]
+        steps = [torch.full((), 2.0, device=p.device) for p in params]
+        low = torch.float16 if grads[0].dtype == torch.float32 else grads[0].dtype
+        rounded = [torch.empty_like(p, dtype=low) for p in params]
+        adam_update(*groups, steps, rounded, None, *options, decoupled, False, None, None)
+        return *groups[1], *groups[2], *groups[3], *rounded
+
+    def plain(grads, params, exp_avgs, exp_avg_sqs):
+        each = zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+        results = [reference.adam_update(p, g.to(p.dtype), m, v, 3, *options, decoupled) for p, g, m, v in each]
+        params, exp_avgs, exp_avg_sqs = zip(*results)
+        return *params, *exp_avgs, *exp_avg_sqs, *params
+
+    def dtypes(grads, *_):
+        low = torch.float16 if grads[0].dtype == torch.float32 else grads[0].dtype
+        return 3 * [torch.float32] * len(grads) + [low] * len(grads)
+
+    def moved(grads, params, exp_avgs, exp_avg_sqs):
+        return size(*grads) + 2 * size(*params, *exp_avgs, *exp_avg_sqs) + sum(sizes) * 2, 0
+
+    return Case(
+        "adam_update",
+        name,
+        ours=ours,
+        reference=plain,
+        baseline=rounded(plain, dtypes),
+        draw=draw,
+        moved=moved,
+        differentiable=False,
     )
