@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cavmae_fast.models.drop_path import on_path
+from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
@@ -50,9 +51,11 @@ def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -
     return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None) -> Tensor:
-    """One layer for all streams, or one per stream, computed in x's dtype."""
-    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin)
+def linear(
+    x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None, fp8: bool = False
+) -> Tensor:
+    """One layer for all streams, or one per stream, computed in x's dtype, or `fp8`."""
+    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin, fp8=fp8)
 
 
 class Normed(NamedTuple):
@@ -88,7 +91,7 @@ def block(
     """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes, `paths`
     `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing), `recompute`, one of
     `RECOMPUTE`, what is formed again in the backward pass."""
-    return _called(_block, blocks, state, recompute, blocks, modalities, dtype, backend, paths)
+    return _called(_block, blocks, state, recompute, blocks, modalities, dtype, backend, paths, in_fp8())
 
 
 def _called(compute: Callable[..., State], blocks: Sequence[Block], state: State, recompute: str, *args: Any) -> State:
@@ -121,44 +124,47 @@ def _block(
     dtype: torch.dtype,
     backend: str,
     paths: Tensor | None,
+    fp8: bool,
 ) -> State:
     attention_path, mlp_path = (None, None) if paths is None else paths
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
     x, h, origin = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False)
-    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin)
+    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
     # The first norm keeps x: with the update, half as wide in autocast, it gives what the second one normalizes.
-    delta = on_path(linear(h, [b.attn.proj for b in blocks], layout), attention_path, layout)
+    delta = on_path(linear(h, [b.attn.proj for b in blocks], layout, None, fp8), attention_path, layout)
     normed = normalize_again(State(x, delta, layout), norm2s, dtype, recompute, x_is_kept=True)
-    return State(normed.x, on_path(_mlp(normed, blocks, layout, recompute), mlp_path, layout), layout)
+    return State(normed.x, on_path(_mlp(normed, blocks, layout, recompute, fp8), mlp_path, layout), layout)
 
 
 def block_for_tokens(
     state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, recompute: str = "none"
 ) -> State:
     """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
-    return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend)
+    return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend, in_fp8())
 
 
-def _block_for_tokens(state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
+def _block_for_tokens(
+    state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, fp8: bool
+) -> State:
     layout = state.layout
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
     x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     qkv, width = one.attn.qkv, state.x.shape[1]
     weight, bias = qkv.weight.to(dtype), qkv.bias.to(dtype)
-    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout, origin=origin)
+    kv = stream_linear(h, [weight[width:]], [bias[width:]], layout, origin=origin, fp8=fp8)
     of_tokens = None if origin is None else gather_origin(origin, ids)
-    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted, origin=of_tokens)
+    q = stream_linear(gather_tokens(h, ids), [weight[:width]], [bias[:width]], wanted, origin=of_tokens, fp8=fp8)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
-    state = State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted), wanted)
+    state = State(gather_tokens(x, ids), linear(h, [one.attn.proj], wanted, None, fp8), wanted)
     normed = normalize_again(state, [one.norm2], dtype, recompute, x_is_kept=False)
-    return State(normed.x, _mlp(normed, [one], wanted, recompute), wanted)
+    return State(normed.x, _mlp(normed, [one], wanted, recompute, fp8), wanted)
 
 
-def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str) -> Tensor:
+def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str, fp8: bool) -> Tensor:
     fc1, fc2 = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    return stream_mlp(normed.y, *fc1, *fc2, layout, recompute=recompute, origin=normed.origin)
+    return stream_mlp(normed.y, *fc1, *fc2, layout, recompute=recompute, origin=normed.origin, fp8=fp8)
 
 
 def _parameters(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:

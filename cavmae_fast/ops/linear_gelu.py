@@ -128,8 +128,8 @@ def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str
     return None
 
 
-def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False):
-    pre = linear_forward(x, weights, biases, rows, onednn)
+def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False):
+    pre = linear_forward(x, weights, biases, rows, fp8, onednn)
     if keep_pre:
         return F.gelu(pre), pre
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
@@ -151,30 +151,30 @@ def _dgelu_bias_pieces(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype:
     return dpre, db.to(bias_dtype)
 
 
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, onednn=False, **options):
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *linear_backward(dpre, x, weights, rows, needs_dx, onednn), db
+    return *linear_backward(dpre, x, weights, rows, needs_dx, fp8, onednn), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _forward_fake(x, weights, biases, rows, keep_pre):
+def _forward_fake(x, weights, biases, rows, keep_pre, fp8=False):
     y = x.new_empty(x.shape[0], weights[0].shape[0])
     return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
 
 
 forward_operator = register(
     "linear_gelu",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre, bool fp8=False) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
 )
 backward_operator = register(
     "linear_gelu_backward",
-    "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
-    " -> (Tensor dx, Tensor dw, Tensor db)",
+    "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx,"
+    " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, _dgelu_bias_torch),
     triton=partial(_backward, _dgelu_bias_triton),
     cuda=partial(_backward, _dgelu_bias_cuda),

@@ -42,6 +42,16 @@ def linear_gelu(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], 
     return F.gelu(stream_linear(x, weights, biases, rows))
 
 
+def fp8_rows(x: Tensor) -> Tensor:
+    """x `[R, K]` as e4m3 holds it: each row over the least power of two that brings it to at most 448 = 1.75 * 2^8, rounded
+    to steps of an eighth of the power of two below each number (and of 2^-6 at least)."""
+    largest = x.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, (largest / 448).log2().ceil().exp2(), 1.0)
+    scaled = x / scale
+    step = (scaled.abs().log2().floor().clamp(min=-6) - 3).exp2()
+    return (scaled / step).round() * step * scale
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "eager") -> Tensor:
     """`softmax(q k^T / sqrt(width)) v` for q `[..., Lq, width]`, k and v `[..., Lk, width]`.
 

@@ -13,7 +13,14 @@ from functools import partial
 import torch
 
 from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.ops import attention_backward, attention_forward, attention_one_pass, attention_tiles, configuration
+from cavmae_fast.ops import (
+    attention_backward,
+    attention_forward,
+    attention_one_pass,
+    attention_tiles,
+    configuration,
+    fp8,
+)
 from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
@@ -74,6 +81,16 @@ for _name, _dtype in LOW_PRECISION.items():
     CASES[f"dgelu_bias-encoder-{_name}"] = partial(_dgelu_bias, _dtype, 3072, [128, 49])
     CASES[f"dgelu_bias-decoder-{_name}"] = partial(_dgelu_bias, _dtype, 2048, [708])
     CASES[f"dgelu_bias-ones-{_name}"] = partial(_dgelu_bias, _dtype, 1, [1])
+
+
+def _quantize(dtype: torch.dtype, width: int, rows: int, architecture: str) -> None:
+    for to in (fp8.VALUES, fp8.GRADIENTS):
+        fp8._quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
+
+
+CASES["quantize-hidden-bf16"] = partial(_quantize, torch.bfloat16, 3072, 177)
+CASES["quantize-encoder-bf16"] = partial(_quantize, torch.bfloat16, 768, 177)
+CASES["quantize-ones-fp16"] = partial(_quantize, torch.float16, 1, 1)
 
 
 def _attention(
