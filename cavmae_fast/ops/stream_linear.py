@@ -62,24 +62,30 @@ def linear_backward(
     fp8: bool = False,
     onednn: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`). `fp8`: dx of what fp8 holds of dout and W, dW of all
-    of dout and x; `onednn`: dx by its product."""
-    gradient = dout
-    if needs_dx and fp8 and dout.device.type != "cuda":
-        gradient, weights = rounded_rows(dout, GRADIENTS), [rounded_rows(w.t().contiguous(), VALUES).t() for w in weights]
-    if needs_dx and fp8 and dout.device.type == "cuda":
-        dx, needs_dx = backward_products(dout, weights, rows), False
-    elif needs_dx and onednn:
-        parts = [compat.fused_linear(part, w.t(), None) for part, w in zip(gradient.split(rows), weights)]
-        dx, needs_dx = torch.cat(parts) if len(parts) > 1 else parts[0], False
-    else:
-        dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`)."""
+    dx = input_gradient(dout, weights, rows, fp8, onednn) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
-    for s, (dout_s, x_s, w) in enumerate(zip(dout.split(rows), x.split(rows), weights)):
-        if needs_dx:
-            torch.mm(gradient.split(rows)[s], w, out=dx.split(rows)[s])
-        torch.mm(_as_left_factor(dout_s, x_s), x_s, out=dw[s])
+    for dout_s, x_s, dw_s in zip(dout.split(rows), x.split(rows), dw):
+        torch.mm(_as_left_factor(dout_s, x_s), x_s, out=dw_s)
     return dx, dw
+
+
+def input_gradient(
+    dout: Tensor, weights: Sequence[Tensor], rows: Sequence[int], fp8: bool = False, onednn: bool = False
+) -> Tensor:
+    """`dout W`, each of the row ranges `rows` with its own weight -> `[R, K]`. `fp8`: of what fp8 holds of dout and W;
+    `onednn`: by its product."""
+    if fp8 and dout.device.type == "cuda":
+        return backward_products(dout, weights, rows)
+    if fp8:
+        dout, weights = rounded_rows(dout, GRADIENTS), [rounded_rows(w.t().contiguous(), VALUES).t() for w in weights]
+    if onednn:
+        parts = [compat.fused_linear(dout_s, w.t(), None) for dout_s, w in zip(dout.split(rows), weights)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    dx = dout.new_empty(dout.shape[0], weights[0].shape[1])
+    for dout_s, w, dx_s in zip(dout.split(rows), weights, dx.split(rows)):
+        torch.mm(dout_s, w, out=dx_s)
+    return dx
 
 
 def _as_left_factor(dout: Tensor, x: Tensor) -> Tensor:
@@ -90,8 +96,11 @@ def _as_left_factor(dout: Tensor, x: Tensor) -> Tensor:
     return dout.t().contiguous() if slow and x.shape[1] >= 2 * dout.shape[1] else dout.t()
 
 
-def bias_gradient(dout: Tensor, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Column sums `[streams, N]` of each row range. PyTorch sums bf16 and fp16 in fp32 and rounds once, to `dtype`."""
+def bias_gradient(dout: Tensor, rows: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+    """Column sums `[streams, N]` of each row range; empty for dtype None. PyTorch sums bf16 and fp16 in fp32 and rounds
+    once, to `dtype`."""
+    if dtype is None:
+        return dout.new_empty(0)
     db = torch.empty(len(rows), dout.shape[1], dtype=dtype, device=dout.device)
     for dout_s, db_s in zip(dout.split(rows), db):
         torch.sum(dout_s, 0, dtype=dtype, out=db_s)
@@ -146,7 +155,7 @@ def _forward_fake(x, weights, biases, rows, fp8=False):
 def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False):
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
-    return dx, dw, x.new_empty(len(weights), dout.shape[1], dtype=bias_dtype)
+    return dx, dw, x.new_empty(0) if bias_dtype is None else x.new_empty(len(weights), dout.shape[1], dtype=bias_dtype)
 
 
 forward_operator = register(
@@ -159,8 +168,8 @@ forward_operator = register(
 )
 backward_operator = register(
     "stream_linear_backward",
-    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx, bool fp8=False)"
-    " -> (Tensor dx, Tensor dw, Tensor db)",
+    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx,"
+    " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
     forms={"onednn": partial(_backward_torch, onednn=True)},
     fake=backward_fake,

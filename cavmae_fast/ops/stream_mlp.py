@@ -2,8 +2,8 @@
 
     z = x W1[s]^T + b1[s],    y = gelu(z),    out = y W2[s]^T + b2[s]        [R, K] -> [R, N] -> [R, M]
 
-The operators are those of `linear_gelu` and `stream_linear`. This is one step for autograd, so that there is a choice of
-what is kept for backward: z and y are the largest tensors of a transformer.
+The operators are `linear_gelu`, `hidden_gradient` and `stream_linear`. This is one step for autograd, so that there is a
+choice of what is kept for backward: z and y are the largest tensors of a transformer.
 
     recompute      kept       formed again in the backward pass
     'none'         z and y    nothing
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.ops.fp8 import check_fp8
+from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.linear_gelu import backward_operator as linear_gelu_backward
 from cavmae_fast.ops.linear_gelu import forward_operator as linear_gelu_forward
 from cavmae_fast.ops.origin import Origin, origin_or_itself
 from cavmae_fast.ops.stream_linear import backward_operator as linear_backward
@@ -53,9 +53,11 @@ class _StreamMlp(torch.autograd.Function):
             y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True, ctx.fp8)
         else:
             pre, y = hidden if len(hidden) == 2 else (hidden[0], F.gelu(hidden[0]))
-        dy, dw2, db2 = linear_backward(dout.contiguous(), y, w2, ctx.rows, ctx.bias_dtypes[1], True, ctx.fp8)
+        dout, (dtype1, dtype2), fp8 = dout.contiguous(), ctx.bias_dtypes, ctx.fp8
+        dpre, db1 = hidden_gradient(dout, pre, w2, ctx.rows, dtype1, fp8)
+        _, dw2, db2 = linear_backward(dout, y, w2, ctx.rows, dtype2, False, fp8)
         needs_dx = ctx.needs_input_grad[0]
-        dx, dw1, db1 = linear_gelu_backward(dy, pre, x, w1, ctx.rows, ctx.bias_dtypes[0], needs_dx, ctx.fp8)
+        dx, dw1, _ = linear_backward(dpre, x, w1, ctx.rows, None, needs_dx, fp8)
         gradients = [part for group in (dw1, db1, dw2, db2) for part in group.unbind(0)]
         return dx if needs_dx else None, *[None] * (5 + len(kept)), *gradients
 

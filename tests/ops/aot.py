@@ -106,6 +106,7 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
         "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
         **machine_code(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
+        "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
         "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
     }
 
