@@ -86,6 +86,13 @@ def dgelu_bias_cuda(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: to
     return dpre, db
 
 
+def library_limit(dtype: torch.dtype, width: int) -> str | None:
+    """Why the CUDA library does not take rows of `width`: it takes whole multiples of 16 bytes, in its own dtypes."""
+    if dtype not in native.DTYPES or width * dtype.itemsize % 16:
+        return f"the CUDA library takes no rows of {width} values in {dtype}: they must be multiples of 16 bytes"
+    return None
+
+
 def dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dpre = torch.ops.aten.gelu_backward(dy, pre)
     return dpre, bias_gradient(dpre, rows, bias_dtype)

@@ -6,8 +6,8 @@ Backward, with z kept in x's dtype:
 
     dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
 
-The products are `stream_linear`'s; `dgelu_bias` computes dz and db. 'triton product' has a product of its own for the
-forward pass, which adds the bias and applies the GELU as it finishes each tile.
+The products are `stream_linear`'s; `dgelu_bias` computes dz and db. 'triton product' and 'cuda product' have a
+product of their own for the forward pass, which adds the bias and applies the GELU as it finishes each tile.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops import native
-from cavmae_fast.ops.dgelu_bias import dgelu_bias_cuda, dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
+from cavmae_fast.ops.dgelu_bias import (
+    dgelu_bias_cuda,
+    dgelu_bias_pieces,
+    dgelu_bias_torch,
+    dgelu_bias_triton,
+    library_limit,
+)
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.product_kernels import linear_gelu_product
+from cavmae_fast.ops.product_library import linear_gelu_library, product_limit
 from cavmae_fast.ops.stream_linear import backward_fake, check_linear, linear_backward, linear_forward, onednn_limit
 
 CPU_FORMS = ("onednn", "pieces")
@@ -33,9 +39,9 @@ def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str
     """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
     if implementation in CPU_FORMS:
         return onednn_limit(implementation, dtype)
-    if implementation == "cuda" and (dtype not in native.DTYPES or shape[1] * dtype.itemsize % 16):
-        return f"the CUDA library takes no rows of {shape[1]} values in {dtype}: they must be multiples of 16 bytes"
-    return None
+    if implementation == "cuda product":
+        return product_limit(dtype, shape)
+    return library_limit(dtype, shape[1]) if implementation == "cuda" else None
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False):
@@ -49,6 +55,12 @@ def _forward_product(x, weights, biases, rows, keep_pre, fp8=False, *, architect
     if fp8:  # the kernel has no product of 8-bit numbers
         return _forward_torch(x, weights, biases, rows, keep_pre, True)
     return linear_gelu_product(x, weights, biases, rows, keep_pre, architecture)
+
+
+def _forward_library(x, weights, biases, rows, keep_pre, fp8=False):
+    if fp8:
+        return _forward_torch(x, weights, biases, rows, keep_pre, True)
+    return linear_gelu_library(x, weights, biases, rows, keep_pre)
 
 
 def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, **options):
@@ -68,7 +80,8 @@ forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre, bool fp8=False) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
-    kernels={"triton product": _forward_product},
+    kernels={"triton product": _forward_product, "cuda product": _forward_library},
+    shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
 )
@@ -79,7 +92,10 @@ backward_operator = register(
     torch=partial(_backward, dgelu_bias_torch),
     triton=partial(_backward, dgelu_bias_triton),
     cuda=partial(_backward, dgelu_bias_cuda),
-    kernels={"triton product": partial(_backward, dgelu_bias_triton)},
+    kernels={
+        "triton product": partial(_backward, dgelu_bias_triton),
+        "cuda product": partial(_backward, dgelu_bias_cuda),
+    },
     forms={
         "onednn": partial(_backward, dgelu_bias_torch, onednn=True),
         "pieces": partial(_backward, dgelu_bias_pieces),

@@ -39,7 +39,7 @@ def plain(unit: Unit, device: torch.device) -> list[Candidate]:
         states = available_backends(device)
         names += [name for name in BACKENDS if states[name] == "available" and name != "sdpa"]
     if native.library() is None:
-        names = [name for name in names if name != "cuda"]
+        names = [name for name in names if dispatch.family(name) != "cuda"]
     found = [Candidate(label(name), name, {"implementations": {unit.operator: {unit.case: name}}}) for name in names]
     return [candidate for candidate in found if _runs(candidate, unit, device)]
 

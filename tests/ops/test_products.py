@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops import configuration, dispatch, product_kernels
+from cavmae_fast.ops import configuration, dispatch, native, product_kernels, product_library
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.parity import assert_parity, poisoned_allocations, repeats
@@ -178,3 +181,68 @@ def test_no_mode_asks_for_them():
             assert dispatch.choose("hidden_gradient", CPU, torch.float32).implementation == implementation
     with configuration.trial(PRODUCTS):
         assert str(dispatch.choose("hidden_gradient", CPU, torch.float32)) == "Triton product: on trial (float32)"
+
+
+def tensor_at(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The memory at an address, as the library sees it."""
+    count = torch.Size(shape).numel()
+    kind = ctypes.c_uint16 if dtype == torch.bfloat16 else ctypes.c_float
+    return torch.frombuffer((kind * count).from_address(address), dtype=dtype).view(shape)
+
+
+def test_the_library_gets_each_stream(monkeypatch):
+    """What the launchers of the CUDA products hand over, with the kernels played by PyTorch: no device needed."""
+    low, full = torch.bfloat16, torch.float32
+
+    def kernel(name, *args):
+        *pointers, rows, width, depth, dtype, stream = args
+        assert (dtype, stream) == (2, 5) and all(address is None or address % 16 == 0 for address in pointers)
+        if name == "cavmae_linear_gelu":
+            y, pre, x, weight, bias = pointers
+            x, weight = tensor_at(x, low, rows, depth).float(), tensor_at(weight, low, width, depth).float()
+            values = (x @ weight.t() + tensor_at(bias, full, width)).bfloat16()
+            if pre is not None:
+                tensor_at(pre, low, rows, width).copy_(values)
+            tensor_at(y, low, rows, width).copy_(torch.nn.functional.gelu(values))
+        else:
+            assert name == "cavmae_hidden_gradient"
+            dpre, partial, dout, pre, weight = pointers
+            product = tensor_at(dout, low, rows, depth).float() @ tensor_at(weight, low, depth, width).float()
+            result = torch.ops.aten.gelu_backward(product, tensor_at(pre, low, rows, width).float())
+            tensor_at(dpre, low, rows, width).copy_(result)
+            padded = -(-width // 256) * 256
+            for i, part in enumerate(result.split(4)):
+                tensor_at(partial, full, -(-rows // 4), padded)[i, :width] = part.sum(0)
+                tensor_at(partial, full, -(-rows // 4), padded)[i, width:] = 0
+
+    monkeypatch.setattr(native, "library", lambda: mock.Mock(cavmae_product_tile_rows=lambda: 4))
+    monkeypatch.setattr(native, "call", kernel)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
+    rows, k, n = [3, 9, 7], 16, 40
+    x, pre = draw(19, k, dtype=low, seed=0), draw(19, n, dtype=low, seed=1)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(19, k)  # begins between two multiples of 16 bytes
+    weights = [draw(n, k, dtype=low, seed=2 + i, scale=0.2) for i in range(3)]
+    biases = [draw(n, dtype=full, seed=5 + i).bfloat16().float() for i in range(3)]
+    y, kept = product_library.linear_gelu_library(x, weights, biases, rows, True)
+    want = torch.cat([torch.nn.functional.linear(*each) for each in zip(x.split(rows), weights, map(low_of, biases))])
+    torch.testing.assert_close(kept, want)
+    torch.testing.assert_close(y, torch.nn.functional.gelu(want))
+    assert product_library.linear_gelu_library(x, weights, biases, rows, False)[1].numel() == 0
+    back = [w.t().contiguous() for w in weights]
+    dpre, db = product_library.hidden_gradient_library(x, pre, back, rows, full)
+    want, want_db = reference.hidden_gradient(x.float(), pre.float(), [w.float() for w in back], rows)
+    torch.testing.assert_close(dpre.float(), want, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(db, want_db)
+
+
+def low_of(x: Tensor) -> Tensor:
+    return x.bfloat16()
+
+
+def test_what_the_library_does_not_take(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert "has no products; build it with CUTLASS" in product_library.product_limit(torch.bfloat16, (8, 64))
+    monkeypatch.setattr(native, "library", mock.Mock)
+    assert product_library.product_limit(torch.bfloat16, (7, 64, 256)) is None
+    for dtype, shape in ((torch.float16, (8, 64)), (torch.bfloat16, (8, 64, 33))):
+        assert "take bfloat16 and widths that are multiples of 8" in product_library.product_limit(dtype, shape)
