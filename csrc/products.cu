@@ -75,6 +75,7 @@ template <typename WeightLayout, typename Source, typename Fusion> struct MlpPro
         Schedule>::CollectiveOp;
     using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+    static_assert(Kernel::SharedStorageSize <= 227 * 1024, "a block has no more shared memory on Hopper");
 };
 
 using BiasGelu = cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<Row, StoredGelu, Element, float, Element, float,
