@@ -2,11 +2,14 @@
 
 The environment variable CAVMAE_BUILD_CUDA decides: `auto` (default) builds when nvcc is found in $CUDA_HOME/bin or on
 PATH, and an install goes through without the library when that fails; `1` makes both an error; `0` builds nothing.
-The library links neither torch nor Python, so it is built without them and outlives their updates.
+The library links neither torch nor Python, so it is built without them and outlives their updates. `csrc/products.cu`
+needs the headers of CUTLASS (pip install nvidia-cutlass), which `build_backend/` asks pip for under `1`; without them the
+library is built without that file, and the build says so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,6 +25,17 @@ LIBRARY = Path("cavmae_fast", "_native", "libcavmae.so")
 #: virtual architecture -> machine code for it; `a` has the instructions of that generation alone (wgmma, TMA)
 ARCHITECTURES = {"compute_80": "sm_80", "compute_90a": "sm_90a", "compute_100": "sm_100"}
 
+PRODUCTS = "products.cu"
+#: the one source that needs CUTLASS and is for one architecture alone
+PRODUCTS_TARGET = "-gencode=arch=compute_90a,code=sm_90a"
+
+
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers in the package nvidia-cutlass."""
+    package = importlib.util.find_spec("cutlass_library")
+    folder = Path(package.origin).parent / "source" / "include" if package and package.origin else None
+    return folder if folder is not None and (folder / "cutlass" / "cutlass.h").exists() else None
+
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
@@ -35,23 +49,27 @@ def compile_library(nvcc: str, sources: list[Path], output: Path) -> str:
     newest = list(targets)[-1].rstrip("a")
     codes = [f"-gencode=arch={virtual},code={real}" for virtual, real in targets.items()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".tmp")
-    command = [
-        nvcc,
-        "-O3",
-        "-std=c++17",
-        "-ftz=true",
-        "-shared",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "--threads=4",
-        *codes,
-        f"-gencode=arch={newest},code={newest}",
-        f"-o={unfinished}",
-        *map(str, sources),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    unfinished, products = output.with_suffix(".tmp"), output.with_suffix(".products.o")
+    options = ["-O3", "-std=c++17", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    inputs = [str(path) for path in sources if path.name != PRODUCTS]
+    cutlass = find_cutlass()
+    with_products = cutlass is not None and "compute_90a" in targets
+    if with_products:
+        source = next(str(path) for path in sources if path.name == PRODUCTS)
+        # Without its assertions: a call of any function makes the compiler wait after every wgmma.
+        cutlass_options = ["-DNDEBUG", "--expt-relaxed-constexpr", PRODUCTS_TARGET, f"-I{cutlass}", "-c", f"-o={products}"]
+        _run(nvcc, *options, *cutlass_options, source)
+        inputs.append(str(products))
+    newest_code = f"-gencode=arch={newest},code={newest}"
+    _run(nvcc, *options, "-shared", "--threads=4", *codes, newest_code, f"-o={unfinished}", *inputs)
+    products.unlink(missing_ok=True)
     unfinished.replace(output)
-    return ", ".join([*targets.values(), f"PTX of {newest}"])
+    missing = [] if with_products else ["without the products of CUTLASS (pip install nvidia-cutlass)"]
+    return ", ".join([*targets.values(), f"PTX of {newest}", *missing])
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 class BuildNative(Command):

@@ -30,6 +30,7 @@ from cavmae_fast.reference.blocks import block as plain_block
 from cavmae_fast.reference.cavmae_parameters import MODES
 from cavmae_fast.reference.layers import Block, ModalityBlock
 from cavmae_fast.reference.masking import random_masking
+from cavmae_fast.training import adam
 
 CONFIGS = {
     "default": {},
@@ -794,7 +795,7 @@ def test_default_attention_is_the_automatic_one():
 
 def test_public_names():
     for name in cavmae_fast.__all__:
-        home = {"Augmentation": draws, "Loader": loader}.get(name, models)
+        home = {"Augmentation": draws, "Loader": loader, "Adam": adam, "AdamW": adam}.get(name, models)
         assert getattr(cavmae_fast, name) is getattr(home, name)
     assert set(cavmae_fast.__all__) <= set(dir(cavmae_fast))
     with pytest.raises(AttributeError, match="no attribute 'CAVMEA'"):
@@ -1004,11 +1005,13 @@ def test_a_loss_out_of_force_may_be_evaluated():
 @pytest.mark.parametrize("kind", NAMES)
 def test_the_model_owns_its_clip_spec(implementation, kind):
     config = (TINY if kind == "CAVMAE" else ENCODER) | {"img_size": (32, 64)}
-    assert build(implementation, kind, config).clip_spec == ClipSpec(image_size=(32, 64), audio_length=64)
+    frames = 0 if kind == "CAVMAEFTAudio" else 1  # it takes sound alone
+    assert build(implementation, kind, config).clip_spec == ClipSpec(image_size=(32, 64), audio_length=64, frames=frames)
     assert build(implementation, kind, config | {"img_size": 32}).clip_spec.image_size == (32, 32)
-    own = ClipSpec(image_size=(32, 64), audio_length=64, audio_mean=-4.0, audio_std=4.0, sample_rate=32000)
+    options = {"audio_mean": -4.0, "audio_std": 4.0, "sample_rate": 32000, "frames": frames}
+    own = ClipSpec(image_size=(32, 64), audio_length=64, **options)
     model = build(implementation, kind, config | {"clip": own})
-    assert model.clip_spec is own and model.config["clip"]["audio_mean"] == -4.0
+    assert model.clip_spec == own and model.config["clip"]["audio_mean"] == -4.0
 
 
 # ------------------------------------------------------------------------------------------------------------- compile

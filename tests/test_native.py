@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ import torch
 from cavmae_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
+PRODUCTS = ["cavmae_linear_gelu", "cavmae_product_tile_rows", "cavmae_hidden_gradient"]
+WITH_PRODUCTS = importlib.util.find_spec("cutlass_library") is not None
+needs_products = pytest.mark.skipif(not WITH_PRODUCTS, reason="CUTLASS's headers are not here: pip install nvidia-cutlass")
 NO_CUDA_HOME = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"}
 
 
@@ -67,9 +71,9 @@ def test_exports_and_version(library):
     assert int(re.search(r"#define CAVMAE_ABI_VERSION (\d+)", header)[1]) == native.ABI_VERSION
     assert library.cavmae_abi_version() == native.ABI_VERSION
     declared = re.findall(r"^CAVMAE_API .*?(\w+)\(", header, re.M)
-    assert len(declared) == 4
-    for name in declared:
-        getattr(library, name)
+    assert len(declared) == 4 + len(PRODUCTS)
+    missing = [name for name in declared if not hasattr(library, name)]
+    assert missing == ([] if WITH_PRODUCTS else PRODUCTS)
 
 
 def test_no_spills(built):
@@ -77,8 +81,43 @@ def test_no_spills(built):
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
     usage = subprocess.run([cuobjdump, "-res-usage", built], capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert len(kernels) >= 3 * 3, usage  # three dtypes, three architectures
+    assert len(kernels) >= 3 * 3 + 2 * WITH_PRODUCTS, usage  # three dtypes, three architectures; two products
     assert all(int(stack) == int(local) == 0 for _, stack, local in kernels), usage
+
+
+@needs_products
+def test_products_run_on_the_matrix_units(built):
+    """Those of Hopper (HGMMA), with tiles that travel by TMA (UTMALDG, UTMASTG). A call of a function would make the
+    compiler wait after every one of them."""
+    triton = pytest.importorskip("triton")
+    code = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", "sm_90a", built], capture_output=True, text=True, check=True
+    ).stdout
+    products = [part for part in code.split("Function : ")[1:] if "cutlass" in part.splitlines()[0]]
+    assert len(products) == 2
+    assert all(word in part for part in products for word in ("HGMMA", "UTMALDG", "UTMASTG"))
+    assert not any(re.search(r"\bCALL\.", part) for part in products)
+
+
+@needs_products
+def test_bad_arguments_of_products_return_codes(library):
+    """Refused before anything is launched, as above."""
+    sizes = {"rows": 8, "width": 64, "depth": 32, "dtype": 2}
+    for function, optional in ((library.cavmae_linear_gelu, 1), (library.cavmae_hidden_gradient, None)):
+
+        def code(position=None, address=None, function=function, **changes):
+            pointers = [4096] * 5
+            if position is not None:
+                pointers[position] = address
+            return function(*pointers, *(sizes | changes).values(), None)
+
+        assert [code(i) for i in range(5) if i != optional] == [-1] * (5 if optional is None else 4)
+        assert [code(i, 4104) for i in range(5)] == [-4] * 5
+        assert [code(rows=0), code(width=12), code(depth=-8), code(rows=2**40)] == [-2] * 4
+        assert [code(dtype=0), code(dtype=1), code(dtype=9)] == [-3] * 3
+        if not torch.cuda.is_available():
+            assert code() > 0  # CUDA's own error: no device
+    assert library.cavmae_product_tile_rows() == 128
 
 
 def test_bad_arguments_return_codes(library):
@@ -92,8 +131,8 @@ def test_bad_arguments_return_codes(library):
     assert [code(rows=2**40), code(width=2**30)] == [-2] * 2
     assert [code(dtype=3), code(dtype=-1)] == [-3] * 2
     assert [code(**{name: 4104}) for name in ("dpre", "dact", "pre")] == [-4] * 3
-    messages = {library.cavmae_error_string(c) for c in range(-4, 0)}
-    assert len(messages) == 4
+    messages = {library.cavmae_error_string(c) for c in range(-5, 0)}
+    assert len(messages) == 5
     if not torch.cuda.is_available():
         assert code() > 0  # the arguments are fine, the device is missing: CUDA's own error
 
@@ -126,7 +165,7 @@ def test_gelu_derivative_on_the_host(tmp_path):
 def test_another_version_is_refused(built, found, monkeypatch):
     found(built)
     monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
-    with pytest.raises(RuntimeError, match=r"was built for version 1 of its interface.*needs version 2"):
+    with pytest.raises(RuntimeError, match=r"was built for version 2 of its interface.*needs version 3"):
         native.library()
     assert native.status().startswith("unusable: ")
 
@@ -139,7 +178,9 @@ def test_status(built, found, tmp_path):
     found(tmp_path / "broken.so")
     assert native.status().startswith("unusable")
     found(built)
-    assert native.status() == f"{built}, interface version {native.ABI_VERSION}"
+    products = "with" if WITH_PRODUCTS else "without"
+    assert native.status() == (f"{built}, interface version {native.ABI_VERSION}, {products} the products that need CUTLASS")
+    assert native.has_products() == WITH_PRODUCTS
 
 
 def test_a_failed_call_says_why(built, found):

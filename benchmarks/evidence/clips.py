@@ -17,7 +17,7 @@ from cavmae_fast.data.media.synthetic_lists import LabeledLists, write_lists
 from cavmae_fast.data.sets.labels import LabelSet
 from cavmae_fast.data.sets.opening import open_clips
 from cavmae_fast.models import PRESETS
-from cavmae_fast.models.precision import DTYPES, Precision
+from cavmae_fast.models.precision import Precision
 from cavmae_fast.training.clips import make_loader
 
 SMALL = PRESETS["small"]
@@ -41,7 +41,7 @@ class Budget:
 
     @property
     def precision(self) -> Precision:
-        return Precision(torch.device(self.device), DTYPES[self.dtype])
+        return Precision.named(torch.device(self.device), self.dtype)
 
 
 class Data:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cavmae_fast.models.drop_path import on_path
+from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
@@ -64,9 +65,11 @@ def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -
     return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype, owed=state.owed)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None) -> Tensor:
-    """One layer for all streams, or one per stream, computed in x's dtype."""
-    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin)
+def linear(
+    x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None, fp8: bool = False
+) -> Tensor:
+    """One layer for all streams, or one per stream, computed in x's dtype, or `fp8`."""
+    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin, fp8=fp8)
 
 
 class Normed(NamedTuple):
@@ -106,7 +109,7 @@ def block(
     """One block: the same for all streams, or one per stream. `modalities` says whose norms each stream passes, `paths`
     `[2, streams, batch]` what the updates of attention and MLP are multiplied by (None: nothing), `recompute`, one of
     `RECOMPUTE`, what is formed again in the backward pass."""
-    return _called(_block, blocks, state, recompute, blocks, modalities, dtype, backend, paths)
+    return _called(_block, blocks, state, recompute, blocks, modalities, dtype, backend, paths, in_fp8())
 
 
 def _called(compute: Callable[..., State], blocks: Sequence[Block], state: State, recompute: str, *args: Any) -> State:
@@ -139,28 +142,29 @@ def _block(
     dtype: torch.dtype,
     backend: str,
     paths: Tensor | None,
+    fp8: bool,
 ) -> State:
     attention_path, mlp_path = (None, None) if paths is None else paths
     layout = state.layout
     norm1s, norm2s = _norms(blocks, modalities)
     x, h, origin = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False)
-    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin)
+    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
     # The first norm keeps x: with the update, half as wide in autocast, it gives what the second one normalizes.
-    updated = _updated(x, h, [b.attn.proj for b in blocks], layout, attention_path)
+    updated = _updated(x, h, [b.attn.proj for b in blocks], layout, fp8, attention_path)
     normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=True)
-    return _mlp(normed, blocks, layout, recompute, mlp_path)
+    return _mlp(normed, blocks, layout, recompute, fp8, mlp_path)
 
 
 def _updated(
-    x: Tensor | Residual, h: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, path: Tensor | None = None
+    x: Tensor | Residual, h: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, fp8: bool, path: Tensor | None = None
 ) -> State:
     """The residual stream with the update `layers(h)`, of which `path` leaves out some. With the whole update the biases'
     gradients are owed: the next LayerNorm gives them where the update's gradient passes anyway."""
     weights, biases = _parameters(layers, h.dtype)
     if path is not None:
-        return State(x, on_path(stream_linear(h, weights, biases, layout), path, layout), layout)
-    return State(x, stream_linear(h, weights, _detached(biases), layout), layout, biases)
+        return State(x, on_path(stream_linear(h, weights, biases, layout, fp8=fp8), path, layout), layout)
+    return State(x, stream_linear(h, weights, _detached(biases), layout, fp8=fp8), layout, biases)
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -171,29 +175,33 @@ def block_for_tokens(
     state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, recompute: str = "none"
 ) -> State:
     """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
-    return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend)
+    return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend, in_fp8())
 
 
-def _block_for_tokens(state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str) -> State:
+def _block_for_tokens(
+    state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, fp8: bool
+) -> State:
     layout = state.layout
     wanted = StreamLayout(layout.batch, (ids.shape[1],))
     x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     qkv, width = one.attn.qkv, h.shape[1]
     (weight, weight_kv), (bias, bias_kv) = (rounded(p, dtype).split([width, 2 * width]) for p in (qkv.weight, qkv.bias))
-    kv = stream_linear(h, [weight_kv], [bias_kv], layout, origin=origin)
+    kv = stream_linear(h, [weight_kv], [bias_kv], layout, origin=origin, fp8=fp8)
     of_tokens = None if origin is None else gather_origin(origin, ids)
-    q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens)
+    q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens, fp8=fp8)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
-    updated = _updated(gather_tokens(as_tensor(x), ids), h, [one.attn.proj], wanted)
+    updated = _updated(gather_tokens(as_tensor(x), ids), h, [one.attn.proj], wanted, fp8)
     normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False)
-    return _mlp(normed, [one], wanted, recompute)
+    return _mlp(normed, [one], wanted, recompute, fp8)
 
 
-def _mlp(normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str, path: Tensor | None = None) -> State:
+def _mlp(
+    normed: Normed, blocks: Sequence[Block], layout: StreamLayout, recompute: str, fp8: bool, path: Tensor | None = None
+) -> State:
     """The residual stream with the MLP's update; as in `_updated`."""
     fc1, (weights, biases) = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    given = biases if path is not None else _detached(biases)
-    delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, origin=normed.origin)
+    given, options = biases if path is not None else _detached(biases), {"origin": normed.origin, "fp8": fp8}
+    delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, **options)
     if path is not None:
         return State(normed.x, on_path(delta, path, layout), layout)
     return State(normed.x, delta, layout, biases)

@@ -1,32 +1,79 @@
-"""Where a model computes, and in which dtype its matrix products run."""
+"""Where a model computes, and in which dtype its matrix products run.
+
+**fp8** is bfloat16 in which the products of all blocks are of 8-bit numbers: forward and the gradients of inputs in e4m3 and
+e5m2 with a scale for every row (`ops/fp8.py`), the gradients of weights in bfloat16. What comes before and after the blocks
+stays in bfloat16. It is a way to compute and no property of a model: nothing of it is kept in weights or checkpoints.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from cavmae_fast.ops.fp8 import check_fp8
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GAIN = 1.25
 "How many times as fast as in float32 a CPU must multiply in bfloat16 before 'auto' takes bfloat16."
 
+_fp8 = False
+
+
+@contextlib.contextmanager
+def fp8_products() -> Iterator[None]:
+    """Within, the blocks of all models multiply 8-bit numbers, under autocast to bfloat16: `with precision.autocast()` is
+    both. The backward pass of what is computed within follows it, wherever it runs."""
+    global _fp8
+    before, _fp8 = _fp8, True
+    try:
+        yield
+    finally:
+        _fp8 = before
+
+
+def in_fp8() -> bool:
+    """Whether `fp8_products` is in force."""
+    return _fp8
+
 
 @dataclass(frozen=True)
 class Precision:
-    """The device of a model and the dtype of its matrix products; parameters and statistics stay in float32."""
+    """The device of a model and the dtype of its matrix products; parameters and statistics stay in float32.
+
+    `fp8`: with dtype bfloat16, the blocks' products are of 8-bit numbers. On a CPU this is the arithmetic of a GPU's fp8
+    units, and slower than bfloat16: it is there to see what fp8 learns. Raises Fp8Error (ValueError) on a GPU without them.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    fp8: bool = False
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Autocast to the dtype; nothing for float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def __post_init__(self) -> None:
+        if self.fp8:
+            check_fp8(self.device)
+            if self.dtype != torch.bfloat16:
+                raise ValueError(f"fp8 goes with dtype torch.bfloat16; it is {self.dtype}")
+
+    @staticmethod
+    def named(device: torch.device, name: str) -> Precision:
+        """That of an option `--dtype`: a key of `DTYPES`, or 'fp8'."""
+        return Precision(device, torch.bfloat16 if name == "fp8" else DTYPES[name], name == "fp8")
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Autocast to the dtype, and `fp8_products` where it is that; nothing for float32."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            if self.fp8:
+                stack.enter_context(fp8_products())
+            yield
 
     def scaler(self) -> torch.amp.GradScaler:
         """Scales the loss in float16, whose small gradients would otherwise vanish; does nothing in other dtypes."""

@@ -65,7 +65,7 @@ class Choice(NamedTuple):
     """What runs, and why."""
 
     implementation: str
-    "'torch', 'triton', 'cuda' or the name of another form."
+    "'torch', 'triton', 'cuda', or the name of another one: 'triton product', 'onednn'."
     reason: str
     "Why, as `cavmae-fast doctor` prints it."
     configuration: str
@@ -75,9 +75,17 @@ class Choice(NamedTuple):
         return f"{label(self.implementation)}: {self.reason}"
 
 
+def family(implementation: str) -> str:
+    """'triton' for 'triton product': what an implementation's kernels are written in."""
+    return implementation.partition(" ")[0]
+
+
 def label(implementation: str) -> str:
     """An implementation's name in a sentence."""
-    return LABELS.get(implementation, f"{LABELS['torch']} ({implementation})")
+    kind, _, rest = implementation.partition(" ")
+    if kind in LABELS:
+        return f"{LABELS[kind]} {rest}".rstrip()
+    return f"{LABELS['torch']} ({implementation})"
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
@@ -146,8 +154,12 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype, shape: Seque
 
 def _configured(operator: str, device: torch.device, dtype: torch.dtype, key: str) -> tuple[str, str]:
     """What the configuration files say: an implementation, and why it is the default."""
-    elsewhere = CPU_FORMS if device.type == "cuda" else set() if interpreting() else set(LABELS)
-    if not operators[operator] - {"torch"} - elsewhere:
+    others = operators[operator] - {"torch"}
+    if device.type == "cuda":
+        others = others - CPU_FORMS
+    elif not interpreting():
+        others = {name for name in others if family(name) not in LABELS}
+    if not others:
         return "torch", "it has no kernel of this package" if device.type == "cuda" else "it has no other form on a CPU"
     target, name = configuration.target_of(device), configuration.name_of(dtype)
     if device.type == "cuda":
@@ -182,13 +194,14 @@ def _refusal(
         return f"it has no kernel for {label(implementation)}"
     if implementation in CPU_FORMS and device.type != "cpu":
         return "it is a form for CPUs"
-    if implementation in LABELS:  # a kernel of this package
+    kind = family(implementation)
+    if kind in LABELS:  # a kernel of this package
         if dtype == torch.float64:
             return "kernels count in float32, and the call is in float64"
-        if device.type != "cuda" and not (implementation == "triton" and interpreting()):
+        if device.type != "cuda" and not (kind == "triton" and interpreting()):
             return "the device is a CPU"
     limit = _limits.get(operator)
-    return _missing(implementation) or (limit(implementation, dtype, shape) if limit and shape else None)
+    return _missing(kind) or (limit(implementation, dtype, shape) if limit and shape else None)
 
 
 def _launches_on(device: torch.device) -> str:
@@ -215,6 +228,7 @@ def register(
     torch: Callable,
     triton: Callable | None = None,
     cuda: Callable | None = None,
+    kernels: Mapping[str, Callable] | None = None,
     forms: Mapping[str, Callable] | None = None,
     elsewhere: Sequence[str] = (),
     fake: Callable,
@@ -233,6 +247,8 @@ def register(
         schema: the part after the name, `(Tensor x, float eps) -> Tensor`.
         torch, triton, cuda: take the schema's arguments and return new tensors that alias no input. `triton` is also
             given `architecture`, the target whose launch configurations its kernels take (`configuration.launch`).
+        kernels: other implementations with kernels of this package by name, whose first word is 'triton' or 'cuda'; they
+            take what those of that name take. No mode asks for them: they run where they were tuned.
         forms: other implementations for CPUs by name, from PyTorch's operators, which `cavmae-fast tune` tries too.
         elsewhere: names of implementations that the caller runs itself when `choose` gives them.
         fake: returns empty tensors of the same shapes and strides.
@@ -241,7 +257,7 @@ def register(
         caller_chooses: the schema's last argument is the implementation's name, which the caller had from `choose`:
             one choice for forward and backward. The implementations are not given it.
     """
-    given = {"torch": torch, "triton": triton, "cuda": cuda, **(forms or {})}
+    given = {"torch": torch, "triton": triton, "cuda": cuda, **(kernels or {}), **(forms or {})}
     implementations = {kind: function for kind, function in given.items() if function is not None}
     operator = name.removesuffix("_backward")
     _implementations[name] = implementations
@@ -283,9 +299,12 @@ def _runner(
             else:
                 choice = choose(operator, device, _dtype_of(tensors), shape(*args))
                 implementation, launches = choice.implementation, choice.configuration
-            if implementation == "triton" and "triton" in implementations:
-                return implementations["triton"](*args, architecture=launches)
-            return implementations.get(implementation, implementations["torch"])(*args)
+            function = implementations.get(implementation)
+            if function is None:
+                return implementations["torch"](*args)
+            if family(implementation) == "triton":
+                return function(*args, architecture=launches)
+            return function(*args)
 
     return run
 

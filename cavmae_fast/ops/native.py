@@ -1,7 +1,8 @@
 """The CUDA library of `csrc/`, loaded with ctypes: plain functions of pointers, sizes and a stream.
 
-Its kernels are the `cuda` implementations of operators (now: dGELU and the bias gradient in the backward of
-`linear_gelu`). They compile, but have not yet run on a device: `CAVMAE_OPS=cuda` asks for them.
+Its kernels are the `cuda` implementations of operators (the gradient through bias and GELU) and, where it was built with the
+headers of CUTLASS, the 'cuda product' of the MLP's two products on Hopper. They compile, but have not yet run on a device:
+`CAVMAE_OPS=cuda` asks for the first, and the tuner tries both.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 "What this file calls: `CAVMAE_ABI_VERSION` of csrc/cavmae.h."
 LIBRARY = Path(__file__).parents[1] / "_native" / "libcavmae.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+PRODUCTS = "cavmae_hidden_gradient"
+"The function that is there where the library was built with CUTLASS."
 HOW_TO_BUILD = "CAVMAE_BUILD_CUDA=1 pip install -e . (needs nvcc)"
 
 
@@ -36,7 +39,16 @@ def load(path: Path) -> ctypes.CDLL:
     loaded.cavmae_error_string.argtypes, loaded.cavmae_error_string.restype = [ctypes.c_int], ctypes.c_char_p
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     loaded.cavmae_dgelu_bias.argtypes = [pointer, pointer, pointer, pointer, size, size, ctypes.c_int, pointer]
+    if hasattr(loaded, PRODUCTS):
+        sizes = [size, size, size, ctypes.c_int, pointer]
+        loaded.cavmae_linear_gelu.argtypes = [pointer] * 5 + sizes
+        loaded.cavmae_hidden_gradient.argtypes = [pointer] * 5 + sizes
     return loaded
+
+
+def has_products() -> bool:
+    """Whether the library is there, with the products that need CUTLASS."""
+    return library() is not None and hasattr(library(), PRODUCTS)
 
 
 def call(name: str, *args: object) -> None:
@@ -54,4 +66,5 @@ def status() -> str:
             return f"not built; {HOW_TO_BUILD}"
     except (OSError, RuntimeError) as error:
         return f"unusable: {error}"
-    return f"{LIBRARY}, interface version {ABI_VERSION}"
+    products = "with" if has_products() else "without"
+    return f"{LIBRARY}, interface version {ABI_VERSION}, {products} the products that need CUTLASS"

@@ -2,8 +2,8 @@
 
     z = x W1[s]^T + b1[s],    y = gelu(z),    out = y W2[s]^T + b2[s]        [R, K] -> [R, N] -> [R, M]
 
-The operators are those of `linear_gelu` and `stream_linear`. This is one step for autograd, so that there is a choice of
-what is kept for backward: z and y are the largest tensors of a transformer.
+The operators are `linear_gelu`, `hidden_gradient` and `stream_linear`. This is one step for autograd, so that there is a
+choice of what is kept for backward: z and y are the largest tensors of a transformer.
 
     recompute      kept       formed again in the backward pass
     'none'         z and y    nothing
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cavmae_fast.ops.fp8 import check_fp8
+from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.linear_gelu import backward_operator as linear_gelu_backward
 from cavmae_fast.ops.linear_gelu import forward_operator as linear_gelu_forward
 from cavmae_fast.ops.origin import Origin, origin_or_itself
 from cavmae_fast.ops.stream_linear import backward_operator as linear_backward
@@ -34,13 +35,14 @@ RECOMPUTE = ("none", "elementwise", "mlp")
 
 class _StreamMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, form, recompute, keep_pre, *tensors):
+    def forward(ctx, x, rows, form, recompute, keep_pre, fp8, *tensors):
         kept, (w1, b1, w2, b2) = _groups(tensors, 4, len(rows))
-        y, pre = linear_gelu_forward(x, w1, b1, rows, keep_pre)
+        y, pre = linear_gelu_forward(x, w1, b1, rows, keep_pre, fp8)
         hidden = {"none": (pre, y), "elementwise": (pre,), "mlp": ()}[recompute]
         ctx.save_for_backward(*hidden, *kept, *w1, *b1, *w2)
-        ctx.rows, ctx.form, ctx.hidden, ctx.bias_dtypes = rows, form, len(hidden), (b1[0].dtype, b2[0].dtype)
-        return linear_forward(y, w2, b2, rows)
+        ctx.rows, ctx.form, ctx.hidden, ctx.fp8 = rows, form, len(hidden), fp8
+        ctx.bias_dtypes = b1[0].dtype, b2[0].dtype
+        return linear_forward(y, w2, b2, rows, fp8)
 
     @staticmethod
     def backward(ctx, dout):
@@ -48,16 +50,18 @@ class _StreamMlp(torch.autograd.Function):
         hidden, kept = tensors[: ctx.hidden], tensors[ctx.hidden :]
         x = ctx.form(*kept)
         if not hidden:
-            y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True)
+            y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True, ctx.fp8)
         else:
             pre, y = hidden if len(hidden) == 2 else (hidden[0], F.gelu(hidden[0]))
+        dout, (dtype1, dtype2), fp8 = dout.contiguous(), ctx.bias_dtypes, ctx.fp8
+        dpre, db1 = hidden_gradient(dout, pre, w2, ctx.rows, dtype1, fp8)
         owed = not any(ctx.needs_input_grad[-len(w2) :])  # the second layer's bias gradients are formed elsewhere
-        dy, dw2, db2 = linear_backward(dout.contiguous(), y, w2, ctx.rows, None if owed else ctx.bias_dtypes[1], True)
+        _, dw2, db2 = linear_backward(dout, y, w2, ctx.rows, None if owed else dtype2, False, fp8)
         needs_dx = ctx.needs_input_grad[0]
-        dx, dw1, db1 = linear_gelu_backward(dy, pre, x, w1, ctx.rows, ctx.bias_dtypes[0], needs_dx)
+        dx, dw1, _ = linear_backward(dpre, x, w1, ctx.rows, None, needs_dx, fp8)
         gradients = [part for group in (dw1, db1, dw2) for part in group.unbind(0)]
         gradients += [None] * len(w2) if owed else db2.unbind(0)
-        return dx if needs_dx else None, *[None] * (4 + len(kept)), *gradients
+        return dx if needs_dx else None, *[None] * (5 + len(kept)), *gradients
 
 
 def _groups(tensors: Sequence[Tensor], count: int, size: int) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -76,13 +80,14 @@ def stream_mlp(
     *,
     recompute: str = "none",
     origin: Origin | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """`gelu(x W1^T + b1) W2^T + b2` for packed streams, with one set of weights for all of them or one for each.
 
     x `[R, K]`, weights1 `[N, K]` and weights2 `[M, N]` in x's dtype, biases1 `[N]` and biases2 `[M]`, one of each or one for
     every stream of `layout`. Returns `[R, M]` in x's dtype. `recompute`: one of `RECOMPUTE`, what of the hidden layer is
-    formed again in the backward pass instead of kept; `origin`: how x is, instead of kept. Raises ValueError or TypeError
-    when something does not fit.
+    formed again in the backward pass instead of kept; `origin`: how x is, instead of kept. `fp8`: both products and those of
+    their inputs' gradients are of 8-bit numbers (`ops/fp8.py`). Raises ValueError or TypeError when something does not fit.
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(RECOMPUTE)}")
@@ -90,8 +95,10 @@ def stream_mlp(
     if len(weights2) != len(weights1):
         raise ValueError(f"weights2 has {len(weights2)} entries, and weights1 {len(weights1)}; they must be as many")
     check_linear(x.new_empty(1).expand(layout.rows, weights1[0].shape[0]), weights2, biases2, layout, "2")
+    if fp8:
+        check_fp8(x.device, *weights1[0].shape, *weights2[0].shape)
     parameters = (*weights1, *biases1, *weights2, *biases2)
     x = x.contiguous()
     form, kept = origin_or_itself(x, origin)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    return _StreamMlp.apply(x, rows, form, recompute, needs_grad and recompute != "mlp", *kept, *parameters)
+    return _StreamMlp.apply(x, rows, form, recompute, needs_grad and recompute != "mlp", fp8, *kept, *parameters)

@@ -42,6 +42,26 @@ def linear_gelu(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], 
     return F.gelu(stream_linear(x, weights, biases, rows))
 
 
+def hidden_gradient(dout: Tensor, pre: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the layer `gelu(pre) W^T` hands back to pre, dout `[R, M]`, weights `[M, N]`, one or one for each stream -> (dpre
+    `[R, N]`, its sums over each stream's rows `[streams, N]`)."""
+    ranges = list(rows) if len(weights) > 1 else [len(dout)]
+    dy = torch.cat([part @ w for part, w in zip(dout.split(ranges), weights)])
+    slope = 0.5 * (1 + torch.erf(pre / 2**0.5)) + pre * torch.exp(-pre * pre / 2) / (2 * torch.pi) ** 0.5
+    dpre = dy * slope
+    return dpre, torch.stack([part.sum(0) for part in dpre.split(ranges)])
+
+
+def fp8_rows(x: Tensor) -> Tensor:
+    """x `[R, K]` as e4m3 holds it: each row over the least power of two that brings it to at most 448 = 1.75 * 2^8, rounded
+    to steps of an eighth of the power of two below each number (and of 2^-6 at least)."""
+    largest = x.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, (largest / 448).log2().ceil().exp2(), 1.0)
+    scaled = x / scale
+    step = (scaled.abs().log2().floor().clamp(min=-6) - 3).exp2()
+    return (scaled / step).round() * step * scale
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "eager") -> Tensor:
     """`softmax(q k^T / sqrt(width)) v` for q `[..., Lq, width]`, k and v `[..., Lk, width]`.
 

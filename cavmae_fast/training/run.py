@@ -18,7 +18,7 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.data.loader import Loader
 from cavmae_fast.data.media.synthetic import generate_clips
 from cavmae_fast.data.sets.opening import Clips, open_clips
-from cavmae_fast.models.precision import DTYPES, Precision, product_rate
+from cavmae_fast.models.precision import Precision, product_rate
 from cavmae_fast.training.checkpoint import CheckpointWriter, Saver, checkpoints, read_newest
 from cavmae_fast.training.clips import RejectList, make_loader
 from cavmae_fast.training.compiling import compile_model
@@ -51,7 +51,7 @@ def open_data(config: RunConfig, generated: Path) -> tuple[Clips, Clips]:
 
 def precision_of(config: RunConfig) -> Precision:
     """Where and in which dtype a run with these (resolved) options computes."""
-    return Precision(torch.device(config.device), DTYPES[config.dtype])
+    return Precision.named(torch.device(config.device), config.dtype)
 
 
 def open_loader(config: RunConfig, clips: Clips, spec: ClipSpec, training: bool, **options: Any) -> Loader:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cavmae_fast.models.precision import choose_dtype, find_device
+from cavmae_fast.models.precision import Precision, choose_dtype, find_device
 from cavmae_fast.training.recipes import Recipe
 from cavmae_fast.training.schedule_options import schedule_in_force, schedule_options
 from cavmae_fast.training.trackers import check_trackers
@@ -39,8 +39,9 @@ class RunConfig:
     """Cut or interpolate the positions of --init where the model takes another audio length or image size."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; auto: bfloat16 where the device multiplies it fast (`doctor` says so), else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """Of the matrix products; auto: bfloat16 where the device multiplies it fast (`doctor` says so), else float32. fp8:
+    bfloat16 with the blocks' products of 8-bit numbers, on GPUs that have units for them (Ada, Hopper, Blackwell)."""
     loader: Literal["auto", "torch", "dali"] = "auto"
     """What decodes the clips: worker processes (torch), or DALI on the GPU."""
     workers: int | None = None
@@ -173,6 +174,7 @@ def resolve_run(config: Config, recipe: Recipe, begun: dict[str, Any] | None = N
     defaults["log_every"] = LOG_EVERY_ON_GPU if device.type == "cuda" else 1
     chosen = {option: value for option, value in defaults.items() if getattr(config, option) is None}
     dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
+    Precision.named(device, dtype)  # refuses what the device has no units for
     config = replace(config, device=str(device), dtype=dtype, **chosen)
     if config.accumulate > config.batch_size:
         raise ValueError(

@@ -58,6 +58,7 @@ ORDER = (
     "attention",
     "stream_layer_norm",
     "linear_gelu",
+    "hidden_gradient",
     "stream_linear",
     "masked_patch_mse",
     "scatter_tokens",
@@ -65,6 +66,7 @@ ORDER = (
     "embed_kept_patches",
     "contrastive_loss",
     "adam_update",
+    "quantize_rows",
     "log_mel_fbank",
 )
 "Operators in the order of the time that is to be won, so that a run with little time spends it well."
@@ -171,12 +173,15 @@ def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
         "stream_linear-decoder-fc2": decoder * 2,
         "linear_gelu-encoders-fc1": specific + 2 * shared,
         "linear_gelu-decoder-fc1": decoder,
+        "hidden_gradient-encoders": specific + 2 * shared,
+        "hidden_gradient-decoder": decoder,
         "attention-encoders": specific,
         "attention-shared": shared,
         "attention-decoder": decoder - 1,
         "attention-decoder-last": 1,
         "gather_tokens-decoder": 2,
         "adam_update-block": 2 * specific + shared + decoder * config.get("decoder_embed_dim", 512) ** 2 / width**2,
+        "quantize_rows-decoder": 0,  # in fp8 alone
         "log_mel_fbank-clips": 0,
     }
 

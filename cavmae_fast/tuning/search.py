@@ -39,19 +39,19 @@ def plain(unit: Unit, device: torch.device) -> list[Candidate]:
         states = available_backends(device)
         names += [name for name in BACKENDS if states[name] == "available" and name != "sdpa"]
     if native.library() is None:
-        names = [name for name in names if name != "cuda"]
+        names = [name for name in names if dispatch.family(name) != "cuda"]
     found = [Candidate(label(name), name, {"implementations": {unit.operator: {unit.case: name}}}) for name in names]
     return [candidate for candidate in found if _runs(candidate, unit, device)]
 
 
 def label(implementation: str) -> str:
     """'PyTorch', 'Triton', or the name of another form as it is."""
-    return dispatch.LABELS.get(implementation, implementation)
+    return dispatch.label(implementation) if dispatch.family(implementation) in dispatch.LABELS else implementation
 
 
 def _runs(candidate: Candidate, unit: Unit, device: torch.device) -> bool:
     """Whether the dispatcher lets the implementation take such calls on `device`."""
-    if candidate.implementation == "triton" and dispatch.interpreting() and unit.dtype == torch.bfloat16:
+    if dispatch.family(candidate.implementation) == "triton" and dispatch.interpreting() and unit.dtype == torch.bfloat16:
         return False  # the interpreter computes it wrongly
     case = unit.calls[0].case
     shape = (case.head_width,)
@@ -59,6 +59,11 @@ def _runs(candidate: Candidate, unit: Unit, device: torch.device) -> bool:
         shape = next(x.shape for x in flatten(case.inputs(unit.dtype, "meta")) if isinstance(x, Tensor))
     with dispatch.override("auto"), trial(candidate.content):
         return dispatch.choose(unit.operator, device, unit.dtype, shape, unit.key).implementation == candidate.implementation
+
+
+def in_triton(candidates: list[Candidate]) -> list[Candidate]:
+    """Those whose kernels have launches to choose from."""
+    return [candidate for candidate in candidates if dispatch.family(candidate.implementation) == "triton"]
 
 
 def launches(unit: Unit, triton: Candidate, recorded: Iterable[tuple[str, torch.dtype, str]], device: torch.device) -> list:
@@ -80,9 +85,10 @@ def short(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-def combined(candidates: list[Candidate], seconds: dict[str, float]) -> Candidate | None:
-    """The best launch of each kernel together; None where fewer than two kernels have a better one than now."""
-    base = next((c for c in candidates if c.implementation == "triton" and c.kernel is None), None)
+def combined(candidates: list[Candidate], seconds: dict[str, float], implementation: str = "triton") -> Candidate | None:
+    """The best launch of each kernel of an implementation together; None where fewer than two have a better one than now."""
+    candidates = [c for c in candidates if c.implementation == implementation]
+    base = next((c for c in candidates if c.kernel is None), None)
     if base is None or base.name not in seconds:
         return None
     best: dict[str, Candidate] = {}

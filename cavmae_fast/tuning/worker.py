@@ -62,8 +62,9 @@ class Work:
         if search.PYTORCH not in [c.name for c in right]:  # it runs wherever nothing is chosen, right or not
             right = [c for c in candidates if c.name == search.PYTORCH] + right
         times = self.time(unit, right)
-        best = search.combined(right, times)
-        if best is not None and best.name not in dead:
+        for best in [search.combined(right, times, name) for name in {c.implementation: None for c in right}]:
+            if best is None or best.name in dead:
+                continue
             found = prove(unit, [best], self.settings, self.device, self.begin(unit))
             verdicts |= found
             candidates.append(best)
@@ -83,11 +84,11 @@ class Work:
     def candidates(self, unit: Unit) -> list[Candidate]:
         """All candidates of a unit; Triton's launches are found by running its calls once."""
         found = search.plain(unit, self.device)
-        triton = next((c for c in found if c.implementation == "triton"), None)
-        if triton is None or triton.name in self.journal.dead(unit.name):
-            return found
-        self.begin(unit)(triton.name, "a first run")
-        return found + search.launches(unit, triton, self.recorded(unit, triton), self.device)
+        for triton in search.in_triton(found):
+            if triton.name not in self.journal.dead(unit.name):
+                self.begin(unit)(triton.name, "a first run")
+                found = found + search.launches(unit, triton, self.recorded(unit, triton), self.device)
+        return found
 
     def recorded(self, unit: Unit, triton: Candidate) -> list:
         """The launches that the unit's calls ask for; none where they fail, which their proof will show."""
@@ -186,10 +187,9 @@ def compile_ahead(settings: Settings, name: str, part: int, parts: int) -> None:
     small = replace(settings, batch=min(settings.batch, COMPILED_BATCH))
     unit = next(u for u in units(small) if u.name == name)
     work = Work(Journal(Path("/dev/null"), small, ""), small, 0.0)
-    triton = next((c for c in search.plain(unit, work.device) if c.implementation == "triton"), None)
-    if triton is None:
-        return
-    others = search.launches(unit, triton, work.recorded(unit, triton), work.device)
+    others = []
+    for triton in search.in_triton(search.plain(unit, work.device)):
+        others += search.launches(unit, triton, work.recorded(unit, triton), work.device)
     for candidate in others[part::parts]:
         for call in unit.calls:
             try:

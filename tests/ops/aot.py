@@ -36,6 +36,8 @@ OWN = (80, 90, 100)
 """Those with launches of their own, for which every case is compiled. The others take these launches; for them only the
 cases of docs/kernels.md are compiled, and all with `--everywhere`, which takes three times as long. Cases whose names begin
 with "offered", all that the tuner tries, are compiled when they are asked for by name."""
+SINCE = {"quantize": 89}
+"First word of a case -> the least capability that has its instructions."
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 "Those of the other capabilities are mma.sync."
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
@@ -51,6 +53,8 @@ POINTERS = {
     torch.uint8: "u8",
     torch.int16: "i16",
     torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
 
 
@@ -102,6 +106,7 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
         "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
         **machine_code(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
+        "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
         "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
     }
 
@@ -166,6 +171,7 @@ def main() -> None:
     wanted = [word for word in sys.argv[1:] if word != "--everywhere"]
     names = [name for name in CASES if any(name.startswith(w) for w in wanted) or not (wanted or name.startswith("offered"))]
     pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in OWN or name in TABLED]
+    pairs = [(name, c) for name, c in pairs if c >= SINCE.get(name.split("-")[0], 0)]
     with ProcessPoolExecutor(2) as pool:
         jobs = [pool.submit(compile_case, *pair) for pair in pairs]
         for job in jobs:

@@ -13,7 +13,16 @@ from functools import partial
 import torch
 
 from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
-from cavmae_fast.ops import attention_backward, attention_forward, attention_one_pass, attention_tiles, configuration
+from cavmae_fast.ops import (
+    attention_backward,
+    attention_forward,
+    attention_one_pass,
+    attention_tiles,
+    configuration,
+    dgelu_bias,
+    fp8,
+    product_kernels,
+)
 from cavmae_fast.ops.pixels import scale_and_shift
 
 # The files, not the public functions that `cavmae_fast.ops` has under the same names.
@@ -22,7 +31,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
     contrastive_loss,
     embed_kept_patches,
     gather_tokens,
-    linear_gelu,
     log_mel_fbank,
     masked_patch_mse,
     scatter_tokens,
@@ -35,7 +43,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
         "contrastive_loss",
         "embed_kept_patches",
         "gather_tokens",
-        "linear_gelu",
         "log_mel_fbank",
         "masked_patch_mse",
         "scatter_tokens",
@@ -75,13 +82,39 @@ for _name, _dtype in LOW_PRECISION.items():
 
 def _dgelu_bias(dtype: torch.dtype, width: int, rows: list[int], architecture: str) -> None:
     x = torch.empty(sum(rows), width, dtype=dtype)
-    linear_gelu._dgelu_bias_triton(x, x, rows, dtype, architecture)
+    dgelu_bias.dgelu_bias_triton(x, x, rows, dtype, architecture)
 
 
 for _name, _dtype in LOW_PRECISION.items():
     CASES[f"dgelu_bias-encoder-{_name}"] = partial(_dgelu_bias, _dtype, 3072, [128, 49])
     CASES[f"dgelu_bias-decoder-{_name}"] = partial(_dgelu_bias, _dtype, 2048, [708])
     CASES[f"dgelu_bias-ones-{_name}"] = partial(_dgelu_bias, _dtype, 1, [1])
+
+
+def _products(dtype: torch.dtype, k: int, n: int, rows: list[int], keep: bool, architecture: str) -> None:
+    """fc1 of width k -> n with its GELU, and the gradient of fc2 n -> k through it."""
+    x, pre = torch.empty(sum(rows), k, dtype=dtype), torch.empty(sum(rows), n, dtype=dtype)
+    weights, biases = [torch.empty(n, k, dtype=dtype) for _ in rows], [torch.empty(n) for _ in rows]
+    product_kernels.linear_gelu_product(x, weights, biases, rows, keep, architecture)
+    back = [torch.empty(k, n, dtype=dtype) for _ in rows]
+    product_kernels.hidden_gradient_product(x, pre, back, rows, torch.float32, architecture)
+
+
+CASES["product-encoder-bf16"] = partial(_products, torch.bfloat16, 768, 3072, [128, 49], True)
+CASES["product-decoder-bf16"] = partial(_products, torch.bfloat16, 512, 2048, [708], True)
+CASES["product-inference-fp16"] = partial(_products, torch.float16, 512, 2048, [708], False)
+CASES["product-odd-fp16"] = partial(_products, torch.float16, 33, 65, [3, 7, 10], True)
+CASES["product-ones-bf16"] = partial(_products, torch.bfloat16, 1, 1, [1], True)
+
+
+def _quantize(dtype: torch.dtype, width: int, rows: int, architecture: str) -> None:
+    for to in (fp8.VALUES, fp8.GRADIENTS):
+        fp8._quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
+
+
+CASES["quantize-hidden-bf16"] = partial(_quantize, torch.bfloat16, 3072, 177)
+CASES["quantize-encoder-bf16"] = partial(_quantize, torch.bfloat16, 768, 177)
+CASES["quantize-ones-fp16"] = partial(_quantize, torch.float16, 1, 1)
 
 
 def _attention(

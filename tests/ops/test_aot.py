@@ -22,6 +22,8 @@ MATRIX_KERNELS: set[str] = {
     "contrastive_tile_kernel",
     "contrastive_backward_kernel",
     "log_mel_fbank_kernel",
+    "linear_gelu_product_kernel",
+    "hidden_gradient_product_kernel",
 }
 
 
@@ -42,6 +44,16 @@ def test_matrix_instructions(rows):
     assert {row["kernel"] for row in compiled} == MATRIX_KERNELS
     failures = [row for row in compiled if not row["matrix"]]
     assert not failures, "\n".join(map(str, failures))
+
+
+def test_tiles_travel_by_tma(rows):
+    """Where the GPU has it, and rows are multiples of 16 bytes."""
+    products = [row for row in rows if row["case"].startswith("product-")]
+    wanted = {case: case.split("-")[1] not in ("odd", "ones") for case in {row["case"] for row in products}}
+    assert set(wanted.values()) == {True, False}
+    for row in products:
+        if row["kernel"] != "stream_sum_kernel":
+            assert row["tma"] == (wanted[row["case"]] and row["capability"] >= 90), row
 
 
 def test_shared_memory_suffices(rows):

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 from unittest import mock
 
 import pytest
 import torch
 
-from cavmae_fast.ops import dispatch, native
+from cavmae_fast.ops import dgelu_bias, dispatch, native
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.parity import assert_parity
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.reference import operators as reference
-
-linear_gelu_file = importlib.import_module("cavmae_fast.ops.linear_gelu")
 
 FUNCTIONS = {
     "stream_linear": (stream_linear, reference.stream_linear),
@@ -137,10 +134,10 @@ def test_gelu_backward_at_the_edges(mode):
     dy = torch.ones_like(pre)
     dy[1, 5] = float("nan")
     if mode == "triton":
-        dpre, db = linear_gelu_file._dgelu_bias_triton(dy, pre, [3], torch.float32, "sm_90")
+        dpre, db = dgelu_bias.dgelu_bias_triton(dy, pre, [3], torch.float32, "sm_90")
     else:
         dpre = torch.ops.aten.gelu_backward(dy, pre)
-        db = linear_gelu_file.bias_gradient(dpre, [3], torch.float32)
+        db = dgelu_bias.bias_gradient(dpre, [3], torch.float32)
     # The derivative is a sum of terms up to 1, so it is as exact as float32's numbers next to 1 are apart.
     want = torch.tensor([0.0, -3.6e-8, 0.5, 1.0, 1.0])
     torch.testing.assert_close(dpre[0, :5], want, atol=torch.finfo(torch.float32).eps, rtol=0)
@@ -170,8 +167,8 @@ def test_the_cuda_library_gets_each_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
     dy, pre = torch.randn(2, 19, 8, generator=torch.Generator().manual_seed(0))
     dy = torch.cat([dy.new_zeros(1), dy.flatten()])[1:].view(19, 8)  # begins between two multiples of 16 bytes
-    got = linear_gelu_file._dgelu_bias_cuda(dy, pre, [3, 9, 7], torch.float32)
-    want = linear_gelu_file._dgelu_bias_torch(dy, pre, [3, 9, 7], torch.float32)
+    got = dgelu_bias.dgelu_bias_cuda(dy, pre, [3, 9, 7], torch.float32)
+    want = dgelu_bias.dgelu_bias_torch(dy, pre, [3, 9, 7], torch.float32)
     torch.testing.assert_close(got, want)
 
 

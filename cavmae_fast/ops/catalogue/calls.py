@@ -12,7 +12,9 @@ from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.catalogue.case import LOW_AND_FULL, Case, Draw, in_float32, of_first, rounded, size
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.ops.fp8 import VALUES, rounded_rows
 from cavmae_fast.ops.gather_tokens import gather_tokens
+from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
@@ -93,6 +95,56 @@ def linear(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool, gel
         draw=draw,
         moved=moved,
         forward_flops=2.0 * layout.rows * k * n,
+    )
+
+
+def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> Case:
+    """The backward pass of a GELU of width n and the layer n -> k behind it. `shared`: one weight for all streams."""
+    count = 1 if shared else len(layout.lengths)
+    rows = [layout.rows] if shared else layout.rows_per_stream
+
+    def draw(d: Draw) -> list:
+        weights = [(d.fixed(k, n) * k**-0.5).to(d.dtype) for _ in range(count)]
+        return [d.fixed(layout.rows, k).to(d.dtype), d.fixed(layout.rows, n).to(d.dtype), weights]
+
+    def ours(dout, pre, weights):
+        return hidden_gradient(dout, pre, weights, rows, torch.float32)
+
+    def moved(dout, pre, weights):
+        return size(dout, *weights) + 2 * size(pre) + 4 * count * n, 0
+
+    def plain(dout, pre, weights):
+        dpre, db = reference.hidden_gradient(dout, pre, weights, rows)
+        return dpre, db if db.dtype == torch.float64 else db.float()
+
+    return Case(
+        "hidden_gradient",
+        name,
+        ours=ours,
+        reference=plain,
+        baseline=rounded(plain, lambda dout, *_: [dout.dtype, torch.float32]),
+        draw=draw,
+        moved=moved,
+        forward_flops=2.0 * layout.rows * k * n,
+        differentiable=False,
+    )
+
+
+def quantized(name: str, rows: int, width: int) -> Case:
+    """What fp8 holds of an activation."""
+
+    def moved(x):
+        return size(x) + x.numel() + 4 * rows, 0
+
+    return Case(
+        "quantize_rows",
+        name,
+        ours=lambda x: rounded_rows(x, VALUES),
+        reference=reference.fp8_rows,
+        baseline=rounded(reference.fp8_rows, of_first),
+        draw=lambda d: [d.fixed(rows, width).to(d.dtype)],
+        moved=moved,
+        differentiable=False,
     )
 
 

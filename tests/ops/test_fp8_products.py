@@ -1,0 +1,194 @@
+"""Products of 8-bit numbers: how rows are quantized, and how far outputs and gradients are from the exact ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cavmae_fast.ops import dispatch, fp8
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.parity import poisoned_allocations
+from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.ops.stream_mlp import stream_mlp
+from cavmae_fast.reference import operators as reference
+
+DTYPES = {"e4m3": fp8.VALUES, "e5m2": fp8.GRADIENTS}
+LAYOUT = StreamLayout(4, (9, 16))
+WIDTHS = (64, 128, 48)
+
+
+def rows_of_all_sizes(width: int) -> Tensor:
+    """Rows from the least numbers to the largest, one of zeros, and maxima around the steps of the scale."""
+    x = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([1e-44, 1e-38, 1e-12, 0, 1e-3, 1, 1, 1e4, 1e20, 1e30, 1e37, 1]).unsqueeze(1)
+    x[5, 0], x[6, 0] = 7.0, 7.0000005  # 1.75 x 4, the largest of a scale, and just above it
+    return x
+
+
+def quantize(mode: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """By PyTorch, or by the kernel. Triton's interpreter rounds to fp8 wrongly, so PyTorch does that one step for it."""
+    if mode == "torch":
+        return fp8.quantize_rows(x, dtype)
+    scaled, scale = fp8._quantize_triton(x, dtype, "sm_90", stored=torch.float32)
+    return scaled.to(dtype), scale
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [1, 33, 128])
+def test_rows_are_scaled_by_the_least_power_of_two(width, dtype, mode):
+    x = rows_of_all_sizes(width)
+    with poisoned_allocations():
+        q, scale = quantize(mode, x, dtype)
+    assert q.dtype == dtype and scale.shape == (12, 1)
+    assert ((torch.frexp(scale)[0] == 0.5) & (scale > 0)).all(), "powers of two"
+    largest, limit = x.abs().amax(1, keepdim=True), torch.finfo(dtype).max
+    assert (largest <= limit * scale).all()
+    assert (largest > limit * scale / 2)[largest > 1e-30].all()
+    # Half a step of the number, or of the least one that is not zero.
+    error = (q.float() * scale - x).abs()
+    half_step = (
+        torch.finfo(dtype).eps / 2 * x.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2 * scale
+    )
+    assert (error <= half_step).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_kernel_gives_the_bits_of_pytorch(dtype):
+    x = rows_of_all_sizes(96)[[4, 5, 6, 7, 11]].half()
+    (q, scale), (q_kernel, scale_kernel) = (quantize(mode, x, dtype) for mode in ("torch", "triton"))
+    assert torch.equal(scale, scale_kernel) and torch.equal(q.float(), q_kernel.float())
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen(value, mode):
+    x = torch.ones(3, 16)
+    x[1, 4] = value
+    q, scale = quantize(mode, x, fp8.VALUES)
+    assert q.float().isnan().all(1).tolist() == scale.isnan().flatten().tolist() == [False, True, False]
+
+
+def test_the_interpreter_is_not_asked():
+    with dispatch.override("triton"):
+        choice = dispatch.choose("quantize_rows", torch.device("cpu"), torch.float16, (3, 16))
+    assert str(choice) == "PyTorch: Triton's interpreter rounds to fp8 wrongly"
+
+
+def test_the_product_in_bfloat16_is_that_of_fp8_units():
+    """Both sum up exact products in float32 and round once."""
+    a, b = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (q_a, scale_a), (q_b, scale_b) = (fp8.quantize_rows(x, fp8.VALUES) for x in (a, b))
+    exact = (q_a.double() * scale_a.double()) @ (q_b.double() * scale_b.double()).t()
+    got = fp8.rounded_rows(a, fp8.VALUES) @ fp8.rounded_rows(b, fp8.VALUES).t()
+    assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * a.double().norm() * b.double().norm()).all()
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
+    return x.to(dtype).requires_grad_()
+
+
+def arguments(count: int) -> list:
+    k, n, m = WIDTHS
+    shapes = ((n, k), (n,), (m, n), (m,))
+    groups = [[draw(*shape, seed=10 * i + j) for j in range(count)] for i, shape in enumerate(shapes)]
+    return [draw(LAYOUT.rows, k, seed=99), *groups]
+
+
+def flat(groups: list) -> list[Tensor]:
+    return [groups[0], *(tensor for group in groups[1:] for tensor in group)]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_errors_of_the_mlp(count):
+    """A number of e4m3 is wrong by 2^-4 at most and by 0.026 in the mean square, one of e5m2 by twice as much; products of
+    random numbers keep the relative error of their factors, so every product adds some 3.7 % (values), 5.9 % (gradients)."""
+    inputs = arguments(count)
+    exact = [x.detach().double().requires_grad_() for x in flat(inputs)]
+    groups = [exact[0], *(exact[1 + i * count : 1 + (i + 1) * count] for i in range(4))]
+    rows = LAYOUT.rows_per_stream if count > 1 else [LAYOUT.rows]
+    want = reference.stream_linear(reference.linear_gelu(*groups[:3], rows), *groups[3:], rows)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    want_gradients = torch.autograd.grad(want, exact, weights)
+    errors = {}
+    for is_fp8 in (False, True):
+        got = stream_mlp(*inputs, LAYOUT, fp8=is_fp8)
+        gradients = torch.autograd.grad(got, flat(inputs), weights.bfloat16())
+        errors[is_fp8] = [relative(a, b) for a, b in zip([got, *gradients], [want, *want_gradients], strict=True)]
+    output, of_x, *of_parameters = errors[True]
+    assert 0.02 < output < 0.08 and 0.03 < of_x < 0.12, errors[True]
+    # fc2's own gradients see fp8 in their input alone, or (the bias's) not at all: those products are of bfloat16.
+    of_w1, of_b1, of_w2, of_b2 = (of_parameters[i * count] for i in range(4))
+    assert max(of_w1, of_b1) < 0.1 and of_w2 < 0.05 and of_b2 == errors[False][2 + 3 * count], errors[True]
+    assert max(errors[False]) < 0.01
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "mlp"])
+def test_recomputation_gives_the_same_bits(recompute):
+    inputs = arguments(2)
+    results = []
+    for choice in ("none", recompute):
+        out = stream_mlp(*inputs, LAYOUT, recompute=choice, fp8=True)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), flat(inputs))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_gradient_of_a_linear_layers_weight_is_that_of_bfloat16():
+    x, weights, biases, *_ = arguments(1)
+    gradients = []
+    for is_fp8 in (False, True):
+        out = stream_linear(x, weights, biases, LAYOUT, fp8=is_fp8)
+        gradients.append(torch.autograd.grad(out, [x, *weights, *biases], torch.ones_like(out)))
+    (dx, dw, db), (dx_fp8, dw_fp8, db_fp8) = gradients
+    assert torch.equal(dw, dw_fp8) and torch.equal(db, db_fp8)
+    assert not torch.equal(dx, dx_fp8)
+
+
+class FakeGpu:
+    """What `check_fp8` asks of PyTorch."""
+
+    def __init__(self, monkeypatch, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+
+
+def test_gpus_without_fp8_units_are_refused(monkeypatch):
+    FakeGpu(monkeypatch, (8, 0))
+    with pytest.raises(fp8.Fp8Error, match=r"capability 8\.9 or later \(Ada, Hopper, Blackwell\); NVIDIA A100 has 8\.0"):
+        fp8.check_fp8(torch.device("cuda"))
+    FakeGpu(monkeypatch, (8, 9))
+    fp8.check_fp8(torch.device("cuda"))
+
+
+def test_odd_widths_are_refused():
+    x, weight = draw(LAYOUT.rows, 24, seed=0), draw(16, 24, seed=1)
+    with pytest.raises(fp8.Fp8Error, match="widths that are multiples of 16; a layer has 24"):
+        stream_linear(x, [weight], [draw(16, seed=2)], LAYOUT, fp8=True)
+
+
+def test_what_a_gpu_is_given(monkeypatch):
+    """The calls for fp8 units, played by PyTorch on the CPU, give what the CPU's form gives."""
+
+    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, bias, output_dtype, use_fast_accum):
+        assert a.dtype in (fp8.VALUES, fp8.GRADIENTS) and b.dtype == fp8.VALUES
+        assert a.is_contiguous() and b.t().is_contiguous()
+        assert recipe_a == recipe_b == torch.nn.functional.ScalingType.RowWise
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+        assert use_fast_accum == (a.dtype == fp8.VALUES)
+        out = (a.float() * scale_a) @ (b.float() * scale_b)
+        return (out if bias is None else out + bias.float()).to(output_dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+    x, weights, biases, *_ = arguments(2)
+    rows = LAYOUT.rows_per_stream
+    with torch.no_grad():
+        out = torch.ops.cavmae_fast.stream_linear(x, weights, biases, rows, True)
+        torch.testing.assert_close(fp8.forward_products(x, weights, biases, rows), out)
+        dx, _, _ = torch.ops.cavmae_fast.stream_linear_backward(out, x, weights, rows, torch.bfloat16, True, True)
+        torch.testing.assert_close(fp8.backward_products(out, weights, rows), dx)

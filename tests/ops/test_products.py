@@ -1,0 +1,248 @@
+"""The matrix products of this package, whose last step does what else follows in passes over memory."""
+
+from __future__ import annotations
+
+import ctypes
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from cavmae_fast.ops import configuration, dispatch, native, product_kernels, product_library
+from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.linear_gelu import linear_gelu
+from cavmae_fast.ops.parity import assert_parity, poisoned_allocations, repeats
+from cavmae_fast.ops.stream_mlp import stream_mlp
+from cavmae_fast.reference import operators as reference
+
+OPERATORS = ("linear_gelu", "hidden_gradient")
+PRODUCTS = {
+    "implementations": {name: dict.fromkeys(("float32", "float16"), "triton product") for name in OPERATORS},
+    "launches": {},
+}
+#: batch, lengths, width of the inputs, hidden width, one weight for all streams
+SHAPES = [
+    (1, (1,), 1, 1, True),
+    (1, (1,), 8, 40, True),
+    (2, (5, 7, 12), 97, 33, False),
+    (2, (35, 3, 70), 24, 136, False),
+]
+LAUNCHES = {
+    "as it is": {},
+    "small": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 2},
+    "halves": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "FLATTEN": True, "HALVES": True},
+}
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def rows_of(shape: tuple) -> tuple[StreamLayout, list[int]]:
+    """The layout, and the rows of each weight."""
+    batch, lengths, *_, shared = shape
+    layout = StreamLayout(batch, lengths)
+    return layout, [layout.rows] if shared else layout.rows_per_stream
+
+
+def arguments(shape: tuple, dtype: torch.dtype) -> list:
+    """x, weights and biases of the first layer."""
+    (layout, rows), (k, n) = rows_of(shape), shape[2:4]
+    weights = [draw(n, k, dtype=dtype, seed=i, scale=k**-0.5).requires_grad_() for i in range(len(rows))]
+    biases = [draw(n, dtype=torch.float32, seed=9 + i).requires_grad_() for i in range(len(rows))]
+    return [draw(layout.rows, k, dtype=dtype, seed=20).requires_grad_(), weights, biases]
+
+
+def with_launches(changes: dict) -> dict:
+    """`PRODUCTS`, each kernel launched otherwise than it is."""
+    known = configuration.read(configuration.shipped_file("sm_90"))["launches"]
+    names = [f"{name}_product" for name in OPERATORS]
+    launches = {name: {case: options | changes for case, options in known[name].items()} for name in names}
+    return PRODUCTS | {"launches": launches}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_linear_gelu(dtype, shape, launch):
+    layout, rows = rows_of(shape)
+    if dtype == torch.float16 and shape[2:4] == (1, 1):
+        pytest.skip("the rounding errors of single numbers are no measure of one another")
+
+    def explicit(x, weights, biases):
+        """float32, rounded where two passes would hand a tensor on."""
+        biases = [b.float() + (b.to(dtype).float() - b.float()).detach() for b in biases]
+        pre = reference.stream_linear(x.float(), [w.float() for w in weights], biases, rows)
+        return torch.nn.functional.gelu(Rounded.apply(pre, dtype)).to(dtype)
+
+    def ours(*args):
+        assert dispatch.choose("linear_gelu", CPU, dtype).implementation == "triton product"
+        return linear_gelu(*args, layout)
+
+    with configuration.trial(with_launches(launch)):
+        assert_parity(ours, lambda *args: reference.linear_gelu(*args, rows), arguments(shape, dtype), baseline=explicit)
+
+
+class Rounded(torch.autograd.Function):
+    """float32 as `dtype` holds it, gradients too."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = dtype
+        return x.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).float(), None
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hidden_gradient(dtype, shape, launch):
+    (layout, rows), (m, n) = rows_of(shape), shape[2:4]
+    weights = [draw(m, n, dtype=dtype, seed=i, scale=m**-0.5) for i in range(len(rows))]
+    dout, pre = draw(layout.rows, m, dtype=dtype, seed=20), draw(layout.rows, n, dtype=dtype, seed=30)
+
+    def ours(dout, pre, weights):
+        return torch.ops.cavmae_fast.hidden_gradient(dout, pre, weights, rows, torch.float32)
+
+    def plain(dout, pre, weights):
+        return reference.hidden_gradient(dout, pre, weights, rows)
+
+    def explicit(dout, pre, weights):
+        dpre, db = plain(dout.float(), pre.float(), [w.float() for w in weights])
+        return dpre.to(dtype), db
+
+    with configuration.trial(with_launches(launch)):
+        assert_parity(ours, plain, [dout, pre, weights], baseline=explicit)
+        assert repeats(ours, [dout, pre, weights])
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_the_mlp_of_them(recompute):
+    layout, rows = rows_of(SHAPES[3])
+    x, w1, b1 = arguments(SHAPES[3], torch.float32)
+    w2 = [draw(40, w.shape[0], dtype=torch.float32, seed=50, scale=0.1).requires_grad_() for w in w1]
+    b2 = [draw(40, dtype=torch.float32, seed=60).requires_grad_() for _ in w1]
+
+    def plain(x, w1, b1, w2, b2):
+        return reference.stream_linear(reference.linear_gelu(x, w1, b1, rows), w2, b2, rows)
+
+    with configuration.trial(PRODUCTS):
+        assert_parity(lambda *args: stream_mlp(*args, layout, recompute=recompute), plain, [x, w1, b1, w2, b2])
+
+
+def test_fp8_products_are_made_elsewhere():
+    shape = (2, (5, 9), 32, 48, False)
+    x, weights, biases = arguments(shape, torch.float32)
+    _, rows = rows_of(shape)
+    results = []
+    for content in (PRODUCTS, {"implementations": {}, "launches": {}}):
+        with torch.no_grad(), configuration.trial(content):
+            y, pre = torch.ops.cavmae_fast.linear_gelu(x, weights, biases, rows, True, True)
+            back = [w.t().contiguous() for w in weights]
+            gradient = torch.ops.cavmae_fast.hidden_gradient(x, pre, back, rows, torch.float32, True)
+            results.append((y, pre, *gradient))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inference_keeps_nothing():
+    x, weights, biases = arguments(SHAPES[3], torch.float32)
+    _, rows = rows_of(SHAPES[3])
+    with torch.no_grad(), poisoned_allocations():
+        y, pre = product_kernels.linear_gelu_product(x, weights, biases, rows, False, "sm_90")
+    assert pre.numel() == 0
+    torch.testing.assert_close(y, reference.linear_gelu(x, weights, biases, rows).detach())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "offset", "travel"),
+    [
+        ("sm_90 nvidia-h200", 8, 0, "tma"),
+        ("sm_120", 8, 0, "tma"),
+        ("sm_86", 8, 0, "pointers"),
+        ("sm_90", 7, 0, "odd"),
+        ("sm_80", 7, 0, "odd"),
+        ("sm_90", 8, 4, "odd"),
+    ],
+)
+def test_how_tiles_travel(architecture, width, offset, travel):
+    memory = torch.empty(64 + offset, dtype=torch.float16)[offset:]
+    assert product_kernels._travel(architecture, memory[: 4 * width].view(4, width)) == travel
+
+
+def test_no_mode_asks_for_them():
+    for mode, implementation in (("auto", "torch"), ("triton", "triton")):
+        with dispatch.override(mode):
+            assert dispatch.choose("hidden_gradient", CPU, torch.float32).implementation == implementation
+    with configuration.trial(PRODUCTS):
+        assert str(dispatch.choose("hidden_gradient", CPU, torch.float32)) == "Triton product: on trial (float32)"
+
+
+def tensor_at(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The memory at an address, as the library sees it."""
+    count = torch.Size(shape).numel()
+    kind = ctypes.c_uint16 if dtype == torch.bfloat16 else ctypes.c_float
+    return torch.frombuffer((kind * count).from_address(address), dtype=dtype).view(shape)
+
+
+def test_the_library_gets_each_stream(monkeypatch):
+    """What the launchers of the CUDA products hand over, with the kernels played by PyTorch: no device needed."""
+    low, full = torch.bfloat16, torch.float32
+
+    def kernel(name, *args):
+        *pointers, rows, width, depth, dtype, stream = args
+        assert (dtype, stream) == (2, 5) and all(address is None or address % 16 == 0 for address in pointers)
+        if name == "cavmae_linear_gelu":
+            y, pre, x, weight, bias = pointers
+            x, weight = tensor_at(x, low, rows, depth).float(), tensor_at(weight, low, width, depth).float()
+            values = (x @ weight.t() + tensor_at(bias, full, width)).bfloat16()
+            if pre is not None:
+                tensor_at(pre, low, rows, width).copy_(values)
+            tensor_at(y, low, rows, width).copy_(torch.nn.functional.gelu(values))
+        else:
+            assert name == "cavmae_hidden_gradient"
+            dpre, partial, dout, pre, weight = pointers
+            product = tensor_at(dout, low, rows, depth).float() @ tensor_at(weight, low, depth, width).float()
+            result = torch.ops.aten.gelu_backward(product, tensor_at(pre, low, rows, width).float())
+            tensor_at(dpre, low, rows, width).copy_(result)
+            padded = -(-width // 256) * 256
+            for i, part in enumerate(result.split(4)):
+                tensor_at(partial, full, -(-rows // 4), padded)[i, :width] = part.sum(0)
+                tensor_at(partial, full, -(-rows // 4), padded)[i, width:] = 0
+
+    monkeypatch.setattr(native, "library", lambda: mock.Mock(cavmae_product_tile_rows=lambda: 4))
+    monkeypatch.setattr(native, "call", kernel)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
+    rows, k, n = [3, 9, 7], 16, 40
+    x, pre = draw(19, k, dtype=low, seed=0), draw(19, n, dtype=low, seed=1)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(19, k)  # begins between two multiples of 16 bytes
+    weights = [draw(n, k, dtype=low, seed=2 + i, scale=0.2) for i in range(3)]
+    biases = [draw(n, dtype=full, seed=5 + i).bfloat16().float() for i in range(3)]
+    y, kept = product_library.linear_gelu_library(x, weights, biases, rows, True)
+    want = torch.cat([torch.nn.functional.linear(*each) for each in zip(x.split(rows), weights, map(low_of, biases))])
+    torch.testing.assert_close(kept, want)
+    torch.testing.assert_close(y, torch.nn.functional.gelu(want))
+    assert product_library.linear_gelu_library(x, weights, biases, rows, False)[1].numel() == 0
+    back = [w.t().contiguous() for w in weights]
+    dpre, db = product_library.hidden_gradient_library(x, pre, back, rows, full)
+    want, want_db = reference.hidden_gradient(x.float(), pre.float(), [w.float() for w in back], rows)
+    torch.testing.assert_close(dpre.float(), want, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(db, want_db)
+
+
+def low_of(x: Tensor) -> Tensor:
+    return x.bfloat16()
+
+
+def test_what_the_library_does_not_take(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert "has no products; build it with CUTLASS" in product_library.product_limit(torch.bfloat16, (8, 64))
+    monkeypatch.setattr(native, "library", mock.Mock)
+    assert product_library.product_limit(torch.bfloat16, (7, 64, 256)) is None
+    for dtype, shape in ((torch.float16, (8, 64)), (torch.bfloat16, (8, 64, 33))):
+        assert "take bfloat16 and widths that are multiples of 8" in product_library.product_limit(dtype, shape)
