@@ -30,6 +30,7 @@ from cavmae_fast.reference.blocks import block as plain_block
 from cavmae_fast.reference.cavmae_parameters import MODES
 from cavmae_fast.reference.layers import Block, ModalityBlock
 from cavmae_fast.reference.masking import random_masking
+from cavmae_fast.training import adam
 
 CONFIGS = {
     "default": {},
@@ -794,7 +795,7 @@ def test_default_attention_is_the_automatic_one():
 
 def test_public_names():
     for name in cavmae_fast.__all__:
-        home = {"Augmentation": draws, "Loader": loader}.get(name, models)
+        home = {"Adam": adam, "AdamW": adam, "Augmentation": draws, "Loader": loader}.get(name, models)
         assert getattr(cavmae_fast, name) is getattr(home, name)
     assert set(cavmae_fast.__all__) <= set(dir(cavmae_fast))
     with pytest.raises(AttributeError, match="no attribute 'CAVMEA'"):
