@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
         ({"batch": "0"}, "at least 1"),
         ({"device": "cuda:7"}, "device is 'cuda:7'; it must be"),
         ({"device": "mps"}, "it must be auto, cpu, cuda"),
-        ({"operators": ("gather",)}, "operators has 'gather'; allowed: attention,"),
+        ({"operators": ("gather",)}, "operators has 'gather'; allowed: adam_update, attention,"),
         ({"minutes": 0.0}, "minutes is 0.0; it must be more than 0"),
     ],
 )
