@@ -32,10 +32,10 @@ from triton.runtime.jit import JITFunction
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 "Compute capability -> the shared memory that a block may have there."
 CAPABILITIES = tuple(SHARED_KB)
-OWN = (80, 90, 100)
-"""Those with launches of their own, for which every case is compiled. The others take these launches; for them only the
-cases of docs/kernels.md are compiled, and all with `--everywhere`, which takes three times as long. Cases whose names begin
-with "offered", all that the tuner tries, are compiled when they are asked for by name."""
+WHOLE = (90,)
+"""Those for which every case is compiled. For the others only the cases of docs/kernels.md are, and all with `--everywhere`,
+which takes three times as long. Cases whose names begin with "offered", all that the tuner tries, are compiled when they are
+asked for by name."""
 SINCE = {"quantize": 89}
 "First word of a case -> the least capability that has its instructions."
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -170,7 +170,7 @@ def main() -> None:
     everywhere = "--everywhere" in sys.argv
     wanted = [word for word in sys.argv[1:] if word != "--everywhere"]
     names = [name for name in CASES if any(name.startswith(w) for w in wanted) or not (wanted or name.startswith("offered"))]
-    pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in OWN or name in TABLED]
+    pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in WHOLE or name in TABLED]
     pairs = [(name, c) for name, c in pairs if c >= SINCE.get(name.split("-")[0], 0)]
     with ProcessPoolExecutor(2) as pool:
         jobs = [pool.submit(compile_case, *pair) for pair in pairs]

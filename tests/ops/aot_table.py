@@ -24,6 +24,8 @@ CASES = (
     "stream_layer_norm-shared-bf16",
     "dgelu_bias-decoder-bf16",
     "dgelu_bias-encoder-bf16",
+    "product-decoder-bf16",
+    "quantize-hidden-bf16",
     "tokens-decoder-bf16",
     "patches-bytes-bf16",
     "contrastive-1-bf16",
