@@ -49,8 +49,8 @@ Written by `python tests/ops/aot_table.py`, which compiles every kernel at the s
 Triton {version}; a test compares this page with what is compiled. No number here is a measurement. In each column stand the
 registers of a thread, the shared memory of a block in KB, and, where it is counted, the instructions that a thread executes
 for each score or element (`i`): those of the main loop, or of the whole kernel where there is no loop; for attention, how
-many of them are exponentials (`e`). `mma` marks products on matrix units. Several launches of one kernel in a case share a
-line, which holds the most of them.
+many of them are exponentials (`e`). `mma` marks products on matrix units; a dash, that an architecture lacks the kernel's
+instructions. Several launches of one kernel in a case share a line, which holds the most of them.
 
 Every score passes both loops of attention_backward, so their instructions are added. The cases `one-pass` are the launches
 of attention's backward pass that the tuner tries in its place.
@@ -83,7 +83,8 @@ def page(rows: list[dict]) -> str:
         "| --- | --- |" + " ---: |" * len(capabilities),
     ]
     for case, kernel in sorted(lines, key=lambda key: CASES.index(key[0])):
-        cells = [_cell(kernel, lines[case, kernel][capability]) for capability in capabilities]
+        found = lines[case, kernel]
+        cells = [_cell(kernel, found[one]) if one in found else "-" for one in capabilities]
         text.append(f"| {case} | {kernel.removesuffix('_kernel')} | " + " | ".join(cells) + " |")
     return HEAD.format(version=triton.__version__) + "\n".join(text) + "\n"
 
