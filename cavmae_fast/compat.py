@@ -129,6 +129,20 @@ def softmax_backward_(gradient: Tensor, p: Tensor) -> Tensor:
     return kernel.out(gradient, p, -1, gradient.dtype, grad_input=gradient)  # row by row: in place is safe
 
 
+def foreach(operation: str, tensors: list[Tensor], *args: Any) -> None:
+    """`operation`, a method that works in place, on each tensor in few launches; `args` are numbers, or lists with one
+    argument for each tensor.
+
+    Private: `torch._foreach_*`. Without it: one tensor after the other.
+    """
+    together = getattr(torch, f"_foreach_{operation}", None)
+    if together is not None:
+        together(tensors, *args)
+        return
+    for place, tensor in enumerate(tensors):
+        getattr(tensor, operation)(*(arg[place] if isinstance(arg, list) else arg for arg in args))
+
+
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 

@@ -136,3 +136,15 @@ def test_softmax_backward(monkeypatch, absent):
     got = compat.softmax_backward_(gradient, p.detach())
     assert got.data_ptr() == gradient.data_ptr()
     torch.testing.assert_close(got, want)
+
+
+@PRESENT_AND_ABSENT
+def test_foreach(monkeypatch, absent):
+    if absent:
+        monkeypatch.setattr(torch, "_foreach_add_", None)
+        monkeypatch.setattr(torch, "_foreach_copy_", None)
+    tensors, others = [torch.zeros(2), torch.zeros(3)], [torch.full((2,), 2.0), torch.full((3,), 3.0)]
+    compat.foreach("add_", tensors, 1)
+    assert [t.tolist() for t in tensors] == [[1.0] * 2, [1.0] * 3]
+    compat.foreach("copy_", tensors, others)
+    assert [t.tolist() for t in tensors] == [[2.0] * 2, [3.0] * 3]

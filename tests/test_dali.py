@@ -388,6 +388,9 @@ class Record:
     def head(self) -> tuple[str, tuple[str, ...], bytes]:
         return str(self), (), self.encoded.sound
 
+    def picture_seconds(self) -> None:
+        """They are as long as the sound."""
+
     def image(self, frame: int) -> bytes:
         return self.encoded.images[frame % len(self.encoded.images)]
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from cavmae_fast.compat import foreach
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
@@ -165,7 +166,7 @@ def _update_triton(
     grads, params, exp_avgs, exp_avg_sqs, steps, rounded, rate, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
     grad_scale, found_inf, architecture,
 ):  # fmt: skip
-    torch._foreach_add_(steps, 1)
+    foreach("add_", steps, 1)
     groups: dict[bool, list[tuple[int, ...]]] = {}
     columns = [params, grads, exp_avgs, exp_avg_sqs, steps, rounded or params]
     for tensors in zip(*columns, strict=True):
@@ -183,7 +184,7 @@ def _update_triton(
             HAS_GRAD_SCALE=grad_scale is not None, ALIGNED=aligned, **options,
         )  # fmt: skip
     if found_inf is not None:
-        torch._foreach_sub_(steps, [found_inf] * len(steps))
+        foreach("sub_", steps, [found_inf] * len(steps))
 
 
 def _log(beta: float) -> float:
@@ -210,16 +211,16 @@ def _update_torch(
         if converted:
             pieces = room.split([p.numel() for p in params[part]] + [len(room) - sum(p.numel() for p in params[part])])
             wide = [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, params[part])]
-            torch._foreach_copy_(wide, grads[part])
+            foreach("copy_", wide, grads[part])
         adam(
             params[part], wide, exp_avgs[part], exp_avg_sqs[part], [], steps[part], fused=True, amsgrad=False, beta1=beta1,
             beta2=beta2, lr=lr if rate is None else rate, weight_decay=weight_decay, eps=eps, maximize=maximize,
             grad_scale=grad_scale, found_inf=found_inf, decoupled_weight_decay=decoupled,
         )  # fmt: skip
         if converted and grad_scale is not None:
-            torch._foreach_copy_(grads[part], wide)  # they are left divided
+            foreach("copy_", grads[part], wide)  # they are left divided
         if rounded:
-            torch._foreach_copy_(rounded[part], params[part])
+            foreach("copy_", rounded[part], params[part])
 
 
 # -------------------------------------------------------------------------------------------------- torch operator

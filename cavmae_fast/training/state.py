@@ -153,5 +153,4 @@ class RunState:
 def _in_float32(gradients: list[Tensor]) -> list[Tensor]:
     """Tensors with the norms of `gradients`, in float32 at least: a gradient in 16 bits is stood for by its norm, which
     PyTorch would round to 16 bits."""
-    low = [g for g in gradients if g.dtype.itemsize == 2]
-    return [g for g in gradients if g.dtype.itemsize > 2] + (list(torch._foreach_norm(low, 2, torch.float32)) if low else [])
+    return [g if g.dtype.itemsize > 2 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]

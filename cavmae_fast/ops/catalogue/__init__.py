@@ -150,7 +150,7 @@ def small() -> list[Case]:
         calls.linear("streams", two, 17, 33, shared=False, gelu=False),
         calls.linear("shared", three, 24, 40, shared=True, gelu=True),
         calls.linear("streams", two, 17, 33, shared=False, gelu=True),
-        calls.hidden("shared", three, 24, 40, shared=True),
+        calls.hidden("one-weight", three, 24, 40, shared=True),
         calls.hidden("streams", two, 17, 33, shared=False),
         calls.quantized("odd", 7, 33),
         calls.attend("packed", three, three, 32, 2),
