@@ -36,10 +36,12 @@ from cavmae_fast.tuning.step import chosen, draw, gradients
 MEDIAN, WORST = 1.0, 1.3
 "What the median and the largest ratio may be."
 WIDTH_384 = {"embed_dim": 384, "num_heads": 6, "norm_pix_loss": True}
-SIZES = {"width-384": (WIDTH_384, "base"), "tiny": (MODELS["tiny"], "tiny")}
+TINY = {**MODELS["tiny"].system.sizes, "norm_pix_loss": True}
+SIZES = {"width-384": (WIDTH_384, "base"), "tiny": (TINY, "tiny")}
 "Size -> (constructor arguments, the tuner's model with operators of the same keys). 'tiny' is for tests."
 NOTHING: configuration.Content = {"implementations": {}, "launches": {}}
-RATIO = 0.75
+SYSTEM = MODELS["base"].system
+"Says what a step computes; the sizes are those above."
 
 
 class Choice(NamedTuple):
@@ -69,8 +71,8 @@ class Truth:
         torch.manual_seed(0)
         reference = published.CAVMAE(**config).to(device)
         self.inputs = draw(reference, batch, device)
-        self.exact = gradients(reference, self.inputs, RATIO, torch.float32)[1]
-        low = gradients(reference, self.inputs, RATIO, torch.bfloat16)[1]
+        self.exact = gradients(SYSTEM, reference, self.inputs, torch.float32)[1]
+        low = gradients(SYSTEM, reference, self.inputs, torch.bfloat16)[1]
         self.errors = [error(g, want) for g, want in zip(low, self.exact, strict=True)]
         self.config, self.state, self.device = config, reference.state_dict(), device
         self.names = [name for name, p in reference.named_parameters() if p.requires_grad]
@@ -83,7 +85,8 @@ class Truth:
             setattr(model, name, value)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         with chosen(choice.content):
-            found: dict[str, Tensor] = dict(zip(names, gradients(model, self.inputs, RATIO, torch.bfloat16)[1], strict=True))
+            values = gradients(SYSTEM, model, self.inputs, torch.bfloat16)[1]
+            found: dict[str, Tensor] = dict(zip(names, values, strict=True))
         rows = zip(self.names, self.exact, self.errors, strict=True)
         return {name: error(found[name], want) / own for name, want, own in rows if name in found and own > 0 and want.any()}
 
