@@ -26,11 +26,9 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     gathered for the whole pass.
     """
     mesh = torch.distributed.init_device_mesh(device.type, (ranks.world_size,))
-    stacks = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-    stacks = [[block for block in stack if isinstance(block, Block)] for stack in stacks]
-    specific = [list(getattr(model, f"blocks_{m}")) for m in model.modalities]
-    together = [] if hasattr(model, "modes") else [list(blocks) for blocks in zip(*specific, strict=True)]
-    together += [[block] for stack in stacks for block in stack if not any(block in blocks for blocks in together)]
+    together = [] if hasattr(model, "modes") else [[*blocks] for pair in _side_by_side(model) for blocks in zip(*pair)]
+    known = {block for blocks in together for block in blocks}
+    together += [[block] for block in model.modules() if isinstance(block, Block) and block not in known]
     for blocks in together:
         fully_shard(blocks if len(blocks) > 1 else blocks[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
