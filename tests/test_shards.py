@@ -255,7 +255,7 @@ def test_a_file_stays_open_while_it_is_read(made, monkeypatch):
         ({"clips": 4}, "does not fit manifest.json"),
         ({"frames": 4}, "does not fit manifest.json"),
         ({"clips": "5"}, "not a manifest"),
-        ({"frames": 0}, "not a manifest"),
+        ({"frames": 0}, "does not fit manifest.json"),
         ({"frames": 10**9}, "not a manifest"),
         ({"frames": -1}, "not a manifest"),
         ({"shards": [{"number": 0}]}, "not a readable manifest"),

@@ -95,8 +95,10 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
             (calls.attend("teacher-fusion", joint, joint, width, s.heads), s.fusion_depth * FORWARD),
         ]
     samples = int(SAMPLE_RATE * SHIFT_SECONDS * s.audio_length)
+    optimized = len(s.modalities) * (s.depth + s.decoder_depth * (wide / width) ** 2) + s.fusion_depth
     return [
         *found,
+        (calls.adam("block", [12 * width * width, 3 * width, width, 4 * width, width]), optimized),
         (calls.log_mel("clips", batch, samples), 0),
         (calls.features("features", [samples] * batch, s.audio_length), 1 if "a" in s.modalities else 0),
     ]
