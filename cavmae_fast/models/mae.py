@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cavmae_fast.models import towers
@@ -63,21 +64,23 @@ class MAE(Pretrained, TowersFillIn, PackedTower, MAEParameters):
 
     def compute(self, x: Tensor, masking: Masking) -> Tensor:
         """All of a pass that is heavy, and neither draws nor checks anything: the loss."""
-        dtype = compute_dtype(self.norm.weight)
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
-        _, tokens = towers.normed([self], state, dtype)
+        dtype, tokens = self._encoded(x, masking)
         (decoded,) = towers.decode_removed([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
         return towers.removed_loss(self, x, pred, masking, self.norm_pix_loss, self.clip_spec)
+
+    def _encoded(self, x: Tensor, masking: Masking) -> tuple[torch.dtype, list[Tensor]]:
+        """The dtype of the products, and the normed tokens of the kept patches, class token first."""
+        dtype = compute_dtype(self.norm.weight)
+        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
+        return dtype, towers.normed([self], state, dtype)[1]
 
     def forward_inpaint(self, x: Tensor, mask_ratio: float = 0.8) -> MAEInpaintOutput:
         """Predictions for every patch of masked inputs. Raises as `forward` does."""
         self.check_input("x", x)
         self.check_removed(mask_ratio, "mask_ratio")
-        dtype = compute_dtype(self.norm.weight)
         masking = self.draw_mask(len(x), mask_ratio, x.device, "mask_ratio")
-        state = towers.encode([self], [x], [masking.ids_keep], self.clip_spec, dtype, self.attention, self.recompute)
-        _, tokens = towers.normed([self], state, dtype)
+        dtype, tokens = self._encoded(x, masking)
         (decoded,) = towers.decode([self], tokens, [masking], dtype, self.attention, self.recompute)
         pred = towers.predict(self.decoder_pred, decoded)
         removed = take_tokens(pred, masking.ids_removed)
