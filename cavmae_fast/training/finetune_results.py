@@ -82,7 +82,7 @@ def conclude(
             "best_epoch": _best(evaluations, config.metric),
             "modes": results,
         }
-        return folder.finish(summary, rows, rejects.count)
+        return folder.finish(summary, rows, rejects.count, config.device)
 
     return ranks.from_first(close)
 

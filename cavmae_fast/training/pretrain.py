@@ -84,7 +84,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, ranks: Ranks, generated
     def close() -> dict[str, Any]:
         last = last_taken(rows)
         summary = {"steps": len(rows), **{k: last[k] for k in task.recorded}, "clips_per_s": rows[-1]["clips_per_s"]}
-        return folder.finish(summary | metrics, rows, rejects.count)
+        return folder.finish(summary | metrics, rows, rejects.count, config.device)
 
     return ranks.from_first(close)
 

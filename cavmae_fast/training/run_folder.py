@@ -115,13 +115,12 @@ class RunFolder:
             )
         return True
 
-    def finish(self, summary: dict[str, Any], rows: list[dict[str, Any]], rejected: int) -> dict[str, Any]:
+    def finish(self, summary: dict[str, Any], rows: list[dict[str, Any]], rejected: int, device: str) -> dict[str, Any]:
         """Writes and returns the summary, to which the steps that were skipped, the clips that were `rejected` and the
-        fingerprint of the operators in force are added; what it held before is the last row of `metrics.jsonl`, too. A run
-        that has a summary is finished."""
+        fingerprint of the operators in force on `device` are added; what it held before is the last row of `metrics.jsonl`,
+        too. A run that has a summary is finished."""
         with JsonLines(self.metrics) as lines:
             lines.write({"step": len(rows), "final": True, **summary})
-        device = json.loads(self.config.read_text())["device"]
         found = {"rejected_clips": rejected, "skipped_steps": rows[-1]["skipped"], "operators": fingerprint(device)}
         summary = {**summary, **found}
         write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
