@@ -83,6 +83,11 @@ class LossWeights(NamedTuple):
     intra: float
     regression: float
 
+    @property
+    def in_force(self) -> dict[str, bool]:
+        """Which losses have a weight, as `train_losses` takes it."""
+        return {loss: weight != 0 for loss, weight in self._asdict().items()}
+
 
 class MAViL(Pretrained, TowersFillIn, PackedMAViL, MAViLParameters):
     """MAViL for pretraining. Audio `[B, audio_length, 128]` log-mel, imgs `[B, frames, 3, H, W]`, floating-point or uint8

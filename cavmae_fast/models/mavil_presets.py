@@ -58,9 +58,9 @@ class MAViLPreset:
 
     def create(self, stage: int = 1, **overrides: Any) -> MAViL:
         """The model, training the losses of a stage; `overrides` change single constructor arguments."""
-        weights = self.weights(stage)
+        in_force = self.weights(stage).in_force
         model = MAViL(**{**self.model, **overrides})
-        model.train_losses(**{loss: weight != 0 for loss, weight in weights._asdict().items()})
+        model.train_losses(**in_force)
         return model
 
 

@@ -116,13 +116,9 @@ class MAViLSystem(_Resized):
     stage = 1
 
     @property
-    def _weights(self) -> dict[str, float]:
-        return self.preset.weights(self.stage)._asdict()
-
-    @property
     def in_force(self) -> dict[str, bool]:
         """Which losses have a weight."""
-        return {loss: weight != 0 for loss, weight in self._weights.items()}
+        return self.preset.weights(self.stage).in_force
 
     def create(self, *, plain: bool = False, **overrides: Any) -> nn.Module:
         model = self._build(plain_mavil.MAViL if plain else MAViL, overrides)
@@ -130,7 +126,8 @@ class MAViLSystem(_Resized):
         return model
 
     def step_loss(self, model: Callable, audio: Tensor, imgs: Tensor) -> Tensor:
-        weights = {f"{loss}_loss_weight": weight for loss, weight in self._weights.items()}
+        given = self.preset.weights(self.stage)._asdict()
+        weights = {f"{loss}_loss_weight": weight for loss, weight in given.items()}
         ratio = self.preset.mask_ratio
         return model(audio, imgs, mask_ratio_a=ratio, mask_ratio_v=ratio, **weights).loss
 

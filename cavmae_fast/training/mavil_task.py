@@ -60,7 +60,7 @@ class MAViLTask:
 
     def prepare(self, model: MAViL) -> None:
         """The losses in force decide what is trained. Raises ValueError when nothing would be left to reconstruct."""
-        model.train_losses(**{loss: weight != 0 for loss, weight in self.weights._asdict().items()})
+        model.train_losses(**self.weights.in_force)
         if self.weights.raw != 0:
             model.check_removed(self.mask_ratio, self.mask_ratio)
 
@@ -71,8 +71,7 @@ class MAViLTask:
 
     def step_flops(self, model: MAViL) -> float:
         """As the fast model computes it, and what its teacher computes."""
-        in_force = {loss: weight != 0 for loss, weight in self.weights._asdict().items()}
-        macs = 3 * sum(mavil_macs(model, self.mask_ratio, self.mask_ratio, **in_force).values())
+        macs = 3 * sum(mavil_macs(model, self.mask_ratio, self.mask_ratio, **self.weights.in_force).values())
         return 2 * (macs + (self.teacher.macs if self.weights.regression != 0 else 0.0))
 
     @property
