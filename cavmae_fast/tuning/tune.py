@@ -120,13 +120,13 @@ def tune(
     config: TuneConfig,
     *,
     worker: Sequence[str] = WORKER,
-    progress: type[Bar] | type[Lines] = Bar,
+    progress: type[Bar] | type[Lines] | None = None,
 ) -> dict[str, Any]:
     """Tunes, and writes the user's file -> what was found: 'file', 'units' (rows), 'step' (row), 'kept', 'reason', 'left'.
 
     Args:
         worker: the command of the process in which candidates run; for tests.
-        progress: shows how far it is.
+        progress: shows how far it is (None: a bar on a terminal, lines in a log).
 
     Raises ValueError for options that do not exist, TuneError when nothing can be tuned or kept.
     """
@@ -146,7 +146,7 @@ def tune(
     if not wanted:
         raise TuneError(f"{', '.join(config.operators)} is not called in a training step, so there is nothing to time")
     finished = journal.finished()
-    show = progress(len(wanted), len(finished))
+    show = (progress or (Bar if sys.stderr.isatty() else Lines))(len(wanted), len(finished))
     try:
         if resumed and finished:
             show.trying(f"going on after {len(finished)} of {len(wanted)} units")
