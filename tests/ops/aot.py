@@ -6,20 +6,25 @@ specialization (divisible by 16, equal to 1) and the launch options are exactly 
 the length of the main loop off the machine code. Kernels must be compiled ones: this file runs in a process of its own,
 without TRITON_INTERPRET.
 
-Run as a program it compiles the cases of `tests/ops/aot_cases.py` and prints one JSON line for each.
+Run as a program it compiles the cases of `tests/ops/aot_cases.py` and prints one JSON line for each launch. All of it takes
+a quarter of an hour, so a launch is read off the record beside this file where the same source was compiled before by the
+same Triton, with the same options, for the same architecture. `aot_table.py` writes the record.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -32,10 +37,10 @@ from triton.runtime.jit import JITFunction
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 "Compute capability -> the shared memory that a block may have there."
 CAPABILITIES = tuple(SHARED_KB)
-WHOLE = (90,)
-"""Those for which every case is compiled. For the others only the cases of docs/kernels.md are, and all with `--everywhere`,
-which takes three times as long. Cases whose names begin with "offered", all that the tuner tries, are compiled when they are
-asked for by name."""
+RECORD = Path(__file__).with_name("aot_record.json")
+"`key_of` a launch -> its `MEASURED`."
+MEASURED = ("registers", "spilled_bytes", "instructions", "loops", "shared_bytes", "tma", "matrix")
+"What is read off a compiled launch."
 SINCE = {"quantize": 89}
 "First word of a case -> the least capability that has its instructions."
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -96,19 +101,47 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> dict:
-    """Compiles one launch for `sm_<capability>` -> registers, spilled bytes, shared bytes, whether matrix units are used."""
+def key_of(source: ASTSource, options: dict, capability: int) -> str:
+    """Stands for all that the compiler's result depends on."""
+    text = f"{source.hash()} {sorted(options.items())} {capability} {triton.__version__}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """The record."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def record(rows: list[dict]) -> str:
+    """What `recorded` reads, of the rows of all cases; those that did not compile are left out."""
+    lines = {row["key"]: {name: row[name] for name in MEASURED} for row in rows if "error" not in row}
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(lines[key])}" for key in sorted(lines)) + "\n}\n"
+
+
+def compile_launch(
+    launch: tuple[JITFunction, tuple, dict], capability: int, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What becomes of one launch on `sm_<capability>`: `MEASURED`, taken from `known` where it is there."""
     source, options = source_of(*launch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    key = key_of(source, options, capability)
     return {
         "kernel": launch[0].__name__,
         "capability": capability,
         "launch": {name: value for name, value in launch[2].items() if name in SHOWN},
-        **machine_code(compiled.asm["cubin"]),
+        "key": key,
+        **(known.get(key) or measured(source, options, capability)),
+    }
+
+
+def measured(source: ASTSource, options: dict, capability: int) -> dict[str, Any]:
+    """`MEASURED`, of what is compiled now."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    found = machine_code(compiled.asm["cubin"]) | {
         "shared_bytes": compiled.metadata.shared,
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
         "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
     }
+    return {name: found[name] for name in MEASURED}
 
 
 @functools.cache
@@ -148,32 +181,44 @@ def loops_of(code: str) -> tuple[list[tuple[int, int]], int]:
     return sorted(counts, reverse=True), len(lines)
 
 
-def compile_case(name: str, capability: int) -> list[dict]:
-    """Every launch of the case `name`, compiled; an exception becomes a row with the key `error`."""
+def compile_case(name: str, capability: int, anew: bool = False) -> list[dict]:
+    """Every launch of the case `name`; an exception becomes a row with the key `error`. `anew`: none from the record."""
     from aot_cases import CASES
 
-    rows = []
+    rows, known = [], {} if anew else recorded()
     for launch in capture(lambda: CASES[name](f"sm_{capability}")):
         try:
-            rows.append({"case": name, **compile_launch(launch, capability)})
+            rows.append({"case": name, **compile_launch(launch, capability, known)})
         except Exception as error:  # reported as this case's failure
             text = f"{type(error).__name__}: {error}"[:2000]
             rows.append({"case": name, "kernel": launch[0].__name__, "capability": capability, "error": text})
     return rows
 
 
+def by_chance(pairs: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """`count` of the pairs, others for every record."""
+    text = RECORD.read_bytes()
+    return sorted(pairs, key=lambda pair: hashlib.sha256(text + str(pair).encode()).digest())[:count]
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from aot_cases import CASES
-    from aot_table import CASES as TABLED
 
-    everywhere = "--everywhere" in sys.argv
-    wanted = [word for word in sys.argv[1:] if word != "--everywhere"]
-    names = [name for name in CASES if any(name.startswith(w) for w in wanted) or not (wanted or name.startswith("offered"))]
-    pairs = [(name, c) for name in names for c in CAPABILITIES if everywhere or c in WHOLE or name in TABLED]
-    pairs = [(name, c) for name, c in pairs if c >= SINCE.get(name.split("-")[0], 0)]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "cases", nargs="*", help="beginnings of names (default: all but those the tuner alone tries, 'offered')"
+    )
+    parser.add_argument("--anew", action="store_true", help="take nothing from the record")
+    parser.add_argument("--sample", type=int, help="compile so many pairs of a case and an architecture alone, and anew")
+    options = parser.parse_args()
+    wanted = tuple(options.cases)
+    names = [name for name in CASES if (name.startswith(wanted) if wanted else not name.startswith("offered"))]
+    pairs = [(name, c) for name in names for c in CAPABILITIES if c >= SINCE.get(name.split("-")[0], 0)]
+    if options.sample is not None:
+        pairs = by_chance(pairs, options.sample)
     with ProcessPoolExecutor(2) as pool:
-        jobs = [pool.submit(compile_case, *pair) for pair in pairs]
+        jobs = [pool.submit(compile_case, *pair, options.anew or options.sample is not None) for pair in pairs]
         for job in jobs:
             for row in job.result():
                 print(json.dumps(row), flush=True)

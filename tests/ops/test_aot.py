@@ -1,12 +1,12 @@
 """Every kernel, compiled in bf16 and fp16 for six architectures: no spills, shared memory within what there is, and matrix
-units where they belong."""
+units where they belong. `aot.py` says which ones are compiled now, and which were before."""
 
 from __future__ import annotations
 
 import pytest
 import triton
 
-from tests.ops.aot import SHARED_KB, loops_of
+from tests.ops.aot import MEASURED, SHARED_KB, loops_of, recorded
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
 # Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. (On sm_86,
@@ -36,6 +36,16 @@ def test_all_kernels_compile_without_spills(rows):
     assert {row["capability"] for row in rows} == set(SHARED_KB)
     failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES]
     assert not failures, "\n".join(map(str, failures))
+
+
+def test_the_record_is_true():
+    """Some of its launches, compiled anew; others whenever it is written again."""
+    known, rows = recorded(), compiled("--sample", "4")
+    assert rows
+    for row in rows:
+        assert "error" not in row, row
+        if row["key"] in known:
+            assert {name: row[name] for name in MEASURED} == known[row["key"]], row
 
 
 def test_matrix_instructions(rows):
