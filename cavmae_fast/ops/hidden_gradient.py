@@ -3,8 +3,8 @@
     dz = (dout W2[s]) * (Phi(z) + z phi(z)),    db1[s] = sum of dz over the stream's rows       [R, M], [R, N] -> [R, N]
 
 z are the values before the GELU. With PyTorch the product, the derivative and the sum are three passes over memory; `triton`
-and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile. 'torch side by
-side' launches the products of two streams beside each other (`stream_linear`).
+and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile. With
+'torch side by side' the products of two streams are launched beside each other (`stream_linear`).
 """
 
 from __future__ import annotations
