@@ -8,7 +8,9 @@ takes at the batch that is asked for follows from the two, because it grows in p
 
 Counted of a launch: bytes, each tensor that it is given or makes once; floating-point operations of its products; its
 exponentials. Its floor is the longest that one of the three takes at the GPU's rates; a prediction takes the share of each
-rate that kernels reach. AdamW is added as the one launch that it is on a GPU.
+rate that kernels reach. The update of the weights is added as the one launch that it is on a GPU, with what it reads and
+writes: PyTorch's AdamW, or with `--optimizer fast-adamw` this package's, which takes gradients in bfloat16 and also writes
+the weights rounded, so that the step converts neither.
 
     python benchmarks/roofline.py --published     the reference's eager step beside it, as autocast on a CPU runs it
     python benchmarks/roofline.py --model mavil   another system: mavil-stage-2, a-mae, v-mae
@@ -23,7 +25,7 @@ import contextlib
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,14 +40,16 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from cavmae_fast import compat
+from cavmae_fast.models import rounded as weights
 from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.packed import RECOMPUTE
 from cavmae_fast.models.systems import System
 from cavmae_fast.ops import dispatch
 from cavmae_fast.tuning.plan import MODELS
 
-ADAMW_BYTES = 28
-"Per parameter: read weight, gradient and two moments, write weight and moments, in float32."
+OPTIMIZERS = ("adamw", "fast-adamw")
+STATE_BYTES = 24
+"Per parameter, what AdamW reads and writes besides the gradient: weight and two moments, both ways, in float32."
 SHARES = {"bytes": 0.76, "flops": 0.65, "exponentials": 0.4}
 """Of a GPU's stated rates, what kernels are taken to reach: 85 % of the copies that were measured on an H200 (4.3 of 4.8
 TB/s), 82 % of the products that were (788 of 989 TFLOP/s), and an estimate from the attention kernels' machine code."""
@@ -189,32 +193,46 @@ def _of_triton(name: str, values: dict[str, Any]) -> Launch:
 
 
 def launches_of(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
-    """The launches of one forward and backward pass in bfloat16 of a model of `system`, fast or the reference."""
+    """The launches of a training step in bfloat16 of a model of `system`, fast or the reference; the update is the last.
+
+    Weights that an optimizer keeps rounded (`keep_weights_rounded`) are taken as it left them."""
     audio, imgs = (torch.randn(batch, *shape) for shape in model.clip_spec.shapes)
     noted = Launches()
     ours = any(isinstance(module, Embeds) for module in model.modules())
     # A CPU writes a transposed factor out before some products; a GPU need not.
     factor = mock.patch("cavmae_fast.ops.stream_linear._as_left_factor", lambda dout, x: dout.t())
-    with dispatch.override("triton" if ours else "torch"), factor, noted.noting():
+    kept = mock.patch.object(weights.Copy, "write", lambda copy, parameter: None)  # the optimizer's launch wrote it
+    with dispatch.override("triton" if ours else "torch"), factor, kept, noted.noting():
         with torch.autocast("cpu", torch.bfloat16):
             loss = system.step_loss(model, audio, imgs)
         loss.backward()
+    update = update_of([p for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
-    return noted.launches
+    return [*noted.launches, update]
+
+
+def update_of(parameters: Sequence[Tensor]) -> Launch:
+    """AdamW's update: it reads each gradient in the dtype that it has, and writes the rounded copies that are kept."""
+    copies = weights.copies_of(parameters)
+    moved = sum(_size(p.grad) + STATE_BYTES * p.numel() + (0 if c is None else _size(c)) for p, c in zip(parameters, copies))
+    return Launch("adamw", float(moved))
+
+
+def keep_weights_rounded(model: nn.Module) -> None:
+    """Has `model` used as it is with `cavmae_fast.AdamW`, in a step of one backward pass."""
+    weights.keep_rounded([p for p in model.parameters() if p.requires_grad], torch.bfloat16, low_gradients=True)
 
 
 def step_launches(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
-    """The launches of a training step of `batch` clips, AdamW's included."""
+    """The launches of a training step of `batch` clips, the update included."""
     few, more = (launches_of(model, clips, system) for clips in PROBES)
     if [launch.name for launch in few] != [launch.name for launch in more]:
         raise RuntimeError(f"steps of {PROBES} clips launch different kernels; nothing can be concluded for other batches")
     clips = batch - PROBES[0]
-    launches = [
+    return [
         Launch(a.name, *(x + clips * (y - x) for x, y in zip(a[1:], b[1:], strict=True)))
         for a, b in zip(few, more, strict=True)
     ]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [*launches, Launch("adamw", ADAMW_BYTES * trained)]
 
 
 def seconds(launch: Launch, gpu: Gpu, shares: dict[str, float] | None = None) -> float:
@@ -251,10 +269,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--model", choices=MODELS, default="base")
     parser.add_argument("--recompute", default="none", choices=RECOMPUTE)
+    parser.add_argument(
+        "--optimizer", default="adamw", choices=OPTIMIZERS, help="of our step; the published one has PyTorch's"
+    )
     parser.add_argument("--published", action="store_true", help="the reference's eager step beside it")
     options = parser.parse_args(arguments)
     system = MODELS[options.model].system
-    ours = step_launches(system.create(recompute=options.recompute), options.batch, system)
+    model = system.create(recompute=options.recompute)
+    if options.optimizer == "fast-adamw":
+        keep_weights_rounded(model)
+    ours = step_launches(model, options.batch, system)
     print(table(ours, GPUS[options.gpu], options.batch))
     if options.published:
         theirs = step_launches(system.create(plain=True, attention="eager"), options.batch, system)

@@ -26,7 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass
-class _Copy:
+class Copy:
+    """A weight's copy, and what it was made of."""
+
     dtype: torch.dtype
     low_gradient: bool
     tensor: Tensor | None = None
@@ -52,7 +54,7 @@ class _Rounded(torch.autograd.Function):
     """The copy of a parameter, whose gradient is the parameter's."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, copy: _Copy) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, copy: Copy) -> Tensor:
         return copy.tensor.detach()
 
     @staticmethod
@@ -86,7 +88,7 @@ def keep_rounded(parameters: Iterable[Tensor], dtype: torch.dtype, low_gradients
     """
     for parameter in parameters:
         if parameter.dtype != dtype:
-            _copies[parameter] = _Copy(dtype, low_gradients)
+            _copies[parameter] = Copy(dtype, low_gradients)
 
 
 def copies_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:

@@ -33,6 +33,8 @@ ALIGNMENT = 16
 "Tensors whose addresses and sizes are multiples of it are read 16 bytes at a time."
 KEPT_TABLES = 8
 "Tables of addresses that are kept for steps whose tensors lie where those of an earlier one did."
+SPARE_TABLES = 64
+"Of each size at most as many pieces of pinned memory are kept for the tables of steps that are captured."
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -127,7 +129,7 @@ class _Tables:
     def __init__(self) -> None:
         self._known: dict[tuple, Tensor] = {}
         self._captured: list[tuple[Tensor | None, Tensor]] = []
-        self._spare: dict[torch.device, Tensor] = {}
+        self._spare: dict[torch.device, list[Tensor]] = {}
 
     def get(self, rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
         """`rows` as `[len(rows), 7]` int64 on the device."""
@@ -141,19 +143,22 @@ class _Tables:
             while len(self._known) >= KEPT_TABLES:
                 del self._known[next(iter(self._known))]
             table = self._known[key] = host.to(device, non_blocking=True)  # pageable memory is staged: nobody waits
-        if device not in self._spare or self._spare[device].numel() < host.numel():
-            self._spare[device] = torch.empty(host.numel(), dtype=torch.int64, pin_memory=True)
+        spare = self._spare.setdefault(device, [])
+        if sum(memory.numel() >= host.numel() for memory in spare) < SPARE_TABLES:
+            spare.append(torch.empty(host.numel(), dtype=torch.int64, pin_memory=True))
         return table
 
     def _in_graph(self, host: Tensor, table: Tensor | None, device: torch.device) -> Tensor:
         """A table that is kept for good. One that is not there yet is copied by the graph itself, from pinned memory that
-        was made by an earlier step: it must not be allocated now."""
+        was made by an earlier step, as much for each of its tables: it must not be allocated now."""
         source = None
         if table is None:
-            spare = self._spare.pop(device, None)
-            if spare is None or spare.numel() < host.numel():
+            spare = self._spare.get(device, [])
+            places = [place for place, memory in enumerate(spare) if memory.numel() >= host.numel()]
+            if not places:
                 raise RuntimeError("an update of Adam was captured in a CUDA graph before one ran; run a step before it")
-            source = spare[: host.numel()].view(host.shape).copy_(host)
+            memory = spare.pop(min(places, key=lambda place: spare[place].numel()))
+            source = memory[: host.numel()].view(host.shape).copy_(host)
             table = source.to(device, non_blocking=True)
         self._captured.append((source, table))
         return table

@@ -65,7 +65,7 @@ class Choice(NamedTuple):
     """What runs, and why."""
 
     implementation: str
-    "'torch', 'triton', 'cuda', or the name of another one: 'triton product', 'onednn'."
+    "'torch', 'triton', 'cuda', or the name of another one: 'triton product', 'torch side by side', 'onednn'."
     reason: str
     "Why, as `cavmae-fast doctor` prints it."
     configuration: str
@@ -195,7 +195,7 @@ def _refusal(
     if implementation in CPU_FORMS and device.type != "cpu":
         return "it is a form for CPUs"
     kind = family(implementation)
-    if kind in LABELS:  # a kernel of this package
+    if kind in LABELS:  # for GPUs
         if dtype == torch.float64:
             return "kernels count in float32, and the call is in float64"
         if device.type != "cuda" and not (kind == "triton" and interpreting()):
@@ -247,8 +247,8 @@ def register(
         schema: the part after the name, `(Tensor x, float eps) -> Tensor`.
         torch, triton, cuda: take the schema's arguments and return new tensors that alias no input. `triton` is also
             given `architecture`, the target whose launch configurations its kernels take (`configuration.launch`).
-        kernels: other implementations with kernels of this package by name, whose first word is 'triton' or 'cuda'; they
-            take what those of that name take. No mode asks for them: they run where they were tuned.
+        kernels: other implementations for GPUs by name, whose first word is 'triton', 'cuda' or 'torch'; they take what
+            those of that name take. No mode asks for them: they run where they were tuned.
         forms: other implementations for CPUs by name, from PyTorch's operators, which `cavmae-fast tune` tries too.
         elsewhere: names of implementations that the caller runs itself when `choose` gives them.
         fake: returns empty tensors of the same shapes and strides.

@@ -3,7 +3,8 @@
     dz = (dout W2[s]) * (Phi(z) + z phi(z)),    db1[s] = sum of dz over the stream's rows       [R, M], [R, N] -> [R, N]
 
 z are the values before the GELU. With PyTorch the product, the derivative and the sum are three passes over memory; `triton`
-and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile.
+and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile. With
+'torch side by side' the products of two streams are launched beside each other (`stream_linear`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from cavmae_fast.ops.dgelu_bias import (
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.product_kernels import hidden_gradient_product
 from cavmae_fast.ops.product_library import hidden_gradient_library, product_limit
-from cavmae_fast.ops.stream_linear import input_gradient, onednn_limit
+from cavmae_fast.ops.side_by_side import Run, in_turn, side_by_side
+from cavmae_fast.ops.stream_linear import SIDE_BY_SIDE, input_gradient, onednn_limit
 
 
 def _separate(
@@ -36,10 +38,11 @@ def _separate(
     bias_dtype: torch.dtype,
     fp8: bool = False,
     onednn: bool = False,
+    run: Run = in_turn,
     **options: str,
 ) -> tuple[Tensor, Tensor]:
     """The product, then `dgelu_bias`."""
-    return dgelu_bias(input_gradient(dout, weights, rows, fp8, onednn), pre, rows, bias_dtype, **options)
+    return dgelu_bias(input_gradient(dout, weights, rows, fp8, onednn, run), pre, rows, bias_dtype, **options)
 
 
 def _product(dout, pre, weights, rows, bias_dtype, fp8=False, *, architecture):
@@ -73,7 +76,11 @@ hidden_gradient = register(
     torch=partial(_separate, dgelu_bias_torch),
     triton=partial(_separate, dgelu_bias_triton),
     cuda=partial(_separate, dgelu_bias_cuda),
-    kernels={"triton product": _product, "cuda product": _library},
+    kernels={
+        "triton product": _product,
+        "cuda product": _library,
+        SIDE_BY_SIDE: partial(_separate, dgelu_bias_torch, run=side_by_side),
+    },
     forms={
         "onednn": partial(_separate, dgelu_bias_torch, onednn=True),
         "pieces": partial(_separate, dgelu_bias_pieces),

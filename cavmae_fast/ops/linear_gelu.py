@@ -6,8 +6,9 @@ Backward, with z kept in x's dtype:
 
     dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
 
-The products are `stream_linear`'s; `dgelu_bias` computes dz and db. 'triton product' and 'cuda product' have a
-product of their own for the forward pass, which adds the bias and applies the GELU as it finishes each tile.
+The products are `stream_linear`'s, which 'torch side by side' launches as there; `dgelu_bias` computes dz and db. 'triton
+product' and 'cuda product' have a product of their own for the forward pass, which adds the bias and applies the GELU as it
+finishes each tile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.product_kernels import linear_gelu_product
 from cavmae_fast.ops.product_library import linear_gelu_library, product_limit
-from cavmae_fast.ops.stream_linear import backward_fake, check_linear, linear_backward, linear_forward, onednn_limit
+from cavmae_fast.ops.side_by_side import in_turn, side_by_side
+from cavmae_fast.ops.stream_linear import (
+    SIDE_BY_SIDE,
+    backward_fake,
+    check_linear,
+    linear_backward,
+    linear_forward,
+    onednn_limit,
+)
 
 CPU_FORMS = ("onednn", "pieces")
 
@@ -44,8 +53,8 @@ def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str
     return library_limit(dtype, shape[1]) if implementation == "cuda" else None
 
 
-def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False):
-    pre = linear_forward(x, weights, biases, rows, fp8, onednn)
+def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False, run=in_turn):
+    pre = linear_forward(x, weights, biases, rows, fp8, onednn, run)
     if keep_pre:
         return F.gelu(pre), pre
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
@@ -63,9 +72,9 @@ def _forward_library(x, weights, biases, rows, keep_pre, fp8=False):
     return linear_gelu_library(x, weights, biases, rows, keep_pre)
 
 
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, **options):
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, run=in_turn, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *linear_backward(dpre, x, weights, rows, needs_dx, fp8, onednn), db
+    return *linear_backward(dpre, x, weights, rows, needs_dx, fp8, onednn, run), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -80,7 +89,11 @@ forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre, bool fp8=False) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
-    kernels={"triton product": _forward_product, "cuda product": _forward_library},
+    kernels={
+        "triton product": _forward_product,
+        "cuda product": _forward_library,
+        SIDE_BY_SIDE: partial(_forward_torch, run=side_by_side),
+    },
     shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
@@ -95,6 +108,7 @@ backward_operator = register(
     kernels={
         "triton product": partial(_backward, dgelu_bias_triton),
         "cuda product": partial(_backward, dgelu_bias_cuda),
+        SIDE_BY_SIDE: partial(_backward, dgelu_bias_torch, run=side_by_side),
     },
     forms={
         "onednn": partial(_backward, dgelu_bias_torch, onednn=True),

@@ -7,12 +7,13 @@ Backward, with the sums over the stream's rows:
     dx = dy W[s],    dW[s] = dy^T x,    db[s] = sum of dy
 
 PyTorch's GEMMs do the work. One weight is one GEMM over all rows; with one for each stream every GEMM writes its slice
-of one output, so that nothing is concatenated. `linear_gelu` builds on the same three functions.
+of one output, so that nothing is concatenated. 'torch side by side' launches those of two streams beside each other, and
+with one weight dx and dW. `linear_gelu` builds on the same three functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,6 +24,10 @@ from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, backward_products, check_fp8, forward_products, rounded_rows
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin, origin_or_itself
+from cavmae_fast.ops.side_by_side import Jobs, Run, in_turn, side_by_side
+
+SIDE_BY_SIDE = "torch side by side"
+"The name of the implementation whose products are launched by `side_by_side`."
 
 # ---------------------------------------------------------------------------------------------------------- products
 
@@ -34,9 +39,10 @@ def linear_forward(
     rows: Sequence[int],
     fp8: bool = False,
     onednn: bool = False,
+    run: Run = in_turn,
 ) -> Tensor:
     """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`. `fp8`: of what fp8 holds of x
-    and W (`ops/fp8.py`); `onednn`: by its product."""
+    and W (`ops/fp8.py`); `onednn`: by its product; `run`: how the products are launched."""
     if fp8 and x.device.type == "cuda":
         return forward_products(x, weights, biases, rows)
     if fp8:
@@ -48,8 +54,8 @@ def linear_forward(
         parts = [compat.fused_linear(x_s, w, b.to(x.dtype)) for x_s, w, b in zip(x.split(rows), weights, biases)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     out = x.new_empty(x.shape[0], weights[0].shape[0])
-    for x_s, out_s, w, b in zip(x.split(rows), out.split(rows), weights, biases):
-        torch.addmm(b.to(x.dtype), x_s, w.t(), out=out_s)
+    products = zip((b.to(x.dtype) for b in biases), x.split(rows), (w.t() for w in weights), out.split(rows))
+    run([partial(torch.addmm, b, x_s, w, out=out_s) for b, x_s, w, out_s in products], x.device)
     return out
 
 
@@ -61,20 +67,36 @@ def linear_backward(
     needs_dx: bool,
     fp8: bool = False,
     onednn: bool = False,
+    run: Run = in_turn,
 ) -> tuple[Tensor, Tensor]:
     """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`)."""
-    dx = input_gradient(dout, weights, rows, fp8, onednn) if needs_dx else x.new_empty(0)
+    products: list[Callable[[], object]] = []
+
+    def later(jobs: Jobs, device: torch.device) -> None:
+        products.extend(jobs)
+
+    dx = input_gradient(dout, weights, rows, fp8, onednn, later) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
-    for dout_s, x_s, dw_s in zip(dout.split(rows), x.split(rows), dw):
-        torch.mm(_as_left_factor(dout_s, x_s), x_s, out=dw_s)
+    products += [partial(_weight_gradient, *parts) for parts in zip(dout.split(rows), x.split(rows), dw)]
+    run(products, x.device)
     return dx, dw
 
 
+def _weight_gradient(dout: Tensor, x: Tensor, dw: Tensor) -> None:
+    """Writes `dout^T x` into dw."""
+    torch.mm(_as_left_factor(dout, x), x, out=dw)
+
+
 def input_gradient(
-    dout: Tensor, weights: Sequence[Tensor], rows: Sequence[int], fp8: bool = False, onednn: bool = False
+    dout: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    fp8: bool = False,
+    onednn: bool = False,
+    run: Run = in_turn,
 ) -> Tensor:
     """`dout W`, each of the row ranges `rows` with its own weight -> `[R, K]`. `fp8`: of what fp8 holds of dout and W;
-    `onednn`: by its product."""
+    `onednn`: by its product; `run`: how the products are launched."""
     if fp8 and dout.device.type == "cuda":
         return backward_products(dout, weights, rows)
     if fp8:
@@ -83,8 +105,8 @@ def input_gradient(
         parts = [compat.fused_linear(dout_s, w.t(), None) for dout_s, w in zip(dout.split(rows), weights)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     dx = dout.new_empty(dout.shape[0], weights[0].shape[1])
-    for dout_s, w, dx_s in zip(dout.split(rows), weights, dx.split(rows)):
-        torch.mm(dout_s, w, out=dx_s)
+    parts = zip(dout.split(rows), weights, dx.split(rows))
+    run([partial(torch.mm, dout_s, w, out=dx_s) for dout_s, w, dx_s in parts], dout.device)
     return dx
 
 
@@ -144,8 +166,8 @@ def onednn_limit(implementation: str, dtype: torch.dtype) -> str | None:
     )
 
 
-def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False):
-    return *linear_backward(dout, x, weights, rows, needs_dx, fp8, onednn), bias_gradient(dout, rows, bias_dtype)
+def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, run=in_turn):
+    return *linear_backward(dout, x, weights, rows, needs_dx, fp8, onednn, run), bias_gradient(dout, rows, bias_dtype)
 
 
 def _forward_fake(x, weights, biases, rows, fp8=False):
@@ -162,6 +184,7 @@ forward_operator = register(
     "stream_linear",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool fp8=False) -> Tensor",
     torch=linear_forward,
+    kernels={SIDE_BY_SIDE: partial(linear_forward, run=side_by_side)},
     forms={"onednn": partial(linear_forward, onednn=True)},
     limit=lambda implementation, dtype, shape: onednn_limit(implementation, dtype),
     fake=_forward_fake,
@@ -171,6 +194,7 @@ backward_operator = register(
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx,"
     " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
+    kernels={SIDE_BY_SIDE: partial(_backward_torch, run=side_by_side)},
     forms={"onednn": partial(_backward_torch, onednn=True)},
     fake=backward_fake,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from cavmae_fast.ops.parity import assert_parity, flatten, repeats
 
 CASES = [case for case in catalogue.small() if case.operator == "adam_update"]
 MODES = ("torch", "triton")
+FILE = importlib.import_module("cavmae_fast.ops.adam_update")
+"The file, not the operator of the same name."
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -115,3 +119,34 @@ def test_tensors_at_odd_addresses():
     update("triton", plain)
     assert all(torch.equal(a, b) for a, b in zip(flatten(plain[:4]), flatten(views)))
     assert all(not buffer[40] and not buffer[81:83].any() and not buffer[123:].any() for buffer in buffers)
+
+
+class FakeDevice:
+    type = "cuda"
+
+
+def test_every_table_of_a_captured_step_has_memory(monkeypatch):
+    """A step has one for each dtype and alignment; each takes pinned memory that the step before left."""
+    capturing, device = [False], FakeDevice()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: self.clone())
+    tables = FILE._Tables()
+    step = [[(1,) * 7] * 3, [(2,) * 7] * 5, [(3,) * 7] * 3]
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match="captured in a CUDA graph before one ran"):
+        tables.get(step[0], device)
+    capturing[0] = False
+    for rows in step:
+        tables.get(rows, device)
+    for _ in range(2):  # it may be captured again after another step
+        capturing[0] = True
+        moved = [[(row[0] + 10, *row[1:]) for row in rows] for rows in step]
+        assert [tables.get(rows, device).tolist() for rows in moved] == [[list(r) for r in rows] for rows in moved]
+        with pytest.raises(RuntimeError, match="captured in a CUDA graph before one ran"):
+            tables.get([(9,) * 7] * 5, device)
+        assert [tables.get(rows, device).tolist() for rows in step] == [[list(r) for r in rows] for rows in step]  # known
+        capturing[0] = False
+        for rows in step:
+            tables.get(rows, device)
