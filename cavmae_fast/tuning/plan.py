@@ -62,6 +62,7 @@ ORDER = (
     "stream_linear",
     "masked_patch_mse",
     "scatter_tokens",
+    "distinct_tokens",
     "gather_tokens",
     "embed_kept_patches",
     "contrastive_loss",
