@@ -269,7 +269,7 @@ def test_one_pass_for_both_views_and_both_modalities(monkeypatch):
     model(audio, imgs)
     kept_a, kept_v = 1 + 3, 1 + 1  # of 16 and 8 patches
     encoders, fused = StreamLayout(6, (kept_a, kept_v)), StreamLayout(3, (kept_a + kept_v,))
-    assert seen == [encoders] * 2 + [fused] * 2 + [StreamLayout(3, (17, 9))]
+    assert seen == [encoders] * 2 + [fused] * 2 + [StreamLayout(1, (3 * kept_a + 17, 3 * kept_v + 9))]
     assert ends == [((17,), 13), ((9,), 7)]
     seen.clear()
     model.targets(audio, imgs)

@@ -333,7 +333,8 @@ def test_calls_are_those_that_a_step_of_towers_makes(model, monkeypatch):
     watch(packed, "attention", lambda qkv, layout, heads: (layout.batch, layout.lengths, qkv.shape[1] // 3, heads))
     watch(packed, "query_attention", lambda q, kv, wanted, layout, heads: (wanted.lengths, layout.lengths, heads))
     watch(towers, "embed_kept_patches", lambda images, ids, *_: (tuple(images.shape), ids if ids is None else ids.shape[1]))
-    watch(towers, "scatter_tokens", lambda x, places, *_: (len(x), tuple(places.shape)))
+    watch(towers, "distinct_tokens", lambda x, kept, *_: len(x))
+    watch(packed, "scatter_distinct", lambda x, kept: len(kept))
     built = system.create()
     system.step_loss(built, *clips_for(built, 2))
     said = {str(call.case): (call.case, call.weight) for call in plan.step_calls(model, 2)}
@@ -352,7 +353,8 @@ def test_calls_are_those_that_a_step_of_towers_makes(model, monkeypatch):
     assert made == pytest.approx({key: calls.count(key) for key in calls})
     kept = [row for row in seen["embed_kept_patches"] if row[1] is not None]
     assert len(kept) == sum(weight for name, (_, weight) in said.items() if name.startswith("embed_kept_patches"))
-    assert len(seen["scatter_tokens"]) == sum(w for name, (_, w) in said.items() if name.startswith("scatter_tokens"))
+    for function, operator in (("distinct_tokens", "distinct_tokens"), ("scatter_distinct", "scatter_tokens")):
+        assert len(seen[function]) == sum(w for name, (_, w) in said.items() if name.startswith(operator))
 
 
 def test_sizes_are_those_of_the_models():

@@ -1,7 +1,8 @@
 """CAV-MAE pretraining model on packed streams: the published signature, names and numbers, computed fast.
 
 Exact savings over the published forward: only kept patches are projected; the audio, video and joint passes of the shared
-block are one pass; the last decoder block runs for removed tokens alone; streams whose loss has weight 0 are not computed.
+block are one pass; the first decoder block's LayerNorm and qkv see a masked token once per position, not once per clip; the
+last decoder block runs for removed tokens alone; streams whose loss has weight 0 are not computed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from cavmae_fast.models.encoder import PackedEncoder, compute_dtype
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
 from cavmae_fast.models.weights import Pretrained
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
+from cavmae_fast.ops.distinct_tokens import distinct_tokens, kept_at
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
-from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.reference.cavmae_parameters import CAVMAEParameters
 from cavmae_fast.reference.layers import Block
 from cavmae_fast.reference.masking import MASK_MODES, Masking
@@ -56,18 +57,13 @@ class CAVMAE(Pretrained, FillsIn, PackedEncoder, CAVMAEParameters):
         self, joint: Tensor, masking_a: Masking, masking_v: Masking, blocks: Iterable[Block], dtype: torch.dtype
     ) -> State:
         """Joint tokens `[B, K, D]` back to their places, mask tokens elsewhere, and `blocks` of the decoder over them."""
-        batch, kept, _ = joint.shape
-        x = linear(joint.flatten(0, 1), [self.decoder_embed], StreamLayout(batch, (kept,)))
-        places, positions, before = [], [], 0
-        for m, masking in (("a", masking_a), ("v", masking_v)):
-            here = masking.ids_restore
-            count = masking.ids_keep.shape[1]
-            places.append(torch.where(here < count, here + before, -1))
-            before += count
-            positions.append(getattr(self, f"decoder_pos_embed_{m}") + getattr(self, f"decoder_modality_{m}"))
-        place, pos = torch.cat(places, dim=1), torch.cat(positions, dim=1)
-        x = scatter_tokens(x, place, self.mask_token.flatten(), pos.squeeze(0))
-        state = State(self.residual(x, dtype), None, StreamLayout(batch, (place.shape[1],)))
+        batch, count, _ = joint.shape
+        x = linear(joint.flatten(0, 1), [self.decoder_embed], StreamLayout(batch, (count,)))
+        length_a = self.patch_embed_a.num_patches
+        kept = kept_at(torch.cat([masking_a.ids_keep, masking_v.ids_keep + length_a], dim=1), sum(self.lengths.values()))
+        positions = [getattr(self, f"decoder_pos_embed_{m}") + getattr(self, f"decoder_modality_{m}") for m in ("a", "v")]
+        x = distinct_tokens(x, kept, self.mask_token.flatten(), torch.cat(positions, dim=1).squeeze(0))
+        state = State(self.residual(x, dtype), None, StreamLayout(1, (len(x),)), kept=[kept])
         for one in blocks:
             state = block(state, [one], [None], dtype, self.attention, recompute=self.recompute)
         return state

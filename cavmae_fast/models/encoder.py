@@ -120,7 +120,7 @@ class PackedEncoder(Embeds, DropPath, EncoderParameters):
         state = self.specific_blocks(self.embed_kept(inputs, ids_keep, dtype), modalities, dtype, paths)
         streams = [*(modalities if single else ()), *([None] if joint else ())]
         if joint:
-            x, delta, layout, _ = state.settled()
+            x, delta, layout, *_ = state.settled()
             x, layout = join_streams(x, delta, layout, single=single)
             state = State(self.residual(x, dtype), None, layout)
         tokens = self.shared_blocks(state, streams, dtype, paths)

@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, counted from a model: those that must be done, and those published.
 
 A product of `[m, k]` and `[k, n]` is `2 m k n` operations. The backward pass of a product is two products of its size,
-so a step is three forward passes; recomputation, normalization, softmax, GELU and the optimizer are not counted.
+so a step is three forward passes; recomputation, normalization, softmax, GELU and the optimizer are not counted. What the
+first decoder block saves on masked tokens depends on the batch, and is counted as if every clip had its own.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from cavmae_fast.models.drop_path import on_path
 from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
+from cavmae_fast.ops.distinct_tokens import Kept
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.origin import Origin
+from cavmae_fast.ops.origin import Origin, origin_of_last
 from cavmae_fast.ops.residual import Residual, as_tensor
+from cavmae_fast.ops.scatter_tokens import scatter_distinct
 from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear, with_bias_gradients
 from cavmae_fast.ops.stream_mlp import RECOMPUTE as MLP_RECOMPUTE
@@ -42,17 +44,21 @@ class State(NamedTuple):
 
     `owed`: the biases in delta whose gradients the next LayerNorm gives (`stream_layer_norm`). What uses delta in another
     way takes that of `settled`.
+
+    `kept`: an entry for each stream where x has only the tokens that differ (`ops/distinct_tokens.py`), as those of one
+    sample; `layout` says so. A block makes every sample's tokens of them where tokens begin to differ: at its attention.
     """
 
     x: Tensor | Residual
     delta: Tensor | None
     layout: StreamLayout
     owed: Sequence[Tensor] = ()
+    kept: Sequence[Kept] = ()
 
     def settled(self) -> State:
         """The same with ordinary tensors, which owe nothing."""
         delta = with_bias_gradients(self.delta, self.owed, self.layout) if self.owed else self.delta
-        return State(as_tensor(self.x), delta, self.layout)
+        return self._replace(x=as_tensor(self.x), delta=delta, owed=())
 
     def value(self) -> Tensor:
         """The residual stream as one tensor."""
@@ -125,10 +131,10 @@ def _called(compute: Callable[..., State], blocks: Sequence[Block], state: State
 def _checkpointed(compute: Callable[..., State], state: State, recompute: str, *args: Any) -> State:
     """`compute` with nothing formed again within it, of which the residual stream alone, its update added, is kept for
     backward."""
-    layout = state.layout
+    layout, kept = state.layout, state.kept
 
     def run(x: Tensor) -> State:
-        return compute(State(x, None, layout), "none", *args)
+        return compute(State(x, None, layout, kept=kept), "none", *args)
 
     # Nothing in a block is drawn at random: paths were drawn before.
     return checkpoint(run, state.value(), use_reentrant=False, preserve_rng_state=False)
@@ -145,14 +151,17 @@ def _block(
     fp8: bool,
 ) -> State:
     attention_path, mlp_path = (None, None) if paths is None else paths
-    layout = state.layout
+    layout, kept = state.layout, state.kept
     norm1s, norm2s = _norms(blocks, modalities)
     x, h, origin = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False)
     qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8)
+    if kept:
+        x, qkv, layout = scatter_distinct(x, kept), scatter_distinct(qkv, kept), _of_every_sample(kept)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
-    # The first norm keeps x: with the update, half as wide in autocast, it gives what the second one normalizes.
+    # The first norm keeps x, unless it saw only the tokens that differ: with the update, half as wide in autocast, it gives
+    # what the second one normalizes.
     updated = _updated(x, h, [b.attn.proj for b in blocks], layout, fp8, attention_path)
-    normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=True)
+    normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=not kept)
     return _mlp(normed, blocks, layout, recompute, fp8, mlp_path)
 
 
@@ -167,6 +176,11 @@ def _updated(
     return State(x, stream_linear(h, weights, _detached(biases), layout, fp8=fp8), layout, biases)
 
 
+def _of_every_sample(kept: Sequence[Kept]) -> StreamLayout:
+    """Where the tokens lie that `scatter_distinct` makes."""
+    return StreamLayout(len(kept[0].places), tuple(places.shape[1] for _, places in kept))
+
+
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
@@ -174,25 +188,40 @@ def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
 def block_for_tokens(
     state: State, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, recompute: str = "none"
 ) -> State:
-    """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values."""
+    """One block of a single stream, computed for the tokens `ids [B, M]` alone: the others serve as keys and values. Where
+    the state has only the tokens that differ, `ids` are masked ones."""
     return _called(_block_for_tokens, [one], state, recompute, one, ids, dtype, backend, in_fp8())
 
 
 def _block_for_tokens(
     state: State, recompute: str, one: Block, ids: Tensor, dtype: torch.dtype, backend: str, fp8: bool
 ) -> State:
-    layout = state.layout
-    wanted = StreamLayout(layout.batch, (ids.shape[1],))
+    layout, kept = state.layout, state.kept
+    wanted = StreamLayout(len(ids), (ids.shape[1],))
     x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
+    x = as_tensor(x)
     qkv, width = one.attn.qkv, h.shape[1]
     (weight, weight_kv), (bias, bias_kv) = (rounded(p, dtype).split([width, 2 * width]) for p in (qkv.weight, qkv.bias))
     kv = stream_linear(h, [weight_kv], [bias_kv], layout, origin=origin, fp8=fp8)
-    of_tokens = None if origin is None else gather_origin(origin, ids)
-    q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens, fp8=fp8)
+    if kept:  # masked ones, whose rows are the last ones
+        kv, layout = scatter_distinct(kv, kept), _of_every_sample(kept)
+        (length,) = layout.lengths
+        of_positions = None if origin is None else origin_of_last(origin, length)
+        q = stream_linear(h[-length:], [weight], [bias], StreamLayout(1, (length,)), origin=of_positions, fp8=fp8)
+        q, x = _at_positions(q, ids), _at_positions(x[-length:], ids)
+    else:
+        of_tokens = None if origin is None else gather_origin(origin, ids)
+        q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens, fp8=fp8)
+        x = gather_tokens(x, ids)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
-    updated = _updated(gather_tokens(as_tensor(x), ids), h, [one.attn.proj], wanted, fp8)
+    updated = _updated(x, h, [one.attn.proj], wanted, fp8)
     normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False)
     return _mlp(normed, [one], wanted, recompute, fp8)
+
+
+def _at_positions(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `[L, D]` that all samples share, at the positions `ids [B, M]` -> `[B * M, D]`."""
+    return gather_tokens(x.expand(len(ids), -1, -1).flatten(0, 1), ids)
 
 
 def _mlp(

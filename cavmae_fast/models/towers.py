@@ -1,8 +1,9 @@
 """The forward pass of one or two towers on packed streams: a stream for each tower, all of them in one buffer.
 
 `towers`, inputs, masks and what is returned are sequences of the same length, one entry for each tower; `recompute`, one of
-`packed.RECOMPUTE`, is what blocks form again in the backward pass. Exact savings: only kept patches are projected, and the
-last decoder block runs for removed patches alone.
+`packed.RECOMPUTE`, is what blocks form again in the backward pass. Exact savings: only kept patches are projected, the first
+decoder block's LayerNorm and qkv see a masked token once per position, and the last decoder block runs for removed patches
+alone.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from cavmae_fast.clip import ClipSpec
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
+from cavmae_fast.ops.distinct_tokens import distinct_tokens, kept_at
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
-from cavmae_fast.ops.scatter_tokens import scatter_tokens
 from cavmae_fast.reference.masking import Masking
 from cavmae_fast.reference.tower import Tower
 
@@ -102,14 +103,13 @@ def _decoder_state(
 ) -> State:
     """Tokens at their places, mask tokens elsewhere, through all blocks of the decoders but the last `leave_out`."""
     packed = pack(tokens)
-    kept = packed.layout.streams(linear(packed.x, [tower.decoder_embed for tower in towers], packed.layout))
-    streams = []
-    for tower, x, masking in zip(towers, kept, maskings, strict=True):
-        here = torch.where(masking.ids_restore < masking.ids_keep.shape[1], masking.ids_restore + 1, -1)
-        places = torch.cat([here.new_zeros(len(x), 1), here], dim=1)
-        mask_token, positions = tower.mask_token.flatten(), tower.decoder_pos_embed[0]
-        streams.append(scatter_tokens(x.flatten(0, 1), places, mask_token, positions).unflatten(0, (len(x), -1)))
-    state = pack(streams)
+    embedded = packed.layout.streams(linear(packed.x, [tower.decoder_embed for tower in towers], packed.layout))
+    kept, distinct = [], []
+    for tower, x, masking in zip(towers, embedded, maskings, strict=True):
+        ids = torch.cat([masking.ids_keep.new_zeros(len(x), 1), masking.ids_keep + 1], dim=1)  # class token first
+        kept.append(kept_at(ids, 1 + tower.num_patches))
+        distinct.append(distinct_tokens(x.flatten(0, 1), kept[-1], tower.mask_token.flatten(), tower.decoder_pos_embed[0]))
+    state = pack([x.unsqueeze(0) for x in distinct])._replace(kept=kept)
     stacks = [tower.decoder_blocks[: len(tower.decoder_blocks) - leave_out] for tower in towers]
     for blocks in zip(*stacks, strict=True):
         state = block(state, blocks, [None] * len(towers), dtype, backend, recompute=recompute)
@@ -143,8 +143,10 @@ def decode_removed(
     state, rows = state.settled(), state.layout.rows_per_stream
     deltas = [None] * len(towers) if state.delta is None else state.delta.split(rows)
     decoded = []
-    for tower, x, delta, length, masking in zip(towers, state.x.split(rows), deltas, state.layout.lengths, maskings):
-        alone = State(x, delta, StreamLayout(state.layout.batch, (length,)))
+    kepts = [[one] for one in state.kept] or [()] * len(towers)
+    parts = zip(towers, state.x.split(rows), deltas, state.layout.lengths, kepts, maskings)
+    for tower, x, delta, length, kept, masking in parts:
+        alone = State(x, delta, StreamLayout(state.layout.batch, (length,)), kept=kept)
         last = block_for_tokens(alone, tower.decoder_blocks[-1], masking.ids_removed + 1, dtype, backend, recompute)
         decoded += last.layout.streams(normalize(last, [tower.decoder_norm], dtype)[1])
     return decoded

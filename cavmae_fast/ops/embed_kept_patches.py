@@ -67,7 +67,7 @@ def take_patches_kernel(
 def add_position_kernel(
     projected,  # [B * K, D]
     ids,  # [B * K]
-    bias, modality,  # [D]; no modality is None
+    bias, modality,  # [D], or None
     pos,  # [L, D]
     out,  # [B * K, D]
     rows, kept,
@@ -82,7 +82,9 @@ def add_position_kernel(
         patch = row % kept
     offset = row.to(tl.int64)[:, None] * D + column[None, :]
     value = tl.load(projected + offset, mask=valid, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+    shift = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if bias is not None:
+        shift += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
     if modality is not None:
         shift += tl.load(modality + column, mask=column < D, other=0.0).to(tl.float32)
     value += tl.load(pos + patch[:, None] * D + column[None, :], mask=valid, other=0.0).to(tl.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,3 +29,12 @@ def origin_or_itself(x: Tensor, origin: Origin | None) -> Origin:
     """`origin`, or that of a tensor that is kept; its tensors carry no gradient."""
     form, tensors = origin or Origin(itself, (x,))
     return Origin(form, tuple(tensor.detach() for tensor in tensors))
+
+
+def origin_of_last(origin: Origin, rows: int) -> Origin:
+    """How the last rows of a tensor are formed again from what it is."""
+    return Origin(partial(_last, origin.form, rows), origin.tensors)
+
+
+def _last(form: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+    return form(*tensors)[-rows:]

@@ -1,17 +1,19 @@
-"""Kept tokens back to their places, a mask token at all others, + position.
+"""Every sample's tokens from those that differ: the kept ones of each sample, and those that all samples share.
 
-    out[b, l] = pos[l] + (x[b, places[b, l]] if places[b, l] >= 0 else mask_token)       [B * L, D] in pos' dtype
+    out[b, l] = x[b, places[b, l]] if places[b, l] >= 0 else x[B * K + l]                [B * L, D]
 
-with x [B * K, D], places [B, L], pos [L, D]; each of a sample's K tokens stands at exactly one place. Backward:
+with x [B * K + L, D] as `distinct_tokens.py` makes it, or what was computed of it, and places [B, L]; each of a sample's K
+tokens stands at exactly one place. Several streams lie one after the other, in x and in out. Backward:
 
-    dx[b, places[b, l]] = dout[b, l],   dpos[l] = sum over b of dout[b, l],
-    dmask_token = sum of dout[b, l] over all (b, l) with a negative place
+    dx[b, places[b, l]] = dout[b, l],   dx[B * K + l] = sum of dout[b, l] over all b with a negative place
 
 A program of the backward kernel owns a place and a tile of columns and goes through the batch: dout is read once, dx
-written once, and the sums over the batch are in a fixed order, without atomics.
+written once, and the sums over the batch are in float32 and in a fixed order, without atomics.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,168 +21,187 @@ from torch import Tensor
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.ops.gather_tokens import check_ids, check_rows
+from cavmae_fast.ops.distinct_tokens import Kept, distinct_tokens
+from cavmae_fast.ops.gather_tokens import check_ids, check_rows, flat_rows
+from cavmae_fast.ops.residual import Residual, new_carrier
+
+GROUP = 8
+"Samples whose gradients PyTorch's operators sum at a time: what that takes of memory stays small."
+
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
 def scatter_tokens_forward_kernel(
-    x,  # [B * K, D]
+    x,  # [B * K + L, D]
     places,  # [B * L]
-    mask_token,  # [D]
-    pos,  # [L, D]
     out,  # [B * L, D]
-    rows, kept, length,
+    rows, kept, length, shared,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """`shared`: the first row of x that all samples share."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = (row < rows)[:, None] & (column < D)[None, :]
     sample = row // length
     place = tl.load(places + row, mask=row < rows, other=-1)
-    standing = (place >= 0)[:, None]
-    source = (sample.to(tl.int64) * kept + place)[:, None] * D + column[None, :]
-    token = tl.load(x + source, mask=valid & standing, other=0.0).to(tl.float32)
-    masked = tl.load(mask_token + column, mask=column < D, other=0.0).to(tl.float32)
-    position = tl.load(pos + (row - sample * length)[:, None] * D + column[None, :], mask=valid, other=0.0)
-    value = tl.where(standing, token, masked[None, :]) + position.to(tl.float32)
-    tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=valid)
+    source = tl.where(place >= 0, sample.to(tl.int64) * kept + place, shared + row - sample * length)
+    value = tl.load(x + source[:, None] * D + column[None, :], mask=valid, other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=valid)
 
 
 @triton.jit
 def scatter_tokens_backward_kernel(
     dout,  # [B * L, D]
     places,  # [B * L]
-    dx,  # [B * K, D]
-    dpos, dmask_partial,  # [L, D] fp32
-    batch, kept, length,
-    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SUMS: tl.constexpr,
+    dx,  # [B * K + L, D]
+    batch, kept, length, shared,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of one place and BLOCK_D columns; the rows of BLOCK_B samples are in flight at once."""
     here = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (column < D)[None, :]
     total = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
-    masked = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
     for start in range(0, batch, BLOCK_B):
         sample = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         row = sample * length + here
         place = tl.load(places + row, mask=sample < batch, other=-1)
         standing = (place >= 0)[:, None]
-        valid = (sample < batch)[:, None] & inside
-        g = tl.load(dout + row[:, None] * D + column[None, :], mask=valid, other=0.0)
+        g = tl.load(dout + row[:, None] * D + column[None, :], mask=(sample < batch)[:, None] & inside, other=0.0)
         target = (sample * kept + place)[:, None] * D + column[None, :]
-        tl.store(dx + target, g.to(dx.dtype.element_ty), mask=standing & inside)
-        if SUMS:
-            total += g.to(tl.float32)
-            masked += tl.where(standing, 0.0, g.to(tl.float32))
-    if SUMS:
-        tl.store(dpos + here * D + column, tl.sum(total, axis=0), mask=column < D)
-        tl.store(dmask_partial + here * D + column, tl.sum(masked, axis=0), mask=column < D)
+        tl.store(dx + target, g, mask=standing & inside)
+        total += tl.where(standing, 0.0, g.to(tl.float32))
+    own = dx + (shared + here).to(tl.int64) * D + column
+    tl.store(own, tl.sum(total, axis=0).to(dx.dtype.element_ty), mask=column < D)
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
 
 
-def kept_rows(places: Tensor, kept: int) -> Tensor:
-    """places `[B, L]` -> `[B * K]`: the row of `[B * L]` at which each kept token stands."""
-    batch, length = places.shape
-    rows = torch.arange(batch * length, device=places.device).view(batch, length)
-    # Masked places all go to an extra column, which is cut off.
-    target = torch.where(places < 0, kept, places)
-    return places.new_empty(batch, kept + 1).scatter_(1, target, rows)[:, :kept].flatten()
+def _rows(ids: Sequence[Tensor], places: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The rows of each stream: of the tokens that differ, and of all."""
+    all_rows = [index.shape[0] * index.shape[1] for index in places]
+    return [i.shape[0] * i.shape[1] + p.shape[1] for i, p in zip(ids, places)], all_rows
 
 
-def _forward_triton(x, places, mask_token, pos, architecture):
-    (batch, length), width = places.shape, x.shape[1]
-    rows = batch * length
-    out = pos.new_empty(rows, width)
-    options = launch("scatter_tokens_forward", architecture, pos.dtype)
-    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_D"]))
-    kept = x.shape[0] // batch
-    scatter_tokens_forward_kernel[grid](x, places, mask_token, pos, out, rows, kept, length, D=width, **options)
+def _streams(distinct: Tensor, every: Tensor, ids: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[tuple]:
+    """Of each stream the tokens that differ, all tokens, ids and places."""
+    few, many = _rows(ids, places)
+    return zip(distinct.split(few), every.split(many), ids, places)
+
+
+def _forward_triton(x, ids, places, architecture):
+    width = x.shape[1]
+    out = x.new_empty(sum(_rows(ids, places)[1]), width)
+    options = launch("scatter_tokens_forward", architecture, x.dtype)
+    for x_s, out_s, ids_s, places_s in _streams(x, out, ids, places):
+        rows, (batch, kept) = len(out_s), ids_s.shape
+        grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_D"]))
+        arguments = (rows, kept, places_s.shape[1], batch * kept)
+        scatter_tokens_forward_kernel[grid](x_s, places_s, out_s, *arguments, D=width, **options)
     return out
 
 
-def _backward_triton(dout, places, kept, dtype, sums, architecture):
-    (batch, length), width = places.shape, dout.shape[1]
-    dx = dout.new_empty(batch * kept, width, dtype=dtype)
-    dpos, dmask = (dout.new_empty((length, width) if sums else (0,), dtype=torch.float32) for _ in range(2))
+def _backward_triton(dout, ids, places, architecture):
+    width = dout.shape[1]
+    dx = dout.new_empty(sum(_rows(ids, places)[0]), width)
     options = launch("scatter_tokens_backward", architecture, dout.dtype)
-    scatter_tokens_backward_kernel[(length, triton.cdiv(width, options["BLOCK_D"]))](
-        dout, places, dx, dpos, dmask, batch, kept, length, D=width, SUMS=sums, **options
-    )
-    return dx, dmask.sum(0) if sums else dmask, dpos
+    for dx_s, dout_s, ids_s, places_s in _streams(dx, dout, ids, places):
+        (batch, kept), length = ids_s.shape, places_s.shape[1]
+        grid = (length, triton.cdiv(width, options["BLOCK_D"]))
+        arguments = (batch, kept, length, batch * kept)
+        scatter_tokens_backward_kernel[grid](dout_s, places_s, dx_s, *arguments, D=width, **options)
+    return dx
 
 
-def _forward_torch(x, places, mask_token, pos):
-    batch, length = places.shape
-    rows = kept_rows(places, x.shape[0] // batch)
-    out = torch.empty(batch * length, pos.shape[1], dtype=pos.dtype, device=pos.device)
-    out.view(batch, length, -1).copy_((pos + mask_token).expand(batch, -1, -1))
-    out[rows] = (pos.index_select(0, rows % length) + x).to(pos.dtype)
+def _forward_torch(x, ids, places):
+    out = x.new_empty(sum(_rows(ids, places)[1]), x.shape[1])
+    for x_s, out_s, ids_s, places_s in _streams(x, out, ids, places):
+        batch, length = places_s.shape
+        out_s.view(batch, length, -1).copy_(x_s[-length:].expand(batch, -1, -1))
+        out_s[flat_rows(ids_s, length)] = x_s[:-length]
     return out
 
 
-def _backward_torch(dout, places, kept, dtype, sums):
-    batch, length = places.shape
-    dx = dout.index_select(0, kept_rows(places, kept)).to(dtype)
-    statistics = torch.promote_types(dout.dtype, torch.float32)
-    if not sums:
-        return dx, *(dout.new_empty(0, dtype=statistics) for _ in range(2))
-    dout = dout.to(statistics)
-    dpos = dout.view(batch, length, -1).sum(0)
-    dmask = (places < 0).to(statistics).flatten() @ dout
-    return dx, dmask, dpos
+def _backward_torch(dout, ids, places):
+    dx = dout.new_empty(sum(_rows(ids, places)[0]), dout.shape[1])
+    for dx_s, dout_s, ids_s, places_s in _streams(dx, dout, ids, places):
+        batch, length = places_s.shape
+        torch.index_select(dout_s, 0, flat_rows(ids_s, length), out=dx_s[:-length])
+        total = torch.zeros(length, dout.shape[1], dtype=torch.promote_types(dout.dtype, torch.float32), device=dout.device)
+        for samples, here in zip(dout_s.view(batch, length, -1).split(GROUP), places_s.split(GROUP)):
+            total += samples.masked_fill((here >= 0).unsqueeze(-1), 0).sum(0, dtype=total.dtype)
+        dx_s[-length:] = total
+    return dx
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _forward_fake(x, places, mask_token, pos):
-    return pos.new_empty(places.shape[0] * places.shape[1], pos.shape[1])
-
-
-def _backward_fake(dout, places, kept, dtype, sums):
-    batch, length = places.shape
-    width = dout.shape[1]
-    statistics = torch.promote_types(dout.dtype, torch.float32)
-    dx = dout.new_empty(batch * kept, width, dtype=dtype)
-    shapes = ((width,), (length, width)) if sums else ((0,), (0,))
-    return dx, *(dout.new_empty(shape, dtype=statistics) for shape in shapes)
-
-
 _forward = register(
     "scatter_tokens",
-    "(Tensor x, Tensor places, Tensor mask_token, Tensor pos) -> Tensor",
+    "(Tensor x, Tensor[] ids, Tensor[] places) -> Tensor",
     torch=_forward_torch,
     triton=_forward_triton,
-    fake=_forward_fake,
+    fake=lambda x, ids, places: x.new_empty(sum(_rows(ids, places)[1]), x.shape[1]),
 )
 _backward = register(
     "scatter_tokens_backward",
-    "(Tensor dout, Tensor places, SymInt kept, ScalarType dtype, bool sums) -> (Tensor dx, Tensor dmask_token, Tensor dpos)",
+    "(Tensor dout, Tensor[] ids, Tensor[] places) -> Tensor",
     torch=_backward_torch,
     triton=_backward_triton,
-    fake=_backward_fake,
+    fake=lambda dout, ids, places: dout.new_empty(sum(_rows(ids, places)[0]), dout.shape[1]),
 )
 
 
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, places, mask_token, pos):
-        ctx.save_for_backward(places)
-        ctx.kept, ctx.dtypes = x.shape[0] // places.shape[0], (x.dtype, mask_token.dtype, pos.dtype)
-        return _forward(x, places, mask_token, pos)
+class _ScatterDistinct(torch.autograd.Function):
+    """Where x has a carrier, gradients go by way of it, and x itself has none."""
 
     @staticmethod
-    def backward(ctx, dout):
-        _, _, need_mask, need_pos = ctx.needs_input_grad
-        x_dtype, mask_dtype, pos_dtype = ctx.dtypes
-        (places,) = ctx.saved_tensors
-        dx, dmask, dpos = _backward(dout.contiguous(), places, ctx.kept, x_dtype, need_mask or need_pos)
-        return dx, None, dmask.to(mask_dtype) if need_mask else None, dpos.to(pos_dtype) if need_pos else None
+    def forward(ctx, x, carrier, *indices):
+        ctx.save_for_backward(*indices)
+        ctx.set_materialize_grads(False)
+        out = _forward(x, *_ids_and_places(indices))
+        if carrier is None:
+            return out
+        ctx.mark_non_differentiable(out)
+        return out, new_carrier(out, carrier.dtype)
+
+    @staticmethod
+    def backward(ctx, dout, dcarrier=None):
+        indices = ctx.saved_tensors
+        dx, dcarrier = (None if g is None else _backward(g.contiguous(), *_ids_and_places(indices)) for g in (dout, dcarrier))
+        return dx, dcarrier, *[None] * len(indices)
+
+
+def _ids_and_places(indices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return list(indices[: len(indices) // 2]), list(indices[len(indices) // 2 :])
+
+
+def scatter_distinct(x: Tensor | Residual, kept: Sequence[Kept]) -> Tensor | Residual:
+    """Every sample's tokens from those that differ, which `distinct_tokens` made, or from what was computed of these.
+
+    x: of every stream its B * K + L rows, `kept` says where they stand -> of every stream its B * L rows, of x's width and
+    dtype. Backward, what belongs to masked tokens of one position is summed over the samples, in float32. A `Residual`
+    gives one. Raises ValueError when a shape does not fit.
+    """
+    x, carrier = x if isinstance(x, Residual) else (x, None)
+    ids, places = (list(indices) for indices in zip(*kept))
+    few, _ = _rows(ids, places)
+    if x.dim() != 2 or len(x) != sum(few):
+        raise ValueError(f"x has shape {list(x.shape)}; the tokens that differ are [{sum(few)}, width]")
+    out = _ScatterDistinct.apply(x.contiguous(), carrier, *ids, *places)
+    return out if carrier is None else Residual(*out)
+
+
+def kept_rows(places: Tensor, kept: int) -> Tensor:
+    """places `[B, L]` -> `[B, K]`: the place at which each kept token stands."""
+    # Masked places all go to an extra column, which is cut off.
+    target = torch.where(places < 0, kept, places)
+    length = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    return places.new_empty(len(places), kept + 1).scatter_(1, target, length)[:, :kept].contiguous()
 
 
 def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
@@ -193,12 +214,7 @@ def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -
     """
     check_ids("places", places)
     check_rows("x", x, places.shape[0])
-    length, width = places.shape[1], x.shape[1]
     if x.shape[0] > places.numel():
         raise ValueError(f"x has {x.shape[0]} rows; places {list(places.shape)} have room for {places.numel()}")
-    for name, value, shape in (("mask_token", mask_token, (width,)), ("pos", pos, (length, width))):
-        if value.shape != shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}; x and places need {list(shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} is {value.dtype}; it must be floating-point")
-    return _ScatterTokens.apply(x.contiguous(), places.contiguous(), mask_token.contiguous(), pos.contiguous())
+    kept = Kept(kept_rows(places, x.shape[0] // places.shape[0]), places.contiguous())
+    return scatter_distinct(distinct_tokens(x, kept, mask_token, pos), [kept])

@@ -173,6 +173,25 @@ def scatter_tokens(x: Tensor, places: Tensor, mask_token: Tensor, pos: Tensor) -
     return (tokens + pos).flatten(0, 1)
 
 
+def distinct_tokens(x: Tensor, ids: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    """Kept tokens at their positions, and behind them the mask token at every position.
+
+    x `[B * K, D]`, ids `[B, K]` (at which place each token stands), mask_token `[D]`, pos `[L, D]` -> `[B * K + L, D]`.
+    """
+    return torch.cat([x + pos[ids.flatten()], mask_token + pos])
+
+
+def scatter_distinct(x: Tensor, places: Tensor) -> Tensor:
+    """Every sample's tokens from those that differ, which lie as `distinct_tokens` returns them.
+
+    x `[B * K + L, D]`, places `[B, L]` (which of the sample's K tokens stands at place l; negative: the shared one)
+    -> `[B * L, D]`.
+    """
+    batch, length = places.shape
+    tokens = take_tokens(x[:-length].unflatten(0, (batch, -1)), places.clamp(min=0))
+    return torch.where((places >= 0).unsqueeze(-1), tokens, x[-length:]).flatten(0, 1)
+
+
 def masked_patch_mse(
     pred: Tensor,
     images: Tensor,

@@ -26,7 +26,7 @@ class Tuned(NamedTuple):
     cpu_batch: int
     "Clips of a step on a CPU, which is slow."
     bytes_per_clip: float = 0.3e9
-    """Of a clip in training in 16 bits, about: 164 MiB kept for backward in the base model, and what is formed meanwhile; of
+    """Of a clip in training in 16 bits, about: 162 MiB kept for backward in the base model, and what is formed meanwhile; of
     others in proportion (`doctor --model` says what is kept)."""
 
 
@@ -62,6 +62,7 @@ ORDER = (
     "stream_linear",
     "masked_patch_mse",
     "scatter_tokens",
+    "distinct_tokens",
     "gather_tokens",
     "embed_kept_patches",
     "contrastive_loss",

@@ -29,6 +29,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
 (
     adam_update,
     contrastive_loss,
+    distinct_tokens,
     embed_kept_patches,
     gather_tokens,
     log_mel_fbank,
@@ -41,6 +42,7 @@ from cavmae_fast.ops.pixels import scale_and_shift
     for name in (
         "adam_update",
         "contrastive_loss",
+        "distinct_tokens",
         "embed_kept_patches",
         "gather_tokens",
         "log_mel_fbank",
@@ -196,10 +198,10 @@ def _tokens(dtype: torch.dtype, length: int, kept: int, width: int, architecture
     gather_tokens._backward_triton(x, ids, length, architecture)
     for pos_dtype in {dtype, torch.float32}:
         pos = torch.empty(length, width, dtype=pos_dtype)
-        scatter_tokens._forward_triton(x, places, torch.empty(width), pos, architecture)
-        dout = torch.empty(batch * length, width, dtype=pos_dtype)
-        for sums in (True, False):
-            scatter_tokens._backward_triton(dout, places, kept, dtype, sums, architecture)
+        few = distinct_tokens._forward_triton(x, ids, torch.empty(width), pos, architecture)
+        distinct_tokens._backward_triton(few, ids, places, dtype, True, architecture)
+        every = scatter_tokens._forward_triton(few, [ids], [places], architecture)
+        scatter_tokens._backward_triton(every, [ids], [places], architecture)
 
 
 def _patches(dtype, channels: int, height: int, width: int, kept: int, dim: int, p: int, out_dtype, pixels, *more) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from cavmae_fast.ops.adam_update import adam_update
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.catalogue.case import LOW_AND_FULL, Case, Draw, in_float32, of_first, rounded, size
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
+from cavmae_fast.ops.distinct_tokens import Kept, distinct_tokens, kept_at
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.fp8 import VALUES, rounded_rows
 from cavmae_fast.ops.gather_tokens import gather_tokens
@@ -19,7 +22,7 @@ from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.log_mel_fbank import log_mel_fbank, log_mel_features
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
-from cavmae_fast.ops.scatter_tokens import scatter_tokens
+from cavmae_fast.ops.scatter_tokens import scatter_distinct
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.reference import fbank
@@ -233,25 +236,53 @@ def gather(name: str, batch: int, length: int, taken: int, width: int) -> Case:
     )
 
 
-def scatter(name: str, batch: int, length: int, kept: int, width: int, *, full: bool = True) -> Case:
-    """`full`: positions in float32, as in training."""
+def distinct(name: str, batch: int, length: int, kept: int, width: int, *, full: bool = True, trained: bool = True) -> Case:
+    """`full`: positions in float32, as in training. `trained`: they have a gradient."""
 
     def draw(d: Draw) -> list:
-        order = d.order(batch, length)
-        places = torch.where(order < kept, order, -1)
-        pos = d.full if full else d.low
-        return [d.low(batch * kept, width), places, d.full(width), pos(length, width)]
+        pos = (d.full if full else d.low)(length, width)
+        ids = d.order(batch, length)[:, :kept].contiguous()
+        return [d.low(batch * kept, width), ids, d.full(width), pos.requires_grad_(trained)]
 
-    def moved(x, places, mask_token, pos):
-        least = size(x, places, pos) + batch * size(pos)
+    def moved(x, ids, mask_token, pos):
+        least = size(x, ids, pos) + (batch * kept + length) * width * pos.element_size()
+        return least, least
+
+    return Case(
+        "distinct_tokens",
+        name,
+        ours=lambda x, ids, mask_token, pos: distinct_tokens(x, kept_at(ids, length), mask_token, pos),
+        reference=reference.distinct_tokens,
+        baseline=rounded(reference.distinct_tokens, lambda x, ids, mask_token, pos: [pos.dtype]),
+        draw=draw,
+        moved=moved,
+    )
+
+
+def scatter(name: str, batch: int, lengths: Sequence[int], kept: Sequence[int], width: int, *, full: bool = False) -> Case:
+    """Of streams of `lengths` tokens, of which `kept` are kept. `full`: in float32, as the residual stream is in training."""
+
+    def draw(d: Draw) -> list:
+        stream = d.full if full else d.low
+        orders = [d.order(batch, length) for length in lengths]
+        places = [torch.where(order < count, order, -1) for order, count in zip(orders, kept)]
+        ids = [order.argsort(1)[:, :count].contiguous() for order, count in zip(orders, kept)]
+        return [stream(batch * sum(kept) + sum(lengths), width), ids, places]
+
+    def plain(x, ids, places):
+        rows = [batch * count + length for count, length in zip(kept, lengths)]
+        return torch.cat([reference.scatter_distinct(*stream) for stream in zip(x.split(rows), places)])
+
+    def moved(x, ids, places):
+        least = size(x, *places) + batch * sum(lengths) * width * x.element_size()
         return least, least
 
     return Case(
         "scatter_tokens",
         name,
-        ours=scatter_tokens,
-        reference=reference.scatter_tokens,
-        baseline=rounded(reference.scatter_tokens, lambda x, places, mask_token, pos: [pos.dtype]),
+        ours=lambda x, ids, places: scatter_distinct(x, [Kept(*stream) for stream in zip(ids, places)]),
+        reference=plain,
+        baseline=rounded(plain, of_first),
         draw=draw,
         moved=moved,
     )

@@ -71,6 +71,11 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
         (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
     ]
+    with_class = [1 + count for count in kept.values()]
+    found += [
+        (calls.scatter("decoders", batch, decoders.lengths, with_class, wide, full=True), 1),
+        (calls.scatter("decoders-qkv", batch, decoders.lengths, with_class, 3 * wide), 1),
+    ]
     if s.fusion_depth:
         found.append((calls.attend("fusion", fusion, fusion, width, s.heads), s.fusion_depth))
     for m, count in s.patches.items():
@@ -78,7 +83,7 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         found += [
             (calls.attend(f"decoder-last-{m}", gone, all_of_it, wide, s.decoder_heads), 1),
             (calls.gather(f"decoder-{m}", batch, 1 + count, removed[m], wide), 2),
-            (calls.scatter(f"decoder-{m}", batch, 1 + count, 1 + kept[m], wide), 1),
+            (calls.distinct(f"decoder-{m}", batch, 1 + count, 1 + kept[m], wide, trained=False), 1),
             *_pixels(m, batch, s, kept[m], removed[m]),
         ]
     if len(s.modalities) > 1:
