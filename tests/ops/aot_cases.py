@@ -21,6 +21,7 @@ from cavmae_fast.ops import (
     configuration,
     dgelu_bias,
     fp8,
+    layer_norm_kernels,
     product_kernels,
 )
 from cavmae_fast.ops.pixels import scale_and_shift
@@ -34,7 +35,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
     log_mel_fbank,
     masked_patch_mse,
     scatter_tokens,
-    stream_layer_norm,
     stream_tiles,
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
@@ -46,7 +46,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
         "log_mel_fbank",
         "masked_patch_mse",
         "scatter_tokens",
-        "stream_layer_norm",
         "stream_tiles",
     )
 )
@@ -64,13 +63,13 @@ def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool,
     stats = torch.empty(rows)
     update = low if delta else None
     for store in (True, False) if delta else (False,):
-        stream_layer_norm._forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
+        layer_norm_kernels.forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
     updates = [low] * delta
     for kept in {None, update}:
         arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths)
-        stream_layer_norm._backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
+        layer_norm_kernels.backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
     if delta:  # the residual stream's gradient in 16 bits; and a sum of many rows
-        stream_layer_norm._backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
+        layer_norm_kernels.backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
         stream_tiles.sum_of_streams(torch.empty(300, 3, width), [100] * 3, 3, architecture)
 
 
@@ -109,7 +108,7 @@ CASES["product-ones-bf16"] = partial(_products, torch.bfloat16, 1, 1, [1], True)
 
 def _quantize(dtype: torch.dtype, width: int, rows: int, architecture: str) -> None:
     for to in (fp8.VALUES, fp8.GRADIENTS):
-        fp8._quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
+        fp8.quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
 
 
 CASES["quantize-hidden-bf16"] = partial(_quantize, torch.bfloat16, 3072, 177)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cavmae_fast.clip import SAMPLE_RATE
-from cavmae_fast.ops.catalogue import calls
+from cavmae_fast.ops.catalogue import calls, fp8_calls
 from cavmae_fast.ops.catalogue.case import Case, outputs_of
 from cavmae_fast.ops.layout import StreamLayout
 
@@ -89,7 +89,16 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.linear("decoder-fc1", decoder, decoder_width, 4 * decoder_width, shared=True, gelu=True),
         calls.hidden("encoders", encoders, width, 4 * width, shared=False),
         calls.hidden("decoder", decoder, decoder_width, 4 * decoder_width, shared=True),
-        calls.quantized("decoder", decoder.rows, decoder_width),
+        fp8_calls.quantized("decoder", decoder.rows, decoder_width),
+        fp8_calls.norm("encoders", encoders, width),
+        fp8_calls.norm("decoder", decoder, decoder_width),
+        fp8_calls.linear("encoders-qkv", encoders, width, 3 * width, shared=False),
+        fp8_calls.linear("decoder-fc1", decoder, decoder_width, 4 * decoder_width, shared=True),
+        fp8_calls.linear("decoder-fc1-gradient", decoder, decoder_width, 4 * decoder_width, shared=True, gradient=True),
+        fp8_calls.activation("encoders", encoders.rows, 4 * width),
+        fp8_calls.activation("decoder", decoder.rows, 4 * decoder_width),
+        fp8_calls.hidden("encoders", encoders, width, 4 * width, shared=False),
+        fp8_calls.hidden("decoder", decoder, decoder_width, 4 * decoder_width, shared=True),
         calls.attend("encoders", encoders, encoders, width, s.heads),
         calls.attend("shared", shared, shared, width, s.heads),
         calls.attend("decoder", decoder, decoder, decoder_width, s.decoder_heads),
@@ -152,7 +161,14 @@ def small() -> list[Case]:
         calls.linear("streams", two, 17, 33, shared=False, gelu=True),
         calls.hidden("one-weight", three, 24, 40, shared=True),
         calls.hidden("streams", two, 17, 33, shared=False),
-        calls.quantized("odd", 7, 33),
+        fp8_calls.quantized("odd", 7, 33),
+        fp8_calls.norm("streams", two, 33),
+        fp8_calls.linear("one-weight", three, 32, 48, shared=True),
+        fp8_calls.linear("streams", two, 16, 48, shared=False),
+        fp8_calls.linear("gradient", two, 16, 48, shared=False, gradient=True),
+        fp8_calls.activation("odd", 7, 33),
+        fp8_calls.hidden("one-weight", three, 32, 48, shared=True),
+        fp8_calls.hidden("streams", two, 16, 48, shared=False),
         calls.attend("packed", three, three, 32, 2),
         calls.attend("queries", StreamLayout(2, (5,)), one, 32, 2),
         calls.gather("some", 2, 11, 5, 24),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cavmae_fast.clip import SAMPLE_RATE, SHIFT_SECONDS
-from cavmae_fast.ops.catalogue import calls
+from cavmae_fast.ops.catalogue import calls, fp8_calls
 from cavmae_fast.ops.catalogue.case import Case
 from cavmae_fast.ops.layout import StreamLayout
 
@@ -67,7 +67,7 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.linear("decoders-fc1", decoders, wide, 4 * wide, shared=False, gelu=True), s.decoder_depth),
         (calls.hidden("encoders", encoders, width, 4 * width, shared=False), blocks),
         (calls.hidden("decoders", decoders, wide, 4 * wide, shared=False), s.decoder_depth),
-        (calls.quantized("decoders", decoders.rows, wide), 0),  # in fp8 alone
+        (fp8_calls.quantized("decoders", decoders.rows, wide), 0),  # in fp8 alone
         (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
         (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
     ]
