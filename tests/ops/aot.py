@@ -36,7 +36,7 @@ WHOLE = (90,)
 """Those for which every case is compiled. For the others only the cases of docs/kernels.md are, and all with `--everywhere`,
 which takes three times as long. Cases whose names begin with "offered", all that the tuner tries, are compiled when they are
 asked for by name."""
-SINCE = {"quantize": 89}
+SINCE = {"quantize": 89, "fp8": 89, "fp8_product": 89}
 "First word of a case -> the least capability that has its instructions."
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 "Those of the other capabilities are mma.sync."
@@ -100,6 +100,7 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
     """Compiles one launch for `sm_<capability>` -> registers, spilled bytes, shared bytes, whether matrix units are used."""
     source, options = source_of(*launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    of_fp8 = any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 and x.dtype.is_floating_point for x in launch[1])
     return {
         "kernel": launch[0].__name__,
         "capability": capability,
@@ -107,8 +108,18 @@ def compile_launch(launch: tuple[JITFunction, tuple, dict], capability: int) -> 
         **machine_code(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
-        "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
+        "matrix": uses_matrix_units(compiled.asm["ptx"], capability, of_fp8),
     }
+
+
+def uses_matrix_units(ptx: str, capability: int, of_fp8: bool) -> bool:
+    """Whether the code has matrix instructions, `of_fp8`: of 8-bit numbers in both factors."""
+    found = re.findall(rf"{re.escape(MATRIX_INSTRUCTIONS.get(capability, 'mma.sync'))}\S*", ptx)
+    if of_fp8 and capability == 100:  # the instruction's descriptor holds the types
+        return any(".kind::f8f6f4" in text for text in found)
+    if of_fp8:
+        return any(len(re.findall(r"\.e[45]m[23]", text)) == 2 for text in found)
+    return bool(found)
 
 
 @functools.cache
