@@ -17,6 +17,20 @@ from cavmae_fast.ops.stream_layer_norm import quantized_layer_norm
 from cavmae_fast.reference import operators as reference
 
 
+def block(name: str, layout: StreamLayout, width: int, *, shared: bool) -> list[tuple[Case, float]]:
+    """What a transformer block of `width` calls in fp8 in a training step, and how often. `shared`: one set of weights for all
+    streams. A product that is not among them counts as its share, by operations, of one that is: qkv, proj and fc2 of fc1."""
+    wide = 4 * width
+    return [
+        (quantized(name, layout.rows, width), 6.0),  # what attention takes and gives back (3), gives, and both updates' gradients
+        (norm(name, layout, width), 2.0),
+        (linear(f"{name}-fc1", layout, width, wide, shared=shared), 3.0),
+        (linear(f"{name}-fc1-gradient", layout, width, wide, shared=shared, gradient=True), 2.0),
+        (activation(name, layout.rows, wide), 1.0),
+        (hidden(name, layout, width, wide, shared=shared), 1.0),
+    ]
+
+
 def quantized(name: str, rows: int, width: int) -> Case:
     """What fp8 holds of an activation."""
 

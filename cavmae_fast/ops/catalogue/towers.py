@@ -67,10 +67,11 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.linear("decoders-fc1", decoders, wide, 4 * wide, shared=False, gelu=True), s.decoder_depth),
         (calls.hidden("encoders", encoders, width, 4 * width, shared=False), blocks),
         (calls.hidden("decoders", decoders, wide, 4 * wide, shared=False), s.decoder_depth),
-        (fp8_calls.quantized("decoders", decoders.rows, wide), 0),  # in fp8 alone
         (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
         (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
     ]
+    for name, layout, of, count in (("encoders", encoders, width, blocks), ("decoders", decoders, wide, s.decoder_depth)):
+        found += [(case, each * count) for case, each in fp8_calls.block(name, layout, of, shared=False)]
     if s.fusion_depth:
         found.append((calls.attend("fusion", fusion, fusion, width, s.heads), s.fusion_depth))
     for m, count in s.patches.items():
