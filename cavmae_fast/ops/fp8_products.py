@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cavmae_fast import compat
 from cavmae_fast.ops.dgelu_bias import dgelu_bias_quantized, dgelu_bias_torch
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, dequantized, empty_quantized, fp8_limit, quantize_rows
@@ -26,22 +26,12 @@ def has_units(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def on_units(a: Quantized, b: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`a b^T + bias` of a `[M, K]` and b `[N, K]`, on fp8 units -> `[M, N]` in `dtype`, which is bias's.
+def on_units(a: Quantized, b: Quantized, bias: Tensor | None, out: Tensor) -> None:
+    """`a b^T + bias` of a `[M, K]` and b `[N, K]`, on fp8 units, into out `[M, N]`, whose dtype is bias's.
 
     Hopper's units add up with 14 bits, which suits values with 4; sums of gradients go to float32 every few products.
     """
-    return F.scaled_mm(
-        a.rows,
-        b.rows.t(),
-        a.scale,
-        F.ScalingType.RowWise,
-        b.scale.t(),
-        F.ScalingType.RowWise,
-        bias=bias,
-        output_dtype=dtype,
-        use_fast_accum=a.rows.dtype == VALUES,
-    )
+    compat.scaled_mm(a.rows, b.rows, a.scale, b.scale, bias, out, fast=a.rows.dtype == VALUES)
 
 
 def _product_torch(x, scale, weights, scales, biases, rows, dtype):
@@ -54,8 +44,10 @@ def _product_torch(x, scale, weights, scales, biases, rows, dtype):
     parts = [Quantized(*part) for part in zip(x.split(rows), scale.split(rows))]
     matrices = [Quantized(*w) for w in zip(weights, scales)]
     biases = [b.to(dtype) for b in biases] or [None] * len(weights)
-    parts = [on_units(*each, dtype) for each in zip(parts, matrices, biases)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    out = torch.empty(len(x), len(weights[0]), dtype=dtype, device=x.device)
+    for each in zip(parts, matrices, biases, out.split(rows)):
+        on_units(*each)
+    return out
 
 
 _product = register(

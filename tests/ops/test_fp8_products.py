@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cavmae_fast import compat
 from cavmae_fast.ops import dispatch, fp8, fp8_products
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.parity import poisoned_allocations
@@ -173,21 +174,20 @@ def test_odd_widths_are_refused():
         stream_linear(x, [weight], [draw(16, seed=2)], LAYOUT, fp8=True)
 
 
-def test_what_a_gpu_is_given(monkeypatch):
-    """The calls for fp8 units, played by PyTorch on the CPU, give what the CPU's form gives."""
-
-    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, bias, output_dtype, use_fast_accum):
-        assert a.dtype in (fp8.VALUES, fp8.GRADIENTS) and b.dtype == fp8.VALUES
-        assert a.is_contiguous() and b.t().is_contiguous()
-        assert recipe_a == recipe_b == torch.nn.functional.ScalingType.RowWise
-        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
-        assert use_fast_accum == (a.dtype == fp8.VALUES)
-        out = (a.float() * scale_a) @ (b.float() * scale_b)
-        return (out if bias is None else out + bias.float()).to(output_dtype)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+@pytest.mark.parametrize("has_operator", [True, False])
+def test_what_a_gpu_is_given(monkeypatch, has_operator):
+    """The calls for fp8 units, which PyTorch has for CPUs as well, give what the CPU's form gives."""
     x, weights, biases, *_ = arguments(2)
-    rows, low = LAYOUT.rows_per_stream, torch.bfloat16
+    rows, low, seen = LAYOUT.rows_per_stream, torch.bfloat16, []
+
+    def scaled_mm(*args, fast):
+        seen.append((args[0].dtype, fast))
+        return real(*args, fast=fast)
+
+    real = compat.scaled_mm
+    monkeypatch.setattr(compat, "scaled_mm", scaled_mm)
+    if not has_operator:
+        monkeypatch.setattr(torch.ops.aten, "_scaled_mm_v2", None)
     with torch.no_grad():
         results = []
         for has_units in (False, True):
@@ -195,4 +195,5 @@ def test_what_a_gpu_is_given(monkeypatch):
             out = fp8_products.fp8_linear(fp8.quantize_rows(x, fp8.VALUES), weights, biases, rows, low)
             dx = fp8_products.fp8_input_gradient(fp8.quantize_rows(out, fp8.GRADIENTS), weights, rows, low)
             results.append((out, dx))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, rtol=2**-7, atol=2**-8)
+    assert seen == 2 * [(fp8.VALUES, True)] + 2 * [(fp8.GRADIENTS, False)]
