@@ -6,14 +6,15 @@ The step is the real one. Its forward and backward pass run on the CPU with two 
 Triton implementation; each launch is noted, PyTorch's with what they compute, Triton's without running them. What a launch
 takes at the batch that is asked for follows from the two, because it grows in proportion to the clips.
 
-Counted of a launch: bytes, each tensor that it is given or makes once; floating-point operations of its products; its
-exponentials. Its floor is the longest that one of the three takes at the GPU's rates; a prediction takes the share of each
-rate that kernels reach. The update of the weights is added as the one launch that it is on a GPU, with what it reads and
-writes: PyTorch's AdamW, or with `--optimizer fast-adamw` this package's, which takes gradients in bfloat16 and also writes
-the weights rounded, so that the step converts neither.
+Counted of a launch: bytes, each tensor that it is given or makes once; floating-point operations of its products,
+those of 8-bit numbers apart; its exponentials. Its floor is the longest that one of these takes at the GPU's rates; a
+prediction takes the share of each rate that kernels reach. The update of the weights is added as the one launch that
+it is on a GPU, with what it reads and writes: PyTorch's AdamW, or with `--optimizer fast-adamw` this package's, which
+takes gradients in bfloat16 and also writes the weights rounded, so that the step converts neither.
 
     python benchmarks/roofline.py --published     the reference's eager step beside it, as autocast on a CPU runs it
     python benchmarks/roofline.py --model mavil   another system: mavil-stage-2, a-mae, v-mae
+    python benchmarks/roofline.py --dtype fp8     with the blocks' products in fp8
 
 (Autocast on a GPU computes more of the published step in float32, so there it moves more than is counted here.)
 """
@@ -43,16 +44,19 @@ from cavmae_fast import compat
 from cavmae_fast.models import rounded as weights
 from cavmae_fast.models.abilities import Embeds
 from cavmae_fast.models.packed import RECOMPUTE
+from cavmae_fast.models.precision import Precision
 from cavmae_fast.models.systems import System
-from cavmae_fast.ops import dispatch
-from cavmae_fast.tuning.plan import MODELS
+from cavmae_fast.ops import dispatch, fp8_products
+from cavmae_fast.ops.fp8 import Quantized
+from cavmae_fast.tuning.plan import IN_FP8, MODELS
 
 OPTIMIZERS = ("adamw", "fast-adamw")
 STATE_BYTES = 24
 "Per parameter, what AdamW reads and writes besides the gradient: weight and two moments, both ways, in float32."
-SHARES = {"bytes": 0.76, "flops": 0.65, "exponentials": 0.4}
-"""Of a GPU's stated rates, what kernels are taken to reach: 85 % of the copies that were measured on an H200 (4.3 of 4.8
-TB/s), 82 % of the products that were (788 of 989 TFLOP/s), and an estimate from the attention kernels' machine code."""
+SHARES = {"bytes": 0.76, "flops": 0.65, "exponentials": 0.4, "fp8_flops": 0.5}
+"""Of a GPU's stated rates, what kernels are taken to reach: 85 % of the copies that were measured on an H200 (4.3 of
+4.8 TB/s), 82 % of the products that were (788 of 989 TFLOP/s), an estimate from the attention kernels' machine code,
+and one for fp8, whose products of these depths (512 to 3072) end sooner and wait for memory more."""
 LAUNCH_SECONDS = 1e-6
 "Between two launches, in a CUDA graph."
 
@@ -75,15 +79,17 @@ class Gpu(NamedTuple):
     bytes: float
     flops: float
     exponentials: float
+    fp8_flops: float = 0.0
+    "0: it has no fp8 units."
 
 
 GPUS = {
     "A100": Gpu(2.04e12, 312e12, 16 * 108 * 1.41e9),
-    "L40S": Gpu(0.864e12, 362e12, 16 * 142 * 2.52e9),
-    "RTX4090": Gpu(1.008e12, 165e12, 16 * 128 * 2.52e9),
-    "H100": Gpu(3.35e12, 989e12, 16 * 132 * 1.83e9),
-    "H200": Gpu(4.8e12, 989e12, 16 * 132 * 1.83e9),
-    "B200": Gpu(8.0e12, 2250e12, 16 * 148 * 1.85e9),
+    "L40S": Gpu(0.864e12, 362e12, 16 * 142 * 2.52e9, 733e12),
+    "RTX4090": Gpu(1.008e12, 165e12, 16 * 128 * 2.52e9, 330e12),
+    "H100": Gpu(3.35e12, 989e12, 16 * 132 * 1.83e9, 1979e12),
+    "H200": Gpu(4.8e12, 989e12, 16 * 132 * 1.83e9, 1979e12),
+    "B200": Gpu(8.0e12, 2250e12, 16 * 148 * 1.85e9, 4500e12),
 }
 
 
@@ -94,6 +100,7 @@ class Launch(NamedTuple):
     bytes: float
     flops: float = 0.0
     exponentials: float = 0.0
+    fp8_flops: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ what is noted
@@ -119,6 +126,11 @@ class Launches(TorchDispatchMode):
         with self._without_autocast(), self:
             yield
 
+    def _on_units(self, a: Quantized, b: Quantized, bias: Tensor | None, out: Tensor) -> None:
+        """In place of a product on fp8 units, which is not made."""
+        moved = _once(t for t in (*a, *b, bias, out) if t is not None)
+        self.launches.append(Launch("scaled_mm", moved, fp8_flops=2.0 * out.numel() * a.rows.shape[1]))
+
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         def note(kernel: Any, *args: Any, grid: Any, warmup: Any, **options: Any) -> None:
@@ -129,6 +141,10 @@ class Launches(TorchDispatchMode):
             mock.patch.object(compat, "without_autocast", self._inside),
             mock.patch.object(JITFunction, "run", note),
             mock.patch.object(InterpretedFunction, "run", note),
+            # The interpreter rounds to fp8 wrongly, but nothing is computed here.
+            mock.patch.dict(dispatch._limits, dict.fromkeys(IN_FP8, lambda *_: None)),
+            mock.patch.object(fp8_products, "has_units", lambda device: True),
+            mock.patch.object(fp8_products, "on_units", self._on_units),
             mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),  # so that CPU tensors take the Triton implementations
             self,
         ):
@@ -182,6 +198,8 @@ def _of_triton(name: str, values: dict[str, Any]) -> Launch:
     moved = _once(iter([v for v in values.values() if isinstance(v, Tensor)]))
     if name == "dgelu_bias_kernel":
         return Launch(name, moved, 0.0, float(values["pre"].numel()))
+    if values.get("GELU"):
+        return Launch(name, moved, 0.0, float(values["x"].numel()))
     if name not in ATTENTION:
         return Launch(name, moved)
     scores = sum(float(values[f"q{i}"]) * values[f"k{i}"] for i in range(3)) * values["batch"] * values["HEADS"]
@@ -192,18 +210,19 @@ def _of_triton(name: str, values: dict[str, Any]) -> Launch:
 # ----------------------------------------------------------------------------------------------------------- the step
 
 
-def launches_of(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
-    """The launches of a training step in bfloat16 of a model of `system`, fast or the reference; the update is the last.
+def launches_of(model: nn.Module, batch: int, system: System = BASE, fp8: bool = False) -> list[Launch]:
+    """The launches of a training step in bfloat16, or `fp8`, of a model of `system`, fast or the reference; the last is the
+    update.
 
     Weights that an optimizer keeps rounded (`keep_weights_rounded`) are taken as it left them."""
     audio, imgs = (torch.randn(batch, *shape) for shape in model.clip_spec.shapes)
     noted = Launches()
     ours = any(isinstance(module, Embeds) for module in model.modules())
     # A CPU writes a transposed factor out before some products; a GPU need not.
-    factor = mock.patch("cavmae_fast.ops.stream_linear._as_left_factor", lambda dout, x: dout.t())
+    factor = mock.patch("cavmae_fast.ops.linear_products._as_left_factor", lambda dout, x: dout.t())
     kept = mock.patch.object(weights.Copy, "write", lambda copy, parameter: None)  # the optimizer's launch wrote it
     with dispatch.override("triton" if ours else "torch"), factor, kept, noted.noting():
-        with torch.autocast("cpu", torch.bfloat16):
+        with Precision(torch.device("cpu"), torch.bfloat16, fp8).autocast():
             loss = system.step_loss(model, audio, imgs)
         loss.backward()
     update = update_of([p for p in model.parameters() if p.grad is not None])
@@ -223,9 +242,9 @@ def keep_weights_rounded(model: nn.Module) -> None:
     weights.keep_rounded([p for p in model.parameters() if p.requires_grad], torch.bfloat16, low_gradients=True)
 
 
-def step_launches(model: nn.Module, batch: int, system: System = BASE) -> list[Launch]:
+def step_launches(model: nn.Module, batch: int, system: System = BASE, fp8: bool = False) -> list[Launch]:
     """The launches of a training step of `batch` clips, the update included."""
-    few, more = (launches_of(model, clips, system) for clips in PROBES)
+    few, more = (launches_of(model, clips, system, fp8) for clips in PROBES)
     if [launch.name for launch in few] != [launch.name for launch in more]:
         raise RuntimeError(f"steps of {PROBES} clips launch different kernels; nothing can be concluded for other batches")
     clips = batch - PROBES[0]
@@ -238,7 +257,8 @@ def step_launches(model: nn.Module, batch: int, system: System = BASE) -> list[L
 def seconds(launch: Launch, gpu: Gpu, shares: dict[str, float] | None = None) -> float:
     """The longest that bytes, operations or exponentials take at the GPU's rates, or at a share of them."""
     shares = shares or dict.fromkeys(SHARES, 1.0)
-    return max(getattr(launch, kind) / (getattr(gpu, kind) * share) for kind, share in shares.items())
+    work = {kind: getattr(launch, kind) for kind in shares}
+    return max(amount / (getattr(gpu, kind) * shares[kind]) for kind, amount in work.items() if amount)
 
 
 def table(launches: list[Launch], gpu: Gpu, batch: int) -> str:
@@ -254,9 +274,12 @@ def table(launches: list[Launch], gpu: Gpu, batch: int) -> str:
         lines.append((name, len(group), *totals, floor, predicted))
     lines.sort(key=lambda line: -line[-1])
     lines.append(("all", *(sum(column) for column in list(zip(*lines))[1:])))
-    text = [f"{'kernel':<40}{'launches':>9}{'GB':>9}{'TFLOP':>8}{'G exp':>8}{'floor ms':>10}{'predicted ms':>14}"]
-    for name, count, moved, flops, exponentials, floor, predicted in lines:
-        numbers = f"{moved / 1e9:>9.2f}{flops / 1e12:>8.2f}{exponentials / 1e9:>8.2f}{1e3 * floor:>10.2f}"
+    text = [
+        f"{'kernel':<40}{'launches':>9}{'GB':>9}{'TFLOP':>8}{'G exp':>8}{'fp8 TFLOP':>11}{'floor ms':>10}{'predicted ms':>14}"
+    ]
+    for name, count, moved, flops, exponentials, fp8_flops, floor, predicted in lines:
+        numbers = f"{moved / 1e9:>9.2f}{flops / 1e12:>8.2f}{exponentials / 1e9:>8.2f}{fp8_flops / 1e12:>11.2f}"
+        numbers += f"{1e3 * floor:>10.2f}"
         text.append(f"{name:<40}{count:>9}{numbers}{1e3 * predicted:>14.2f}")
     floor, predicted = lines[-1][-2:]
     text.append(f"at most {batch / floor:,.0f} clips/s; predicted {batch / predicted:,.0f} clips/s")
@@ -272,13 +295,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--optimizer", default="adamw", choices=OPTIMIZERS, help="of our step; the published one has PyTorch's"
     )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "fp8"))
     parser.add_argument("--published", action="store_true", help="the reference's eager step beside it")
     options = parser.parse_args(arguments)
+    if options.dtype == "fp8" and not GPUS[options.gpu].fp8_flops:
+        parser.error(f"--gpu is {options.gpu}, which has no fp8 units; --dtype fp8 needs them")
     system = MODELS[options.model].system
     model = system.create(recompute=options.recompute)
     if options.optimizer == "fast-adamw":
         keep_weights_rounded(model)
-    ours = step_launches(model, options.batch, system)
+    ours = step_launches(model, options.batch, system, options.dtype == "fp8")
     print(table(ours, GPUS[options.gpu], options.batch))
     if options.published:
         theirs = step_launches(system.create(plain=True, attention="eager"), options.batch, system)

@@ -68,6 +68,25 @@ def rank_store() -> torch.distributed.Store | None:
     return None if get is None else get()
 
 
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor, *, fast: bool
+) -> None:
+    """`a b^T + bias` of 8-bit a `[M, K]` and b `[N, K]` with a scale for each row, `[M, 1]` and `[N, 1]`, into out `[M, N]`.
+    `fast`: sums with as few bits as the units have.
+
+    Private: `aten._scaled_mm_v2.out`. Without it: `torch.nn.functional.scaled_mm`, whose result is copied to out.
+    """
+    rows = torch.nn.functional.ScalingType.RowWise
+    operator = getattr(torch.ops.aten, "_scaled_mm_v2", None)
+    if operator is not None and "out" in operator.overloads():
+        recipe = [rows.value]
+        scales = ([scale_a], recipe, [], [scale_b.t()], recipe, [])
+        operator.out(a, b.t(), *scales, bias, out.dtype, use_fast_accum=fast, out=out)
+        return
+    options = {"bias": bias, "output_dtype": out.dtype, "use_fast_accum": fast}
+    out.copy_(torch.nn.functional.scaled_mm(a, b.t(), scale_a, rows, scale_b.t(), rows, **options))
+
+
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 

@@ -71,6 +71,14 @@ def test_ratios_of_a_choice_and_of_a_planted_error():
     assert not gradient_error.judge(truth.ratios(plain))["allowed"]
 
 
+def test_fp8_is_reported_apart():
+    config, _ = gradient_error.SIZES["tiny"]
+    judged = gradient_error.judge(gradient_error.Truth(config, 2, torch.device("cpu")).ratios(gradient_error.IN_FP8))
+    assert 3 < judged["median"] < 20  # 2^-4 and 2^-3 of e4m3 and e5m2 beside 2^-9 of bfloat16, added up in more places
+    text = gradient_error.report([], [{"choice": "fp8", **judged}])
+    assert f"fp8, to which the rule does not apply: median {judged['median']:.2f}" in text and "**no**" not in text
+
+
 @pytest.mark.parametrize(
     ("ratios", "allowed"), [([0.5, 1.0, 1.3], True), ([0.5, 1.1, 1.2], False), ([0.5, 0.9, 1.4], False), ([0.5], True)]
 )

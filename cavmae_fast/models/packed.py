@@ -18,12 +18,13 @@ from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.distinct_tokens import Kept
+from cavmae_fast.ops.fp8 import Quantized
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin, origin_of_last
 from cavmae_fast.ops.residual import Residual, as_tensor
 from cavmae_fast.ops.scatter_tokens import scatter_distinct
-from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, stream_layer_norm
+from cavmae_fast.ops.stream_layer_norm import layer_norm_origin, quantized_layer_norm, stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear, with_bias_gradients
 from cavmae_fast.ops.stream_mlp import RECOMPUTE as MLP_RECOMPUTE
 from cavmae_fast.ops.stream_mlp import stream_mlp
@@ -72,31 +73,49 @@ def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -
 
 
 def linear(
-    x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout, origin: Origin | None = None, fp8: bool = False
+    x: Tensor,
+    layers: Sequence[nn.Linear],
+    layout: StreamLayout,
+    origin: Origin | None = None,
+    fp8: bool = False,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """One layer for all streams, or one per stream, computed in x's dtype, or `fp8`."""
-    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin, fp8=fp8)
+    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin, fp8=fp8, quantized=quantized)
 
 
 class Normed(NamedTuple):
-    """The residual stream `x` with its update added, its LayerNorm `y`, and how y is formed again, where it is not kept."""
+    """The residual stream `x` with its update added, its LayerNorm `y`, how y is formed again, where it is not kept, and what
+    fp8 holds of y, where the next product takes that."""
 
     x: Tensor | Residual
     y: Tensor
     origin: Origin | None
+    quantized: Quantized | None = None
 
 
 def normalize_again(
-    state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype, recompute: str, x_is_kept: bool
+    state: State,
+    norms: Sequence[nn.LayerNorm],
+    dtype: torch.dtype,
+    recompute: str,
+    x_is_kept: bool,
+    fp8: bool = False,
 ) -> Normed:
-    """As `normalize`, with what `recompute` keeps of it. `x_is_kept`: for the backward pass of something before."""
-    if recompute == "none":
-        return Normed(*normalize(state, norms, dtype), None)
+    """As `normalize`, with what `recompute` keeps of it. `x_is_kept`: for the backward pass of something before. `fp8`: for
+    an fp8 product; y has no values then unless the backward pass reads them."""
     weights, biases = _parameters(norms)
     arguments = (weights, biases, state.layout, norms[0].eps, dtype)
-    x, y = stream_layer_norm(state.x, state.delta, *arguments, keep_sum=not x_is_kept, owed=state.owed)
+    options = {"keep_sum": recompute == "none" or not x_is_kept, "owed": state.owed}
+    if fp8:
+        kept = recompute == "none" and torch.is_grad_enabled()
+        x, y, quantized = quantized_layer_norm(state.x, state.delta, *arguments, values=kept, **options)
+    else:
+        (x, y), quantized = stream_layer_norm(state.x, state.delta, *arguments, **options), None
+    if recompute == "none":
+        return Normed(x, y, None, quantized)
     kept = (_values(state.x), state.delta) if x_is_kept else (_values(x), None)
-    return Normed(x, y, layer_norm_origin(*kept, *arguments))
+    return Normed(x, y, layer_norm_origin(*kept, *arguments), quantized)
 
 
 def _values(x: Tensor | Residual) -> Tensor:
@@ -153,15 +172,15 @@ def _block(
     attention_path, mlp_path = (None, None) if paths is None else paths
     layout, kept = state.layout, state.kept
     norm1s, norm2s = _norms(blocks, modalities)
-    x, h, origin = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False)
-    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8)
+    x, h, origin, quantized = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False, fp8=fp8)
+    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8, quantized)
     if kept:
         x, qkv, layout = scatter_distinct(x, kept), scatter_distinct(qkv, kept), _of_every_sample(kept)
     h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
     # The first norm keeps x, unless it saw only the tokens that differ: with the update, half as wide in autocast, it gives
     # what the second one normalizes.
     updated = _updated(x, h, [b.attn.proj for b in blocks], layout, fp8, attention_path)
-    normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=not kept)
+    normed = normalize_again(updated, norm2s, dtype, recompute, x_is_kept=not kept, fp8=fp8)
     return _mlp(normed, blocks, layout, recompute, fp8, mlp_path)
 
 
@@ -198,7 +217,7 @@ def _block_for_tokens(
 ) -> State:
     layout, kept = state.layout, state.kept
     wanted = StreamLayout(len(ids), (ids.shape[1],))
-    x, h, origin = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
+    x, h, origin, _ = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     x = as_tensor(x)
     qkv, width = one.attn.qkv, h.shape[1]
     (weight, weight_kv), (bias, bias_kv) = (rounded(p, dtype).split([width, 2 * width]) for p in (qkv.weight, qkv.bias))
@@ -215,7 +234,7 @@ def _block_for_tokens(
         x = gather_tokens(x, ids)
     h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
     updated = _updated(x, h, [one.attn.proj], wanted, fp8)
-    normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False)
+    normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False, fp8=fp8)
     return _mlp(normed, [one], wanted, recompute, fp8)
 
 
@@ -229,7 +248,10 @@ def _mlp(
 ) -> State:
     """The residual stream with the MLP's update; as in `_updated`."""
     fc1, (weights, biases) = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    given, options = biases if path is not None else _detached(biases), {"origin": normed.origin, "fp8": fp8}
+    given, options = (
+        biases if path is not None else _detached(biases),
+        {"origin": normed.origin, "fp8": fp8, "quantized": normed.quantized},
+    )
     delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, **options)
     if path is not None:
         return State(normed.x, on_path(delta, path, layout), layout)

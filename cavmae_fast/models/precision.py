@@ -25,6 +25,11 @@ GAIN = 1.25
 _fp8 = False
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """What an option `--dtype` computes all else in: a key of `DTYPES`, or 'fp8'."""
+    return torch.bfloat16 if name == "fp8" else DTYPES[name]
+
+
 @contextlib.contextmanager
 def fp8_products() -> Iterator[None]:
     """Within, the blocks of all models multiply 8-bit numbers, under autocast to bfloat16: `with precision.autocast()` is
@@ -63,7 +68,7 @@ class Precision:
     @staticmethod
     def named(device: torch.device, name: str) -> Precision:
         """That of an option `--dtype`: a key of `DTYPES`, or 'fp8'."""
-        return Precision(device, torch.bfloat16 if name == "fp8" else DTYPES[name], name == "fp8")
+        return Precision(device, dtype_of(name), name == "fp8")
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

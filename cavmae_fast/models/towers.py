@@ -16,8 +16,8 @@ from torch import Tensor
 from cavmae_fast.clip import ClipSpec
 from cavmae_fast.models.packed import State, block, block_for_tokens, linear, normalize
 from cavmae_fast.models.rounded import rounded
-from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.distinct_tokens import distinct_tokens, kept_at
+from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.reference.masking import Masking

@@ -13,8 +13,8 @@ Both hold
                        not listed takes PyTorch.
     "launches":        kernel -> case -> block sizes, num_warps, num_stages.
 
-A case is a dtype and what else the choice depends on, "bfloat16 long 64"; "16-bit" stands for both 16-bit dtypes, "any"
-for all cases. An architecture without a file takes the launches of the nearest older one, and PyTorch for every operator:
+A case is a dtype and what else the choice depends on, "bfloat16 long 64"; "16-bit" stands for both 16-bit dtypes, "8-bit"
+for those of fp8, "any" for all cases. An architecture without a file takes the launches of the nearest older one, and PyTorch for every operator:
 a kernel that never ran on a kind of GPU is not the default on it.
 """
 
@@ -350,7 +350,7 @@ def alternatives(kernel: str, target: str, dtype: torch.dtype, key: str = "") ->
     """Launches of `kernel` to be tried beside the present one, which is not among them."""
     present = dict(_launch(kernel, target, dtype, key))
     architecture = target.partition(" ")[0]
-    words = {name_of(dtype), "any", *(["16-bit"] if dtype.itemsize == 2 else []), *key.split(), architecture}
+    words = {*_names(dtype), "any", *key.split(), architecture}
     found: list[dict[str, Any]] = []
     for pattern, changes in search_space().get(kernel, {}).items():
         fits = all(words & set(word.split("|")) for word in pattern.split())
@@ -360,9 +360,14 @@ def alternatives(kernel: str, target: str, dtype: torch.dtype, key: str = "") ->
     return found
 
 
+def _names(dtype: torch.dtype) -> list[str]:
+    """What a case of a launch may call a dtype."""
+    return [name_of(dtype), *([f"{8 * dtype.itemsize}-bit"] if dtype.itemsize < 4 else [])]
+
+
 def launch_case(cases: Mapping[str, Any], dtype: torch.dtype, key: str = "") -> str | None:
     """The entry of a kernel's `cases` that is taken for `dtype` and `key`."""
-    names = [name_of(dtype), *(["16-bit"] if dtype.itemsize == 2 else [])]
+    names = _names(dtype)
     wanted = (*(f"{name} {key}".rstrip() for name in names), key, *names, "any")
     return next((case for case in wanted if case in cases), None)
 

@@ -234,6 +234,7 @@ def register(
     fake: Callable,
     limit: Limit | None = None,
     shape: Callable[..., Sequence[int]] | None = None,
+    dtype: Callable[..., torch.dtype] | None = None,
     caller_chooses: bool = False,
 ) -> Callable:
     """Registers `cavmae_fast::name` and returns its callable.
@@ -254,6 +255,7 @@ def register(
         fake: returns empty tensors of the same shapes and strides.
         limit: (implementation, dtype, shape) -> why the kernels of that implementation cannot take a call, or None.
         shape: arguments -> the shape that `limit` is given. Default: the first tensor's.
+        dtype: arguments -> the dtype that the choice is made for, where it is not that of the rule above.
         caller_chooses: the schema's last argument is the implementation's name, which the caller had from `choose`:
             one choice for forward and backward. The implementations are not given it.
     """
@@ -265,7 +267,7 @@ def register(
     CPU_FORMS.update(forms or ())
     if limit is not None:
         _limits[operator] = limit
-    run = _runner(operator, implementations, shape or _first_shape, caller_chooses)
+    run = _runner(operator, implementations, shape or _first_shape, dtype, caller_chooses)
     return _bind(name, schema, run, fake)
 
 
@@ -281,7 +283,11 @@ def add_form(operator: str, form: str, *, forward: Callable | None = None, backw
 
 
 def _runner(
-    operator: str, implementations: dict[str, Callable], shape: Callable[..., Sequence[int]], caller_chooses: bool
+    operator: str,
+    implementations: dict[str, Callable],
+    shape: Callable[..., Sequence[int]],
+    dtype: Callable[..., torch.dtype] | None,
+    caller_chooses: bool,
 ) -> Callable:
     """What PyTorch calls for the operator: it chooses, and runs what was chosen."""
 
@@ -297,7 +303,7 @@ def _runner(
                     raise ModeError(f"{operator} got {implementation!r}; it has {', '.join(implementations)}")
                 launches = _launches_on(device)
             else:
-                choice = choose(operator, device, _dtype_of(tensors), shape(*args))
+                choice = choose(operator, device, dtype(*args) if dtype else _dtype_of(tensors), shape(*args))
                 implementation, launches = choice.implementation, choice.configuration
             function = implementations.get(implementation)
             if function is None:

@@ -15,6 +15,7 @@ fall-back, since it would only be slower than bfloat16. On a CPU it is slower to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from cavmae_fast.errors import CavmaeError
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import interpreting, register
+from cavmae_fast.ops.gelu import gelu
 
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST_EXPONENT = {VALUES: 8, GRADIENTS: 15}
@@ -55,122 +57,135 @@ def check_fp8(device: torch.device, *widths: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- quantizing
 
 
+class Quantized(NamedTuple):
+    """A matrix as fp8 holds it: `rows * scale`."""
+
+    rows: Tensor
+    "`[R, K]`, in `VALUES` or `GRADIENTS`."
+    scale: Tensor
+    "`[R, 1]`, float32."
+
+
+@triton.jit
+def scaled_rows(
+    values,  # [BLOCK_R, BLOCK_K] fp32, zeros outside of the matrix
+    LARGEST: tl.constexpr, LEAST: tl.constexpr = LEAST_SCALE, MOST: tl.constexpr = LARGEST_SCALE,
+):  # fmt: skip
+    """(values over their row's scale, the scales `[BLOCK_R]`). LARGEST: the exponent of the largest fp8 number."""
+    # As integers, the bits of numbers that are not negative are in the numbers' order, and NaN comes last.
+    bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    exponent = (bits >> 23) - 127 - LARGEST + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    exponent = tl.minimum(tl.maximum(exponent, LEAST), MOST)
+    factor = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    finite = bits < 0x7F800000
+    nan = (bits | 0x7FC00000).to(tl.float32, bitcast=True)
+    return values * tl.where(finite, inverse, nan)[:, None], tl.where(finite, factor, nan)
+
+
 @triton.jit
 def quantize_rows_kernel(
     x,  # [R, K]
+    y,  # [R, K], or None
     q,  # [R, K] fp8
     scale,  # [R] fp32
     R, K,
-    LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, LARGEST_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program holds BLOCK_R whole rows: they are read once. LARGEST: the exponent of the largest fp8 number."""
+    """One program holds BLOCK_R whole rows: they are read once. GELU: of y = gelu(x), as x's dtype holds it, which is written
+    where there is a place for it."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_K)
     valid = (row < R)[:, None] & (column < K)[None, :]
     offset = row.to(tl.int64)[:, None] * K + column[None, :]
     values = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_K]
-    # As integers, the bits of numbers that are not negative are in the numbers' order, and NaN comes last.
-    bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    exponent = (bits >> 23) - 127 - LARGEST + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, LEAST_SCALE), LARGEST_SCALE)
-    factor = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
-    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    finite = bits < 0x7F800000
-    nan = (bits | 0x7FC00000).to(tl.float32, bitcast=True)
-    tl.store(scale + row, tl.where(finite, factor, nan), mask=row < R)
-    scaled = values * tl.where(finite, inverse, nan)[:, None]
+    if GELU:
+        result = gelu(values).to(x.dtype.element_ty)
+        if y is not None:
+            tl.store(y + offset, result, mask=valid)
+        values = result.to(tl.float32)
+    scaled, factor = scaled_rows(values, LARGEST)
+    tl.store(scale + row, factor, mask=row < R)
     tl.store(q + offset, scaled.to(q.dtype.element_ty), mask=valid)
 
 
-def _quantize_triton(
-    x: Tensor, dtype: torch.dtype, architecture: str, stored: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """`stored`: what the scaled values are stored in, where it is not `dtype` itself."""
-    rows, width = x.shape
-    q = torch.empty(rows, width, dtype=stored or dtype, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    options = launch("quantize_rows", architecture, x.dtype)
+def empty_quantized(x: Tensor, dtype: torch.dtype) -> Quantized:
+    """Room for what `dtype` holds of x `[R, K]`."""
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    return Quantized(torch.empty(x.shape, dtype=dtype, device=x.device), scale)
+
+
+def quantize_triton(x: Tensor, dtype: torch.dtype, architecture: str) -> Quantized:
+    return _launch(x, None, False, dtype, architecture)
+
+
+def _launch(x: Tensor, y: Tensor | None, gelu: bool, dtype: torch.dtype, architecture: str) -> Quantized:
+    (rows, width), found = x.shape, empty_quantized(x, dtype)
+    options = launch("quantize_rows", architecture, x.dtype, "gelu" if gelu else "")
     quantize_rows_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](
-        x, q, scale, rows, width, LARGEST_EXPONENT[dtype], LEAST_SCALE, LARGEST_SCALE,
-        BLOCK_K=triton.next_power_of_2(width), **options,
-    )  # fmt: skip
-    return q, scale
+        x, y, *found, rows, width, gelu, LARGEST_EXPONENT[dtype], BLOCK_K=triton.next_power_of_2(width), **options
+    )
+    return found
 
 
-def _quantize_torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _quantize_torch(x: Tensor, dtype: torch.dtype) -> Quantized:
     largest = x.abs().amax(1, keepdim=True).float()
     mantissa, exponent = torch.frexp(largest)  # in [0.5, 1), so the power of two is one more than in IEEE's form
     exponent = exponent - 1 - LARGEST_EXPONENT[dtype] + (mantissa > 0.875)
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(LEAST_SCALE, LARGEST_SCALE))
+    exponent = torch.where(largest == 0, LEAST_SCALE, exponent.clamp(LEAST_SCALE, LARGEST_SCALE))
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
     scale = torch.where(largest.isfinite(), scale, float("nan"))
-    return (x.float() / scale).to(dtype), scale
+    return Quantized((x.float() / scale).to(dtype), scale)
 
 
-def _quantize_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+def fp8_limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """Why a kernel that writes fp8 cannot be had."""
     return "Triton's interpreter rounds to fp8 wrongly" if implementation == "triton" and interpreting() else None
 
 
-quantize_rows = register(
+_quantize = register(
     "quantize_rows",
     "(Tensor x, ScalarType dtype) -> (Tensor q, Tensor scale)",
     torch=_quantize_torch,
-    triton=_quantize_triton,
-    fake=_quantize_fake,
-    limit=_limit,
+    triton=quantize_triton,
+    fake=lambda x, dtype: empty_quantized(x, dtype),
+    limit=fp8_limit,
 )
-"""x `[R, K]` -> (q `[R, K]` in `dtype`, `VALUES` or `GRADIENTS`; scales `[R, 1]` in float32, powers of two). A row that
-holds NaN or an infinity is all NaN, and so is its scale."""
 
 
-# ------------------------------------------------------------------------------------------------------------ products
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> Quantized:
+    """x `[R, K]` in `dtype`, `VALUES` or `GRADIENTS`, with a power of two for every row. One that holds NaN or an infinity
+    is all NaN, and so is its scale."""
+    return Quantized(*_quantize(x, dtype))
 
 
-def rounded_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What fp8 holds of x `[R, K]`, in x's dtype: the rows quantized and scaled back."""
-    q, scale = quantize_rows(x, dtype)
-    return q.to(x.dtype) * scale.to(x.dtype)
+def dequantized(x: Quantized, dtype: torch.dtype) -> Tensor:
+    """`x.rows * x.scale` in `dtype`."""
+    return x.rows.to(dtype) * x.scale.to(dtype)
 
 
-def product(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool, bias: Tensor | None = None
-) -> Tensor:
-    """`a b^T + bias` of quantized a `[M, K]` and b `[N, K]`, on fp8 units -> `[M, N]` in `dtype`, which is bias's.
-
-    `fast`: Hopper's units add up with 14 bits, which suits values with 4; else sums go to float32 every few products.
-    """
-    (q_a, scale_a), (q_b, scale_b) = a, b
-    return F.scaled_mm(
-        q_a,
-        q_b.t(),
-        scale_a,
-        F.ScalingType.RowWise,
-        scale_b.t(),
-        F.ScalingType.RowWise,
-        bias=bias,
-        output_dtype=dtype,
-        use_fast_accum=fast,
-    )
+# ---------------------------------------------------------------------------------------------- with the GELU before it
 
 
-def forward_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """`x W^T + b` on fp8 units, each of the row ranges `rows` with its own weight and bias -> `[R, N]` in x's dtype."""
-    ranges = zip(*(part.split(rows) for part in quantize_rows(x, VALUES)))
-    parts = [
-        product(of_rows, quantize_rows(w, VALUES), x.dtype, True, b.to(x.dtype))
-        for of_rows, w, b in zip(ranges, weights, biases)
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _gelu_torch(pre: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y = F.gelu(pre)
+    q, scale = quantize_rows(y, VALUES)
+    return y if keep else pre.new_empty(0), q, scale
 
 
-def backward_products(dout: Tensor, weights: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """`dout W` on fp8 units, by row range -> `[R, K]` in dout's dtype."""
-    ranges = zip(*(part.split(rows) for part in quantize_rows(dout, GRADIENTS)))
-    parts = [
-        product(of_rows, quantize_rows(w.t().contiguous(), VALUES), dout.dtype, False) for of_rows, w in zip(ranges, weights)
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def gelu_triton(pre: Tensor, keep: bool, architecture: str) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(pre) if keep else None
+    q, scale = _launch(pre, y, True, VALUES, architecture)
+    return y if keep else pre.new_empty(0), q, scale
+
+
+fp8_gelu = register(
+    "fp8_gelu",
+    "(Tensor pre, bool keep) -> (Tensor y, Tensor q, Tensor scale)",
+    torch=_gelu_torch,
+    triton=gelu_triton,
+    fake=lambda pre, keep: (torch.empty_like(pre) if keep else pre.new_empty(0), *empty_quantized(pre, VALUES)),
+    limit=fp8_limit,
+)
+"""pre `[R, N]` -> (its GELU y in its dtype, or empty unless `keep`; what fp8 holds of y). 'torch' makes passes of its own of
+the GELU and of what fp8 holds."""

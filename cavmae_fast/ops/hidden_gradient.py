@@ -23,10 +23,10 @@ from cavmae_fast.ops.dgelu_bias import (
     library_limit,
 )
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, input_gradient, onednn_limit
 from cavmae_fast.ops.product_kernels import hidden_gradient_product
 from cavmae_fast.ops.product_library import hidden_gradient_library, product_limit
 from cavmae_fast.ops.side_by_side import Run, in_turn, side_by_side
-from cavmae_fast.ops.stream_linear import SIDE_BY_SIDE, input_gradient, onednn_limit
 
 
 def _separate(
@@ -36,25 +36,12 @@ def _separate(
     weights: Sequence[Tensor],
     rows: Sequence[int],
     bias_dtype: torch.dtype,
-    fp8: bool = False,
     onednn: bool = False,
     run: Run = in_turn,
     **options: str,
 ) -> tuple[Tensor, Tensor]:
     """The product, then `dgelu_bias`."""
-    return dgelu_bias(input_gradient(dout, weights, rows, fp8, onednn, run), pre, rows, bias_dtype, **options)
-
-
-def _product(dout, pre, weights, rows, bias_dtype, fp8=False, *, architecture):
-    if fp8:  # the kernel has no product of 8-bit numbers
-        return _separate(dgelu_bias_triton, dout, pre, weights, rows, bias_dtype, True, architecture=architecture)
-    return hidden_gradient_product(dout, pre, weights, rows, bias_dtype, architecture)
-
-
-def _library(dout, pre, weights, rows, bias_dtype, fp8=False):
-    if fp8:
-        return _separate(dgelu_bias_cuda, dout, pre, weights, rows, bias_dtype, True)
-    return hidden_gradient_library(dout, pre, weights, rows, bias_dtype)
+    return dgelu_bias(input_gradient(dout, weights, rows, onednn, run), pre, rows, bias_dtype, **options)
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
@@ -65,20 +52,19 @@ def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str
     return onednn_limit(implementation.split(",")[0], dtype)
 
 
-def _fake(dout, pre, weights, rows, bias_dtype, fp8=False):
+def _fake(dout, pre, weights, rows, bias_dtype):
     return torch.empty_like(pre), pre.new_empty(len(weights), pre.shape[1], dtype=bias_dtype)
 
 
 hidden_gradient = register(
     "hidden_gradient",
-    "(Tensor dout, Tensor pre, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool fp8=False)"
-    " -> (Tensor dpre, Tensor db)",
+    "(Tensor dout, Tensor pre, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype) -> (Tensor dpre, Tensor db)",
     torch=partial(_separate, dgelu_bias_torch),
     triton=partial(_separate, dgelu_bias_triton),
     cuda=partial(_separate, dgelu_bias_cuda),
     kernels={
-        "triton product": _product,
-        "cuda product": _library,
+        "triton product": hidden_gradient_product,
+        "cuda product": hidden_gradient_library,
         SIDE_BY_SIDE: partial(_separate, dgelu_bias_torch, run=side_by_side),
     },
     forms={
@@ -91,4 +77,4 @@ hidden_gradient = register(
     fake=_fake,
 )
 """dout `[R, M]`, pre `[R, N]`, weights `[M, N]`, one for each of the row ranges `rows` -> (dpre `[R, N]` in pre's dtype, db
-`[streams, N]` in `bias_dtype`). `fp8`: the product is of 8-bit numbers."""
+`[streams, N]` in `bias_dtype`)."""

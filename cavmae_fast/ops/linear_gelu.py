@@ -29,17 +29,11 @@ from cavmae_fast.ops.dgelu_bias import (
 )
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, linear_backward, linear_forward, onednn_limit
 from cavmae_fast.ops.product_kernels import linear_gelu_product
 from cavmae_fast.ops.product_library import linear_gelu_library, product_limit
 from cavmae_fast.ops.side_by_side import in_turn, side_by_side
-from cavmae_fast.ops.stream_linear import (
-    SIDE_BY_SIDE,
-    backward_fake,
-    check_linear,
-    linear_backward,
-    linear_forward,
-    onednn_limit,
-)
+from cavmae_fast.ops.stream_linear import backward_fake, check_linear
 
 CPU_FORMS = ("onednn", "pieces")
 
@@ -53,45 +47,33 @@ def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str
     return library_limit(dtype, shape[1]) if implementation == "cuda" else None
 
 
-def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False, run=in_turn):
-    pre = linear_forward(x, weights, biases, rows, fp8, onednn, run)
+def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False, run=in_turn):
+    pre = linear_forward(x, weights, biases, rows, onednn, run)
     if keep_pre:
         return F.gelu(pre), pre
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
 
 
-def _forward_product(x, weights, biases, rows, keep_pre, fp8=False, *, architecture):
-    if fp8:  # the kernel has no product of 8-bit numbers
-        return _forward_torch(x, weights, biases, rows, keep_pre, True)
-    return linear_gelu_product(x, weights, biases, rows, keep_pre, architecture)
-
-
-def _forward_library(x, weights, biases, rows, keep_pre, fp8=False):
-    if fp8:
-        return _forward_torch(x, weights, biases, rows, keep_pre, True)
-    return linear_gelu_library(x, weights, biases, rows, keep_pre)
-
-
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, run=in_turn, **options):
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, onednn=False, run=in_turn, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *linear_backward(dpre, x, weights, rows, needs_dx, fp8, onednn, run), db
+    return *linear_backward(dpre, x, weights, rows, needs_dx, onednn, run), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _forward_fake(x, weights, biases, rows, keep_pre, fp8=False):
+def _forward_fake(x, weights, biases, rows, keep_pre):
     y = x.new_empty(x.shape[0], weights[0].shape[0])
     return y, torch.empty_like(y) if keep_pre else x.new_empty(0)
 
 
 forward_operator = register(
     "linear_gelu",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre, bool fp8=False) -> (Tensor y, Tensor pre)",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
     kernels={
-        "triton product": _forward_product,
-        "cuda product": _forward_library,
+        "triton product": linear_gelu_product,
+        "cuda product": linear_gelu_library,
         SIDE_BY_SIDE: partial(_forward_torch, run=side_by_side),
     },
     shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
@@ -100,8 +82,8 @@ forward_operator = register(
 )
 backward_operator = register(
     "linear_gelu_backward",
-    "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx,"
-    " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
+    "(Tensor dy, Tensor pre, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype, bool needs_dx)"
+    " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, dgelu_bias_torch),
     triton=partial(_backward, dgelu_bias_triton),
     cuda=partial(_backward, dgelu_bias_cuda),

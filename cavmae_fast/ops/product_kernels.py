@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import Launch, launch
+from cavmae_fast.ops.gelu import gelu, gelu_derivative
 from cavmae_fast.ops.stream_tiles import pick, sum_of_streams, three
 
 INTERPRETED_PROGRAMS = 3
@@ -30,22 +31,6 @@ TMA_SINCE = 90
 "Compute capability with tensor descriptors in hardware."
 
 # --------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def gelu_derivative(z):
-    """Phi(z) + z phi(z) with one exponential for both. erfc(x) = exp(-x^2) t (a1 + t (a2 + ...)), t = 1 / (1 + p x),
-    x = |z| / sqrt 2 is formula 7.1.26 of Abramowitz & Stegun: |error| <= 1.5e-7, about the spacing of fp32 at 1.
-
-    Counted in the machine code for sm_90: the loop of `dgelu_bias_kernel` takes about 33 instructions per element this way
-    and 50 with erf and exp. Estimated: about 40 can be hidden behind its memory traffic, so memory alone sets its speed."""
-    gauss = tl.exp2(z * z * (-0.5 * 1.4426950408889634))
-    t = 1.0 / (0.3275911 * 0.7071067811865476 * tl.abs(z) + 1.0)
-    half_erfc = t * (0.5 * 1.061405429) - 0.5 * 1.453152027
-    half_erfc = t * half_erfc + 0.5 * 1.421413741
-    half_erfc = t * half_erfc - 0.5 * 0.284496736
-    half_erfc = (t * half_erfc + 0.5 * 0.254829592) * t * gauss
-    return z * 0.3989422804014327 * gauss + tl.where(z < 0, half_erfc, 1.0 - half_erfc)
 
 
 @triton.jit
@@ -87,34 +72,60 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _gelu_and_store(
-    total, bias, y, y_tiles, pre, pre_tiles, row, column, rows, N,
-    KEEP_PRE: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+def _finish(
+    total,  # [BLOCK_M, WIDTH] fp32
+    bias, weight_scale, x_scale, out, out_tiles, pre, pre_tiles, sums, row, column, rows, N,
+    LAST: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The GELU is that of the value as it is stored, as in two passes."""
+    """What is done with a tile of the product before it is written; `LAST` says what (`stream_product_kernel`)."""
+    dtype: tl.constexpr = out.dtype.element_ty
     columns = column + tl.arange(0, WIDTH)
-    added = tl.load(bias + columns, mask=columns < N, other=0.0).to(y.dtype.element_ty)
-    value = (total + added.to(tl.float32)[None, :]).to(y.dtype.element_ty)
-    if KEEP_PRE:
-        _store(pre, pre_tiles, value, row, column, rows, N, TMA, BLOCK_M, WIDTH)
-    z = value.to(tl.float32)
-    result = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    _store(y, y_tiles, result.to(y.dtype.element_ty), row, column, rows, N, TMA, BLOCK_M, WIDTH)
+    inside = columns < N
+    if x_scale is not None:
+        r = row + tl.arange(0, BLOCK_M)
+        of_rows = tl.load(x_scale + r, mask=r < rows, other=0.0)
+        total = total * of_rows[:, None] * tl.load(weight_scale + columns, mask=inside, other=0.0)[None, :]
+    if LAST == "dgelu":
+        z = _load(pre, pre_tiles, row, column, rows, N, TMA, BLOCK_M, WIDTH).to(tl.float32)
+        total *= gelu_derivative(z)  # rows outside of the stream are sums of zeros
+        _store(out, out_tiles, total.to(dtype), row, column, rows, N, TMA, BLOCK_M, WIDTH)
+        tl.store(sums + columns, tl.sum(total, axis=0), mask=inside)
+    else:
+        if bias is not None:
+            total += tl.load(bias + columns, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
+        value = total.to(dtype)
+        if LAST == "gelu":
+            if KEEP_PRE:
+                _store(pre, pre_tiles, value, row, column, rows, N, TMA, BLOCK_M, WIDTH)
+            value = gelu(value.to(tl.float32)).to(dtype)  # of the value as it is stored, as in two passes
+        _store(out, out_tiles, value, row, column, rows, N, TMA, BLOCK_M, WIDTH)
 
 
 @triton.jit
-def linear_gelu_product_kernel(
+def stream_product_kernel(
     x,  # [R, K]
-    weight0, weight1, weight2,  # [N, K]
-    bias0, bias1, bias2,  # [N]
-    y, pre,  # [R, N]
+    weight0, weight1, weight2,  # [N, K], or with ROWS_OF_K [K, N]
+    bias0, bias1, bias2,  # [N], or None
+    x_scale,  # [R] fp32, or None
+    scale0, scale1, scale2,  # [N] fp32, or None
+    out,  # [R, N]
+    pre,  # [R, N], or None
+    partial,  # [rows of tiles, N] fp32, or None
     rows0, rows1, rows2, N, K,
-    STREAMS: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr,
+    STREAMS: tl.constexpr, LAST: tl.constexpr, KEEP_PRE: tl.constexpr, ROWS_OF_K: tl.constexpr, TMA: tl.constexpr,
+    PROMOTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(x W^T + b), and the value before it. HALVES: the last step takes a tile's columns in halves, for fewer
-    registers. FLATTEN: the first tiles of the next product are fetched during the last step."""
+    """The product x W^T of each stream's rows, of 8-bit numbers times the scales of its rows and columns, and then by LAST:
+
+    - "bias": out is the product and the bias, where there is one;
+    - "gelu": and its GELU; pre is what it is of, written with KEEP_PRE;
+    - "dgelu": out is the product times the GELU's derivative at pre, and `partial` the column sums of each row of tiles.
+
+    HALVES: the last step takes a tile's columns in halves, for fewer registers. FLATTEN: the first tiles of the next product
+    are fetched during the last step. PROMOTE: sums of 8-bit numbers go to float32 every BLOCK_K products, where the units
+    add up with less."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
     programs = tl.num_programs(0)
     before = 0  # tiles of the streams before
@@ -122,13 +133,17 @@ def linear_gelu_product_kernel(
         rows = pick(stream, rows0, rows1, rows2)
         weight = pick(stream, weight0, weight1, weight2)
         bias = pick(stream, bias0, bias1, bias2)
+        weight_scale = pick(stream, scale0, scale1, scale2)
+        x_tiles, weight_tiles, out_tiles, pre_tiles = None, None, None, None
         if TMA:
             x_tiles = tl.make_tensor_descriptor(x, [rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-            weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
-            y_tiles = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, WIDTH])
-            pre_tiles = tl.make_tensor_descriptor(pre, [rows, N], [N, 1], [BLOCK_M, WIDTH])
-        else:
-            x_tiles, weight_tiles, y_tiles, pre_tiles = None, None, None, None
+            if ROWS_OF_K:
+                weight_tiles = tl.make_tensor_descriptor(weight, [K, N], [N, 1], [BLOCK_K, BLOCK_N])
+            else:
+                weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+            out_tiles = tl.make_tensor_descriptor(out, [rows, N], [N, 1], [BLOCK_M, WIDTH])
+            if pre is not None:
+                pre_tiles = tl.make_tensor_descriptor(pre, [rows, N], [N, 1], [BLOCK_M, WIDTH])
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         start = (tl.program_id(0) + programs - before % programs) % programs
         for tile in tl.range(start, tiles, programs, flatten=FLATTEN):
@@ -136,81 +151,40 @@ def linear_gelu_product_kernel(
             total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             for k in range(0, K, BLOCK_K):
                 a = _load(x, x_tiles, row, k, rows, K, TMA, BLOCK_M, BLOCK_K)
-                b = _load(weight, weight_tiles, column, k, N, K, TMA, BLOCK_N, BLOCK_K)
-                total = tl.dot(a, b.T, total, input_precision="ieee")
+                if ROWS_OF_K:
+                    b = _load(weight, weight_tiles, k, column, K, N, TMA, BLOCK_K, BLOCK_N)
+                else:
+                    b = _load(weight, weight_tiles, column, k, N, K, TMA, BLOCK_N, BLOCK_K).T
+                if PROMOTE:
+                    total = tl.dot(a, b, total, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+                else:
+                    total = tl.dot(a, b, total, input_precision="ieee")
+            sums = partial
+            if partial is not None:
+                sums += (row // BLOCK_M).to(tl.int64) * N
             if HALVES:
                 left, right = _halves(total, BLOCK_M, BLOCK_N)
-                _gelu_and_store(left, bias, y, y_tiles, pre, pre_tiles, row, column, rows, N, KEEP_PRE, TMA, BLOCK_M, WIDTH)
-                _gelu_and_store(
-                    right, bias, y, y_tiles, pre, pre_tiles, row, column + WIDTH, rows, N, KEEP_PRE, TMA, BLOCK_M, WIDTH
-                )
+                _finish(
+                    left, bias, weight_scale, x_scale, out, out_tiles, pre, pre_tiles, sums, row, column, rows, N,
+                    LAST, KEEP_PRE, TMA, BLOCK_M, WIDTH,
+                )  # fmt: skip
+                _finish(
+                    right, bias, weight_scale, x_scale, out, out_tiles, pre, pre_tiles, sums, row, column + WIDTH, rows, N,
+                    LAST, KEEP_PRE, TMA, BLOCK_M, WIDTH,
+                )  # fmt: skip
             else:
-                _gelu_and_store(total, bias, y, y_tiles, pre, pre_tiles, row, column, rows, N, KEEP_PRE, TMA, BLOCK_M, WIDTH)
+                _finish(
+                    total, bias, weight_scale, x_scale, out, out_tiles, pre, pre_tiles, sums, row, column, rows, N,
+                    LAST, KEEP_PRE, TMA, BLOCK_M, WIDTH,
+                )  # fmt: skip
         x += tl.cast(rows, tl.int64) * K
-        y += tl.cast(rows, tl.int64) * N
-        pre += tl.cast(rows, tl.int64) * N
-        before += tiles
-
-
-@triton.jit
-def _dgelu_and_store(
-    total, pre, pre_tiles, dpre, dpre_tiles, sums, row, column, rows, N,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    z = _load(pre, pre_tiles, row, column, rows, N, TMA, BLOCK_M, WIDTH).to(tl.float32)
-    total *= gelu_derivative(z)  # rows outside of the stream are sums of zeros
-    _store(dpre, dpre_tiles, total.to(dpre.dtype.element_ty), row, column, rows, N, TMA, BLOCK_M, WIDTH)
-    columns = column + tl.arange(0, WIDTH)
-    tl.store(sums + columns, tl.sum(total, axis=0), mask=columns < N)
-
-
-@triton.jit
-def hidden_gradient_product_kernel(
-    dout,  # [R, M]
-    weight0, weight1, weight2,  # [M, N]
-    pre, dpre,  # [R, N]
-    partial,  # [rows of tiles, N] fp32
-    rows0, rows1, rows2, N, M,
-    STREAMS: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
-    """dpre = (dout W) gelu'(pre), and the column sums of each row of tiles. HALVES, FLATTEN: as above."""
-    WIDTH: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
-    programs = tl.num_programs(0)
-    before = 0  # tiles of the streams before
-    for stream in tl.static_range(STREAMS):
-        rows = pick(stream, rows0, rows1, rows2)
-        weight = pick(stream, weight0, weight1, weight2)
-        if TMA:
-            dout_tiles = tl.make_tensor_descriptor(dout, [rows, M], [M, 1], [BLOCK_M, BLOCK_K])
-            weight_tiles = tl.make_tensor_descriptor(weight, [M, N], [N, 1], [BLOCK_K, BLOCK_N])
-            pre_tiles = tl.make_tensor_descriptor(pre, [rows, N], [N, 1], [BLOCK_M, WIDTH])
-            dpre_tiles = tl.make_tensor_descriptor(dpre, [rows, N], [N, 1], [BLOCK_M, WIDTH])
-        else:
-            dout_tiles, weight_tiles, pre_tiles, dpre_tiles = None, None, None, None
-        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        start = (tl.program_id(0) + programs - before % programs) % programs
-        for tile in tl.range(start, tiles, programs, flatten=FLATTEN):
-            row, column = _place(tile, rows, N, BLOCK_M, BLOCK_N, GROUP)
-            total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            for k in range(0, M, BLOCK_K):
-                a = _load(dout, dout_tiles, row, k, rows, M, TMA, BLOCK_M, BLOCK_K)
-                b = _load(weight, weight_tiles, k, column, M, N, TMA, BLOCK_K, BLOCK_N)
-                total = tl.dot(a, b, total, input_precision="ieee")
-            sums = partial + (row // BLOCK_M).to(tl.int64) * N
-            if HALVES:
-                left, right = _halves(total, BLOCK_M, BLOCK_N)
-                _dgelu_and_store(left, pre, pre_tiles, dpre, dpre_tiles, sums, row, column, rows, N, TMA, BLOCK_M, WIDTH)
-                _dgelu_and_store(
-                    right, pre, pre_tiles, dpre, dpre_tiles, sums, row, column + WIDTH, rows, N, TMA, BLOCK_M, WIDTH
-                )
-            else:
-                _dgelu_and_store(total, pre, pre_tiles, dpre, dpre_tiles, sums, row, column, rows, N, TMA, BLOCK_M, WIDTH)
-        dout += tl.cast(rows, tl.int64) * M
-        pre += tl.cast(rows, tl.int64) * N
-        dpre += tl.cast(rows, tl.int64) * N
-        partial += tl.cast(tl.cdiv(rows, BLOCK_M), tl.int64) * N
+        out += tl.cast(rows, tl.int64) * N
+        if pre is not None:
+            pre += tl.cast(rows, tl.int64) * N
+        if partial is not None:
+            partial += tl.cast(tl.cdiv(rows, BLOCK_M), tl.int64) * N
+        if x_scale is not None:
+            x_scale += rows
         before += tiles
 
 
@@ -245,53 +219,91 @@ def _launched(run: Callable[[], object], device: torch.device) -> None:
     context.run(run)
 
 
+def _launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    architecture: str,
+    out: Tensor,
+    *,
+    last: str,
+    biases: Sequence[Tensor] = (),
+    pre: Tensor | None = None,
+    keep_pre: bool = False,
+    rows_of_k: bool = False,
+    scales: tuple[Tensor, Sequence[Tensor]] | None = None,
+) -> Tensor | None:
+    """Runs `stream_product_kernel`, with `last` as its last step. `scales`: those of x and of the weights, where they are of 8-bit
+    numbers. For "dgelu" -> the sums of out's columns, `[streams, N]` fp32."""
+    width, depth = out.shape[1], x.shape[1]
+    travel = _travel(architecture, x, out, *weights, *([] if pre is None else [pre]))
+    options = launch("stream_product", architecture, x.dtype, f"{last} {travel}")
+    sums, tile_rows = None, three([triton.cdiv(n, options["BLOCK_M"]) for n in rows])
+    if last == "dgelu":
+        sums = torch.empty(sum(tile_rows), width, dtype=torch.float32, device=out.device)
+    x_scale, of_weights = scales or (None, [None])
+    grid = (_programs(x.device, rows, width, options),)
+    _launched(
+        lambda: stream_product_kernel[grid](
+            x, *three(weights), *three(biases or [None]), x_scale, *three(of_weights), out, pre, sums, *three(rows), width,
+            depth, STREAMS=len(rows), LAST=last, KEEP_PRE=keep_pre, ROWS_OF_K=rows_of_k, TMA=travel == "tma",
+            PROMOTE=x.dtype == torch.float8_e5m2, **options,
+        ),
+        x.device,
+    )  # fmt: skip
+    return None if sums is None else sum_of_streams(sums, tile_rows, len(rows), architecture)
+
+
 def linear_gelu_product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int], keep_pre: bool, architecture: str
 ) -> tuple[Tensor, Tensor]:
     """(y `[R, N]`; the values before the GELU `[R, N]`, or empty unless they are kept)."""
-    width, depth = weights[0].shape
-    y = x.new_empty(x.shape[0], width)
-    pre = torch.empty_like(y) if keep_pre else x.new_empty(0)
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    pre = torch.empty_like(y) if keep_pre else None
     weights = [weight.contiguous() for weight in weights]
-    travel = _travel(architecture, x, y, *weights, *([pre] if keep_pre else []))
-    options = launch("linear_gelu_product", architecture, x.dtype, travel)
-    grid = (_programs(x.device, rows, width, options),)
-    _launched(
-        lambda: linear_gelu_product_kernel[grid](
-            x, *three(weights), *three(biases), y, pre if keep_pre else y, *three(rows), width, depth,
-            STREAMS=len(rows), KEEP_PRE=keep_pre, TMA=travel == "tma", **options,
-        ),
-        x.device,
-    )  # fmt: skip
-    return y, pre
+    options = {"last": "gelu", "biases": biases, "pre": pre, "keep_pre": keep_pre}
+    _launch(x, weights, rows, architecture, y, **options)
+    return y, pre if keep_pre else x.new_empty(0)
 
 
 def hidden_gradient_product(
     dout: Tensor, pre: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias_dtype: torch.dtype, architecture: str
 ) -> tuple[Tensor, Tensor]:
     """(dpre `[R, N]`, db `[streams, N]`)."""
-    depth, width = weights[0].shape
+    dpre, weights = torch.empty_like(pre), [weight.contiguous() for weight in weights]
+    options = {"last": "dgelu", "pre": pre, "rows_of_k": True}
+    return dpre, _launch(dout, weights, rows, architecture, dpre, **options).to(bias_dtype)
+
+
+def fp8_product_triton(
+    x: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    architecture: str,
+) -> Tensor:
+    """`x W^T + b` of 8-bit x `[R, K]` and weights `[N, K]` with scales `[R, 1]` and `[N, 1]` -> `[R, N]` in `dtype`."""
+    out = torch.empty(x.shape[0], weights[0].shape[0], dtype=dtype, device=x.device)
+    options = {"last": "bias", "biases": biases, "scales": (scale, scales)}
+    _launch(x, weights, rows, architecture, out, **options)
+    return out
+
+
+def fp8_hidden_gradient_product(
+    dout: Tensor,
+    scale: Tensor,
+    pre: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rows: Sequence[int],
+    bias_dtype: torch.dtype,
+    architecture: str,
+) -> tuple[Tensor, Tensor]:
+    """`hidden_gradient_product` of 8-bit dout `[R, M]` and transposed weights `[N, M]`, with their scales."""
     dpre = torch.empty_like(pre)
-    weights = [weight.contiguous() for weight in weights]
-    travel = _travel(architecture, dout, pre, dpre, *weights)
-    options = launch("hidden_gradient_product", architecture, pre.dtype, travel)
-    tile_rows = three([triton.cdiv(n, options["BLOCK_M"]) for n in rows])
-    partial = torch.empty(sum(tile_rows), width, dtype=torch.float32, device=pre.device)
-    grid = (_programs(pre.device, rows, width, options),)
-    _launched(
-        lambda: hidden_gradient_product_kernel[grid](
-            dout,
-            *three(weights),
-            pre,
-            dpre,
-            partial,
-            *three(rows),
-            width,
-            depth,
-            STREAMS=len(rows),
-            TMA=travel == "tma",
-            **options,
-        ),
-        pre.device,
-    )
-    return dpre, sum_of_streams(partial, tile_rows, len(rows), architecture).to(bias_dtype)
+    options = {"last": "dgelu", "pre": pre, "scales": (scale, scales)}
+    db = _launch(dout, weights, rows, architecture, dpre, **options)
+    return dpre, db.to(bias_dtype)

@@ -172,7 +172,9 @@ class _ScatterDistinct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dcarrier=None):
         indices = ctx.saved_tensors
-        dx, dcarrier = (None if g is None else _backward(g.contiguous(), *_ids_and_places(indices)) for g in (dout, dcarrier))
+        dx, dcarrier = (
+            None if g is None else _backward(g.contiguous(), *_ids_and_places(indices)) for g in (dout, dcarrier)
+        )
         return dx, dcarrier, *[None] * len(indices)
 
 

@@ -26,164 +26,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops._triton import tl, triton
-from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.dispatch import register
+from cavmae_fast.ops.fp8 import VALUES, Quantized, empty_quantized, fp8_limit, quantize_rows
+from cavmae_fast.ops.layer_norm_kernels import backward_triton, forward_triton, update_sums
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin
 from cavmae_fast.ops.residual import Residual, new_carrier
-from cavmae_fast.ops.stream_linear import bias_gradient
-from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
 CPU_ROWS = 1024
 "Rows that PyTorch's kernels take at once on a CPU."
 CPU_FORMS = {"256 rows": 256, "4096 rows": 4096}
 "Other forms on a CPU: the rows taken at once."
-
-
-# --------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def stream_layer_norm_forward_kernel(
-    x, delta, x_new, y,  # [R, D]
-    mean, rstd,  # [R] fp32
-    w0, w1, w2, b0, b1, b2,  # [D] each
-    rows0, rows1, rows2, tiles0, tiles1, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, HAS_DELTA: tl.constexpr,
-    STORE_SUM: tl.constexpr,
-):  # fmt: skip
-    """A program normalizes BLOCK_R rows at once: 4 rows of 768 keep 32 fp32 values per thread in flight with 4 warps."""
-    stream, local = stream_of_tile(tl.program_id(0), tiles0, tiles1)
-    first = pick(stream, 0, rows0, rows0 + rows1)
-    count = pick(stream, rows0, rows1, rows2)
-    row = local * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    valid = (row < count)[:, None] & inside[None, :]
-    offset = (first + row).to(tl.int64)[:, None] * D + column[None, :]
-
-    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        value += tl.load(delta + offset, mask=valid, other=0.0).to(tl.float32)
-        # The sum is normalized as it is stored, so that backward sees the same x' as forward did.
-        stored = value.to(x.dtype.element_ty)
-        if STORE_SUM:
-            tl.store(x_new + offset, stored, mask=valid)
-        value = stored.to(tl.float32)
-    mu = tl.sum(value, axis=1) / D
-    centered = tl.where(inside[None, :], value - mu[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)
-    tl.store(mean + first + row, mu, mask=row < count)
-    tl.store(rstd + first + row, r, mask=row < count)
-    w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(pick(stream, b0, b1, b2) + column, mask=inside, other=0.0).to(tl.float32)
-    result = centered * r[:, None] * w[None, :] + b[None, :]
-    tl.store(y + offset, result.to(y.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def stream_layer_norm_backward_kernel(
-    dy, dx_new, x, delta, dx, ddelta,  # [R, D]
-    mean, rstd,  # [R] fp32
-    w0, w1, w2,  # [D] each
-    sums,  # [programs, 2 or 3, D] fp32
-    rows0, rows1, rows2, tiles0, tiles1,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
-    HAS_DX_NEW: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DDELTA: tl.constexpr, UPDATE_SUMS: tl.constexpr,
-):  # fmt: skip
-    """A program sums the gradients of weight and bias over ROWS_PER_PROGRAM rows, BLOCK_R at a time, before it writes them;
-    with UPDATE_SUMS that of delta, too. What was normalized is x, or x + delta."""
-    program = tl.program_id(0)
-    stream, local = stream_of_tile(program, tiles0, tiles1)
-    first = pick(stream, 0, rows0, rows0 + rows1)
-    count = pick(stream, rows0, rows1, rows2)
-    column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    w = tl.load(pick(stream, w0, w1, w2) + column, mask=inside, other=0.0).to(tl.float32)
-    dw = tl.zeros([BLOCK_D], dtype=tl.float32)
-    db = tl.zeros([BLOCK_D], dtype=tl.float32)
-    update = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for step in range(0, ROWS_PER_PROGRAM, BLOCK_R):
-        row = local * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_R)
-        valid = (row < count)[:, None] & inside[None, :]
-        offset = (first + row).to(tl.int64)[:, None] * D + column[None, :]
-        mu = tl.load(mean + first + row, mask=row < count, other=0.0)
-        r = tl.load(rstd + first + row, mask=row < count, other=0.0)
-        g = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-        if HAS_DELTA:
-            value += tl.load(delta + offset, mask=valid, other=0.0).to(tl.float32)
-            value = value.to(x.dtype.element_ty).to(tl.float32)
-        h = (value - mu[:, None]) * r[:, None]
-        h = tl.where(valid, h, 0.0)
-        dw += tl.sum(g * h, axis=0)
-        db += tl.sum(g, axis=0)
-        g *= w[None, :]
-        mean_g = tl.sum(g, axis=1) / D
-        mean_gh = tl.sum(g * h, axis=1) / D
-        result = r[:, None] * (g - mean_g[:, None] - h * mean_gh[:, None])
-        if HAS_DX_NEW:
-            result += tl.load(dx_new + offset, mask=valid, other=0.0).to(tl.float32)
-        if UPDATE_SUMS:
-            update += tl.sum(result, axis=0)
-        tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=valid)
-        if HAS_DDELTA:
-            tl.store(ddelta + offset, result.to(ddelta.dtype.element_ty), mask=valid)
-    own = sums + program.to(tl.int64) * (3 if UPDATE_SUMS else 2) * D + column
-    tl.store(own, dw, mask=inside)
-    tl.store(own + D, db, mask=inside)
-    if UPDATE_SUMS:
-        tl.store(own + 2 * D, update, mask=inside)
-
-
-# ------------------------------------------------------------------------------------------------------- launchers
-
-
-def _forward_triton(x, delta, weights, biases, rows, eps, out_dtype, store_sum, architecture):
-    width = x.shape[1]
-    x_new = torch.empty_like(x) if store_sum else x.new_empty(0)
-    y = torch.empty_like(x, dtype=out_dtype)
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    options = launch("stream_layer_norm_forward", architecture, out_dtype)
-    tiles = three([triton.cdiv(n, options["BLOCK_R"]) for n in rows])
-    stream_layer_norm_forward_kernel[(sum(tiles),)](
-        x, delta, x_new, y, mean, rstd, *three(weights), *three(biases), *three(rows), tiles[0], tiles[1], eps,
-        D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DELTA=delta is not None, STORE_SUM=store_sum, **options,
-    )  # fmt: skip
-    return x_new, y, mean, rstd
-
-
-def _backward_triton(
-    dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype, architecture
-):  # fmt: skip
-    width = x.shape[1]
-    dx = torch.empty_like(x, dtype=dx_dtype)
-    ddelta = torch.empty_like(x, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
-    options = dict(launch("stream_layer_norm_backward", architecture, dy.dtype))
-    apart = not options.pop("UPDATE_SUMS")
-    kinds = 2 if apart or not updates else 3
-    programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
-    sums = torch.empty(sum(programs), kinds, width, dtype=torch.float32, device=dx.device)
-    stream_layer_norm_backward_kernel[(sum(programs),)](
-        dy, dx_new, x, delta, dx, ddelta, mean, rstd, *three(weights), sums, *three(rows),
-        programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DX_NEW=dx_new is not None,
-        HAS_DELTA=delta is not None, HAS_DDELTA=delta_dtype is not None, UPDATE_SUMS=kinds == 3, **options,
-    )  # fmt: skip
-    totals = sum_of_streams(sums, programs, len(rows), architecture)
-    if kinds == 3:
-        dupdate = torch.empty(updates, width, dtype=update_dtype, device=dx.device)
-        dupdate.copy_(totals[2] if updates == len(rows) else totals[2].sum(0, keepdim=True))
-    else:
-        dupdate = _update_sums(dx if delta_dtype is None else ddelta, rows, updates, update_dtype)
-    return dx, ddelta, totals[:2], dupdate
-
-
-def _update_sums(ddelta: Tensor, rows: Sequence[int], updates: int, dtype: torch.dtype | None) -> Tensor:
-    """The column sums of ddelta, `[updates, D]`: of each stream's rows, or of all rows; empty for 0."""
-    if not updates:
-        return ddelta.new_empty(0)
-    return bias_gradient(ddelta, rows if updates == len(rows) else [sum(rows)], dtype)
 
 
 def _parts(x: Tensor, rows: Sequence[int], at_once: int = CPU_ROWS) -> Iterator[tuple[int, slice]]:
@@ -237,7 +90,7 @@ def _backward_torch(
         dx[part].copy_(result), sums[0, stream].add_(dw_part), sums[1, stream].add_(db_part)
         if delta_dtype is not None:
             ddelta[part].copy_(result)
-    return dx, ddelta, sums, _update_sums(dx if delta_dtype is None else ddelta, rows, updates, update_dtype)
+    return dx, ddelta, sums, update_sums(dx if delta_dtype is None else ddelta, rows, updates, update_dtype)
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -263,7 +116,7 @@ _forward = register(
     " bool store_sum) -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)",
     torch=_forward_torch,
     forms={name: partial(_forward_torch, at_once=rows) for name, rows in CPU_FORMS.items()},
-    triton=_forward_triton,
+    triton=forward_triton,
     fake=_forward_fake,
 )
 _backward = register(
@@ -273,19 +126,51 @@ _backward = register(
     " -> (Tensor dx, Tensor ddelta, Tensor sums, Tensor dupdate)",
     torch=_backward_torch,
     forms={name: partial(_backward_torch, at_once=rows) for name, rows in CPU_FORMS.items()},
-    triton=_backward_triton,
+    triton=backward_triton,
     fake=_backward_fake,
 )
+
+
+def _quantized_torch(x, delta, weights, biases, rows, eps, out_dtype, store_sum, store_y):
+    x_new, y, mean, rstd = _forward(x, delta, weights, biases, rows, eps, out_dtype, store_sum)
+    quantized = quantize_rows(y, VALUES)
+    return x_new, y if store_y else x.new_empty(0, dtype=out_dtype), mean, rstd, *quantized
+
+
+def _quantized_triton(x, delta, weights, biases, rows, eps, out_dtype, store_sum, store_y, architecture):
+    quantized = empty_quantized(x, VALUES)
+    arguments = (x, delta, weights, biases, rows, eps, out_dtype, store_sum, architecture)
+    return *forward_triton(*arguments, quantized, store_y), *quantized
+
+
+def _quantized_fake(x, delta, weights, biases, rows, eps, out_dtype, store_sum, store_y):
+    x_new, y, mean, rstd = _forward_fake(x, delta, weights, biases, rows, eps, out_dtype, store_sum)
+    return x_new, y if store_y else x.new_empty(0, dtype=out_dtype), mean, rstd, *empty_quantized(x, VALUES)
+
+
+_forward_quantized = register(
+    "fp8_layer_norm",
+    "(Tensor x, Tensor? delta, Tensor[] weights, Tensor[] biases, SymInt[] rows, float eps, ScalarType out_dtype,"
+    " bool store_sum, bool store_y) -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd, Tensor q, Tensor scale)",
+    torch=_quantized_torch,
+    triton=_quantized_triton,
+    dtype=lambda x, delta, weights, biases, rows, eps, out_dtype, *_: out_dtype,
+    limit=fp8_limit,
+    fake=_quantized_fake,
+)
+"""`stream_layer_norm`, and what fp8 holds of y; without `store_y` in its place. 'torch' makes two passes."""
 
 
 class _StreamLayerNorm(torch.autograd.Function):
     """Where the residual stream has a carrier, gradients go by way of it, and x itself has none."""
 
     @staticmethod
-    def forward(ctx, x, carrier, delta, rows, eps, out_dtype, keep_sum, *parameters):
+    def forward(ctx, x, carrier, delta, rows, eps, out_dtype, keep_sum, fp8, store_y, *parameters):
         count = len(rows)
         weights, biases, updates = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
-        x_new, y, mean, rstd = _forward(x, delta, list(weights), list(biases), rows, eps, out_dtype, delta is not None)
+        arguments = (x, delta, list(weights), list(biases), rows, eps, out_dtype, delta is not None)
+        x_new, y, mean, rstd, *quantized = _forward_quantized(*arguments, store_y) if fp8 else _forward(*arguments)
+        y = y if store_y else new_carrier(x, out_dtype)
         kept = (x, delta) if delta is None or not keep_sum else (x_new, None)
         ctx.save_for_backward(*kept, mean, rstd, *weights)
         ctx.rows, ctx.delta_dtype = rows, None if delta is None else delta.dtype
@@ -294,13 +179,14 @@ class _StreamLayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # x is handed on even where nothing is added to it: its other gradient then arrives here, and is added on the way.
         if carrier is None:
-            return x.view_as(x) if delta is None else x_new, y
+            ctx.mark_non_differentiable(*quantized)
+            return x.view_as(x) if delta is None else x_new, y, None, *quantized
         x_new = x.detach() if delta is None else x_new
-        ctx.mark_non_differentiable(x_new)
-        return x_new, y, new_carrier(x, carrier.dtype)
+        ctx.mark_non_differentiable(x_new, *quantized)
+        return x_new, y, new_carrier(x, carrier.dtype), *quantized
 
     @staticmethod
-    def backward(ctx, dx_new, dy, dcarrier=None):
+    def backward(ctx, dx_new, dy, dcarrier, *_):
         x, delta, mean, rstd, *weights = ctx.saved_tensors
         dx_new = dcarrier if ctx.carried else dx_new
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
@@ -316,7 +202,7 @@ class _StreamLayerNorm(torch.autograd.Function):
         dbs = [part.to(dtype) for part, dtype in zip(sums[1], ctx.bias_dtypes)]
         dupdates = dupdate.unbind(0) if ctx.update_dtypes else ()
         dxs = (None, dx) if ctx.carried else (dx, None)
-        return *dxs, ddelta, None, None, None, None, *dws, *dbs, *dupdates
+        return *dxs, ddelta, *[None] * 6, *dws, *dbs, *dupdates
 
 
 def stream_layer_norm(
@@ -344,25 +230,64 @@ def stream_layer_norm(
 
     A `Residual` for x is a stream whose gradient is narrower, and gives one. Raises ValueError when a shape does not fit.
     """
+    x, y, _ = _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed, fp8=False, values=True)
+    return x, y
+
+
+def quantized_layer_norm(
+    x: Tensor | Residual,
+    delta: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: StreamLayout,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    *,
+    keep_sum: bool = True,
+    owed: Sequence[Tensor] = (),
+    values: bool = True,
+) -> tuple[Tensor | Residual, Tensor, Quantized]:
+    """As `stream_layer_norm`, and what fp8 holds of the LayerNorm (`ops/fp8.py`), for the product that takes it.
+
+    `values`: the LayerNorm itself is written, too, for what else reads it; else it is a tensor without values (of the memory
+    of one element), through which its gradient passes.
+    """
+    return _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed, fp8=True, values=values)
+
+
+def _apply(
+    x: Tensor | Residual,
+    delta: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: StreamLayout,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    keep_sum: bool,
+    owed: Sequence[Tensor],
+    *,
+    fp8: bool,
+    values: bool,
+) -> tuple[Tensor | Residual, Tensor, Quantized | None]:
     x, carrier = x if isinstance(x, Residual) else (x, None)
     layout.check("x", x)
     width = x.shape[1]
     if delta is not None and delta.shape != x.shape:
         raise ValueError(f"delta has shape {list(delta.shape)}; x has {list(x.shape)}")
-    for name, values in (("weights", weights), ("biases", biases)):
-        if len(values) != len(layout.lengths) or any(v.shape != (width,) for v in values):
-            shapes = [list(v.shape) for v in values]
+    for name, group in (("weights", weights), ("biases", biases)):
+        if len(group) != len(layout.lengths) or any(v.shape != (width,) for v in group):
+            shapes = [list(v.shape) for v in group]
             raise ValueError(f"{name} have shapes {shapes}; {len(layout.lengths)} streams need one [{width}] each")
-        if len({v.dtype for v in values}) > 1:
-            raise TypeError(f"{name} have dtypes {[v.dtype for v in values]}; they must have one")
+        if len({v.dtype for v in group}) > 1:
+            raise TypeError(f"{name} have dtypes {[v.dtype for v in group]}; they must have one")
     if owed and (delta is None or len(owed) not in (1, len(layout.lengths)) or any(b.shape != (width,) for b in owed)):
         shapes = [list(b.shape) for b in owed]
         raise ValueError(f"owed has shapes {shapes}; it takes [{width}], once or for each stream, and only with a delta")
     delta = None if delta is None else delta.contiguous()
     parameters = [p.contiguous() for p in (*weights, *biases)]
-    arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, *parameters, *owed)
-    x, y, *carriers = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments)
-    return Residual(x, *carriers) if carriers else x, y
+    arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, fp8, values, *parameters, *owed)
+    x, y, carrier, *quantized = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments)
+    return x if carrier is None else Residual(x, carrier), y, Quantized(*quantized) if quantized else None
 
 
 def layer_norm_origin(

@@ -6,127 +6,30 @@ Backward, with the sums over the stream's rows:
 
     dx = dy W[s],    dW[s] = dy^T x,    db[s] = sum of dy
 
-PyTorch's GEMMs do the work. One weight is one GEMM over all rows; with one for each stream every GEMM writes its slice
-of one output, so that nothing is concatenated. 'torch side by side' launches those of two streams beside each other, and
-with one weight dx and dW. `linear_gelu` builds on the same three functions.
+The products are those of `linear_products.py`, or of `fp8_products.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from cavmae_fast import compat
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, backward_products, check_fp8, forward_products, rounded_rows
+from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, check_fp8, quantize_rows
+from cavmae_fast.ops.fp8_products import fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.linear_products import (
+    SIDE_BY_SIDE,
+    bias_gradient,
+    linear_backward,
+    linear_forward,
+    onednn_limit,
+)
 from cavmae_fast.ops.origin import Origin, origin_or_itself
-from cavmae_fast.ops.side_by_side import Jobs, Run, in_turn, side_by_side
-
-SIDE_BY_SIDE = "torch side by side"
-"The name of the implementation whose products are launched by `side_by_side`."
-
-# ---------------------------------------------------------------------------------------------------------- products
-
-
-def linear_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    rows: Sequence[int],
-    fp8: bool = False,
-    onednn: bool = False,
-    run: Run = in_turn,
-) -> Tensor:
-    """`x W^T + b`, each of the row ranges `rows` with its own weight and bias -> `[R, N]`. `fp8`: of what fp8 holds of x
-    and W (`ops/fp8.py`); `onednn`: by its product; `run`: how the products are launched."""
-    if fp8 and x.device.type == "cuda":
-        return forward_products(x, weights, biases, rows)
-    if fp8:
-        x, *weights = (rounded_rows(t, VALUES) for t in (x, *weights))
-    in_bf16 = len(weights) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16
-    if onednn or (in_bf16 and compat.has_fused_linear(x.dtype)):
-        # oneDNN adds the bias inside its product; addmm first copies the bias into every row of the result, which takes a
-        # fifth of its time in bf16.
-        parts = [compat.fused_linear(x_s, w, b.to(x.dtype)) for x_s, w, b in zip(x.split(rows), weights, biases)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-    out = x.new_empty(x.shape[0], weights[0].shape[0])
-    products = zip((b.to(x.dtype) for b in biases), x.split(rows), (w.t() for w in weights), out.split(rows))
-    run([partial(torch.addmm, b, x_s, w, out=out_s) for b, x_s, w, out_s in products], x.device)
-    return out
-
-
-def linear_backward(
-    dout: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[int],
-    needs_dx: bool,
-    fp8: bool = False,
-    onednn: bool = False,
-    run: Run = in_turn,
-) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`)."""
-    products: list[Callable[[], object]] = []
-
-    def later(jobs: Jobs, device: torch.device) -> None:
-        products.extend(jobs)
-
-    dx = input_gradient(dout, weights, rows, fp8, onednn, later) if needs_dx else x.new_empty(0)
-    dw = x.new_empty(len(weights), *weights[0].shape)
-    products += [partial(_weight_gradient, *parts) for parts in zip(dout.split(rows), x.split(rows), dw)]
-    run(products, x.device)
-    return dx, dw
-
-
-def _weight_gradient(dout: Tensor, x: Tensor, dw: Tensor) -> None:
-    """Writes `dout^T x` into dw."""
-    torch.mm(_as_left_factor(dout, x), x, out=dw)
-
-
-def input_gradient(
-    dout: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[int],
-    fp8: bool = False,
-    onednn: bool = False,
-    run: Run = in_turn,
-) -> Tensor:
-    """`dout W`, each of the row ranges `rows` with its own weight -> `[R, K]`. `fp8`: of what fp8 holds of dout and W;
-    `onednn`: by its product; `run`: how the products are launched."""
-    if fp8 and dout.device.type == "cuda":
-        return backward_products(dout, weights, rows)
-    if fp8:
-        dout, weights = rounded_rows(dout, GRADIENTS), [rounded_rows(w.t().contiguous(), VALUES).t() for w in weights]
-    if onednn:
-        parts = [compat.fused_linear(dout_s, w.t(), None) for dout_s, w in zip(dout.split(rows), weights)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-    dx = dout.new_empty(dout.shape[0], weights[0].shape[1])
-    parts = zip(dout.split(rows), weights, dx.split(rows))
-    run([partial(torch.mm, dout_s, w, out=dx_s) for dout_s, w, dx_s in parts], dout.device)
-    return dx
-
-
-def _as_left_factor(dout: Tensor, x: Tensor) -> Tensor:
-    """dout^T for the product `dout^T x`. The CPU's bf16 GEMM is half as fast with a transposed left factor. Writing the
-    factor out saves time where dout is the narrower of the two (measured at 2832 rows, 2048 -> 512: 25 %), and costs time
-    where it is the wider."""
-    slow = dout.device.type == "cpu" and dout.dtype in (torch.bfloat16, torch.float16)
-    return dout.t().contiguous() if slow and x.shape[1] >= 2 * dout.shape[1] else dout.t()
-
-
-def bias_gradient(dout: Tensor, rows: Sequence[int], dtype: torch.dtype | None) -> Tensor:
-    """Column sums `[streams, N]` of each row range; empty for dtype None. PyTorch sums bf16 and fp16 in fp32 and rounds
-    once, to `dtype`."""
-    if dtype is None:
-        return dout.new_empty(0)
-    db = torch.empty(len(rows), dout.shape[1], dtype=dtype, device=dout.device)
-    for dout_s, db_s in zip(dout.split(rows), db):
-        torch.sum(dout_s, 0, dtype=dtype, out=db_s)
-    return db
+from cavmae_fast.ops.side_by_side import in_turn, side_by_side
 
 
 def check_linear(
@@ -157,24 +60,15 @@ def check_linear(
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def onednn_limit(implementation: str, dtype: torch.dtype) -> str | None:
-    """Why oneDNN's product cannot be had."""
-    return (
-        f"oneDNN has no product in {dtype} here"
-        if implementation == "onednn" and not compat.has_fused_linear(dtype)
-        else None
-    )
+def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False, run=in_turn):
+    return *linear_backward(dout, x, weights, rows, needs_dx, onednn, run), bias_gradient(dout, rows, bias_dtype)
 
 
-def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False, run=in_turn):
-    return *linear_backward(dout, x, weights, rows, needs_dx, fp8, onednn, run), bias_gradient(dout, rows, bias_dtype)
-
-
-def _forward_fake(x, weights, biases, rows, fp8=False):
+def _forward_fake(x, weights, biases, rows):
     return x.new_empty(x.shape[0], weights[0].shape[0])
 
 
-def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False):
+def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx):
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dw = x.new_empty(len(weights), *weights[0].shape)
     return dx, dw, x.new_empty(0) if bias_dtype is None else x.new_empty(len(weights), dout.shape[1], dtype=bias_dtype)
@@ -182,7 +76,7 @@ def backward_fake(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False):
 
 forward_operator = register(
     "stream_linear",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool fp8=False) -> Tensor",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows) -> Tensor",
     torch=linear_forward,
     kernels={SIDE_BY_SIDE: partial(linear_forward, run=side_by_side)},
     forms={"onednn": partial(linear_forward, onednn=True)},
@@ -191,8 +85,8 @@ forward_operator = register(
 )
 backward_operator = register(
     "stream_linear_backward",
-    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx,"
-    " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
+    "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx)"
+    " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
     kernels={SIDE_BY_SIDE: partial(_backward_torch, run=side_by_side)},
     forms={"onednn": partial(_backward_torch, onednn=True)},
@@ -202,22 +96,27 @@ backward_operator = register(
 
 class _StreamLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, form, fp8, count, *tensors):
+    def forward(ctx, x, rows, form, fp8, quantized, count, *tensors):
         kept, parameters = tensors[:count], tensors[count:]
         weights, biases = list(parameters[: len(parameters) // 2]), list(parameters[len(parameters) // 2 :])
         ctx.save_for_backward(*kept, *weights)
         ctx.rows, ctx.form, ctx.fp8, ctx.count, ctx.bias_dtypes = rows, form, fp8, count, [b.dtype for b in biases]
-        return forward_operator(x, weights, biases, rows, fp8)
+        if fp8:
+            return fp8_linear(quantized or quantize_rows(x, VALUES), weights, biases, rows, x.dtype)
+        return forward_operator(x, weights, biases, rows)
 
     @staticmethod
     def backward(ctx, dout):
         tensors = ctx.saved_tensors  # once: where it is formed again for this call, a second call is an error
         kept, weights = tensors[: ctx.count], list(tensors[ctx.count :])
         needs_dx, needs_db = ctx.needs_input_grad[0], any(ctx.needs_input_grad[-len(weights) :])
-        options = (ctx.rows, ctx.bias_dtypes[0] if needs_db else None, needs_dx, ctx.fp8)
-        dx, dw, db = backward_operator(dout.contiguous(), ctx.form(*kept), weights, *options)
+        dout, bias_dtype = dout.contiguous(), ctx.bias_dtypes[0] if needs_db else None
+        in_product = needs_dx and not ctx.fp8
+        dx, dw, db = backward_operator(dout, ctx.form(*kept), weights, ctx.rows, bias_dtype, in_product)
+        if needs_dx and ctx.fp8:
+            dx = fp8_input_gradient(quantize_rows(dout, GRADIENTS), weights, ctx.rows, dout.dtype)
         dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)] if needs_db else [None] * len(weights)
-        return dx if needs_dx else None, *[None] * (4 + ctx.count), *dw.unbind(0), *dbs
+        return dx if needs_dx else None, *[None] * (5 + ctx.count), *dw.unbind(0), *dbs
 
 
 class _OwnBias(torch.autograd.Function):
@@ -247,17 +146,19 @@ def stream_linear(
     *,
     origin: Origin | None = None,
     fp8: bool = False,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """`x W^T + b` for packed streams, with one weight for all of them or one for each.
 
     x `[R, K]`, weights `[N, K]` in x's dtype and biases `[N]`, one of each or one for every stream of `layout`. Returns
     `[R, N]` in x's dtype; bias gradients are summed in float32. `origin`: how x is formed again in the backward pass,
-    instead of kept. `fp8`: this product and that of x's gradient are of 8-bit numbers (`ops/fp8.py`). Raises ValueError or
-    TypeError when something does not fit.
+    instead of kept. `fp8`: this product and that of x's gradient are of 8-bit numbers (`ops/fp8.py`); `quantized`: what fp8
+    holds of x, where it is known: x itself is then read by the backward pass alone, and with an origin not at all. Raises
+    ValueError or TypeError when something does not fit.
     """
     rows = check_linear(x, weights, biases, layout)
     if fp8:
         check_fp8(x.device, *weights[0].shape)
-    x = x.contiguous()
+    x = x if quantized else x.contiguous()
     form, kept = origin_or_itself(x, origin)
-    return _StreamLinear.apply(x, rows, form, fp8, len(kept), *kept, *weights, *biases)
+    return _StreamLinear.apply(x, rows, form, fp8, quantized, len(kept), *kept, *weights, *biases)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops.fp8 import check_fp8
+from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, check_fp8, fp8_gelu, quantize_rows
+from cavmae_fast.ops.fp8_products import fp8_hidden_gradient, fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import forward_operator as linear_gelu_forward
@@ -35,33 +36,46 @@ RECOMPUTE = ("none", "elementwise", "mlp")
 
 class _StreamMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, form, recompute, keep_pre, fp8, *tensors):
+    def forward(ctx, x, rows, form, recompute, keeps, fp8, quantized, *tensors):
         kept, (w1, b1, w2, b2) = _groups(tensors, 4, len(rows))
-        y, pre = linear_gelu_forward(x, w1, b1, rows, keep_pre, fp8)
+        if fp8:
+            pre = fp8_linear(quantized or quantize_rows(x, VALUES), w1, b1, rows, x.dtype)
+            y, *y_quantized = fp8_gelu(pre, keeps and recompute == "none")
+            out = fp8_linear(Quantized(*y_quantized), w2, b2, rows, x.dtype)
+        else:
+            y, pre = linear_gelu_forward(x, w1, b1, rows, keeps and recompute != "mlp")
+            out = linear_forward(y, w2, b2, rows)
         hidden = {"none": (pre, y), "elementwise": (pre,), "mlp": ()}[recompute]
         ctx.save_for_backward(*hidden, *kept, *w1, *b1, *w2)
         ctx.rows, ctx.form, ctx.hidden, ctx.fp8 = rows, form, len(hidden), fp8
         ctx.bias_dtypes = b1[0].dtype, b2[0].dtype
-        return linear_forward(y, w2, b2, rows, fp8)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
         tensors, (w1, b1, w2) = _groups(ctx.saved_tensors, 3, len(ctx.rows))
         hidden, kept = tensors[: ctx.hidden], tensors[ctx.hidden :]
         x = ctx.form(*kept)
-        if not hidden:
-            y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True, ctx.fp8)
+        if len(hidden) == 2:
+            pre, y = hidden
+        elif hidden or ctx.fp8:
+            pre = hidden[0] if hidden else fp8_linear(quantize_rows(x, VALUES), w1, b1, ctx.rows, x.dtype)
+            y = F.gelu(pre)
         else:
-            pre, y = hidden if len(hidden) == 2 else (hidden[0], F.gelu(hidden[0]))
-        dout, (dtype1, dtype2), fp8 = dout.contiguous(), ctx.bias_dtypes, ctx.fp8
-        dpre, db1 = hidden_gradient(dout, pre, w2, ctx.rows, dtype1, fp8)
+            y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True)
+        dout, (dtype1, dtype2), needs_dx = dout.contiguous(), ctx.bias_dtypes, ctx.needs_input_grad[0]
+        if ctx.fp8:
+            dpre, db1, quantized = fp8_hidden_gradient(quantize_rows(dout, GRADIENTS), pre, w2, ctx.rows, dtype1)
+        else:
+            dpre, db1 = hidden_gradient(dout, pre, w2, ctx.rows, dtype1)
         owed = not any(ctx.needs_input_grad[-len(w2) :])  # the second layer's bias gradients are formed elsewhere
-        _, dw2, db2 = linear_backward(dout, y, w2, ctx.rows, None if owed else dtype2, False, fp8)
-        needs_dx = ctx.needs_input_grad[0]
-        dx, dw1, _ = linear_backward(dpre, x, w1, ctx.rows, None, needs_dx, fp8)
+        _, dw2, db2 = linear_backward(dout, y, w2, ctx.rows, None if owed else dtype2, False)
+        dx, dw1, _ = linear_backward(dpre, x, w1, ctx.rows, None, needs_dx and not ctx.fp8)
+        if needs_dx and ctx.fp8:
+            dx = fp8_input_gradient(quantized, w1, ctx.rows, x.dtype)
         gradients = [part for group in (dw1, db1, dw2) for part in group.unbind(0)]
         gradients += [None] * len(w2) if owed else db2.unbind(0)
-        return dx if needs_dx else None, *[None] * (5 + len(kept)), *gradients
+        return dx if needs_dx else None, *[None] * (6 + len(kept)), *gradients
 
 
 def _groups(tensors: Sequence[Tensor], count: int, size: int) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -81,13 +95,15 @@ def stream_mlp(
     recompute: str = "none",
     origin: Origin | None = None,
     fp8: bool = False,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """`gelu(x W1^T + b1) W2^T + b2` for packed streams, with one set of weights for all of them or one for each.
 
     x `[R, K]`, weights1 `[N, K]` and weights2 `[M, N]` in x's dtype, biases1 `[N]` and biases2 `[M]`, one of each or one for
     every stream of `layout`. Returns `[R, M]` in x's dtype. `recompute`: one of `RECOMPUTE`, what of the hidden layer is
     formed again in the backward pass instead of kept; `origin`: how x is, instead of kept. `fp8`: both products and those of
-    their inputs' gradients are of 8-bit numbers (`ops/fp8.py`). Raises ValueError or TypeError when something does not fit.
+    their inputs' gradients are of 8-bit numbers (`ops/fp8.py`); `quantized`: what fp8 holds of x, as in `stream_linear`. Raises
+    ValueError or TypeError when something does not fit.
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(RECOMPUTE)}")
@@ -98,7 +114,7 @@ def stream_mlp(
     if fp8:
         check_fp8(x.device, *weights1[0].shape, *weights2[0].shape)
     parameters = (*weights1, *biases1, *weights2, *biases2)
-    x = x.contiguous()
+    x = x if quantized else x.contiguous()
     form, kept = origin_or_itself(x, origin)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    return _StreamMlp.apply(x, rows, form, recompute, needs_grad and recompute != "mlp", fp8, *kept, *parameters)
+    return _StreamMlp.apply(x, rows, form, recompute, needs_grad, fp8, quantized, *kept, *parameters)

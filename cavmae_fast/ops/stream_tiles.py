@@ -16,8 +16,8 @@ ONE_LEVEL = 2
 
 
 def three(values: Sequence) -> list:
-    """Kernels take three streams; missing ones repeat the first (tensors) or are empty (0 rows)."""
-    filler = values[0] if isinstance(values[0], Tensor) else 0
+    """Kernels take three streams; missing ones repeat the first (tensors, None) or are empty (0 rows)."""
+    filler = 0 if isinstance(values[0], int) else values[0]
     return [*values, *[filler] * (3 - len(values))]
 
 

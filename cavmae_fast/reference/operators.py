@@ -52,13 +52,15 @@ def hidden_gradient(dout: Tensor, pre: Tensor, weights: Sequence[Tensor], rows: 
     return dpre, torch.stack([part.sum(0) for part in dpre.split(ranges)])
 
 
-def fp8_rows(x: Tensor) -> Tensor:
+def fp8_rows(x: Tensor, *, gradients: bool = False) -> Tensor:
     """x `[R, K]` as e4m3 holds it: each row over the least power of two that brings it to at most 448 = 1.75 * 2^8, rounded
-    to steps of an eighth of the power of two below each number (and of 2^-6 at least)."""
+    to steps of an eighth of the power of two below each number (and of 2^-6 at least). `gradients`: as e5m2 does, of at most
+    1.75 * 2^15, to steps of a quarter (and of 2^-14 at least)."""
+    exponent, least, mantissa = (15, -14, 2) if gradients else (8, -6, 3)
     largest = x.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, (largest / 448).log2().ceil().exp2(), 1.0)
+    scale = torch.where(largest > 0, (largest / (1.75 * 2**exponent)).log2().ceil().exp2(), 1.0)
     scaled = x / scale
-    step = (scaled.abs().log2().floor().clamp(min=-6) - 3).exp2()
+    step = (scaled.abs().log2().floor().clamp(min=least) - mantissa).exp2()
     return (scaled / step).round() * step * scale
 
 

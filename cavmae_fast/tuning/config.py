@@ -26,7 +26,7 @@ class TuneConfig:
     """The model whose training step is tuned for."""
     batch: str = "auto"
     """Clips per step: a number, or auto: 256 or what fits on a GPU, a few on a CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     """Of the matrix products; auto: as `pretrain` chooses."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

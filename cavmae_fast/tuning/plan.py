@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cavmae_fast.errors import CavmaeError
-from cavmae_fast.models.precision import DTYPES
+from cavmae_fast.models.precision import dtype_of
 from cavmae_fast.models.systems import SYSTEMS, CAVMAESystem, MAESystem, MAViLSystem, System
 from cavmae_fast.ops import catalogue
 from cavmae_fast.ops.attention_tiles import launch_key
@@ -66,11 +66,19 @@ ORDER = (
     "gather_tokens",
     "embed_kept_patches",
     "contrastive_loss",
-    "adam_update",
+    "fp8_product",
+    "fp8_hidden_gradient",
+    "fp8_gelu",
+    "fp8_layer_norm",
     "quantize_rows",
+    "adam_update",
     "log_mel_fbank",
 )
 "Operators in the order of the time that is to be won, so that a run with little time spends it well."
+IN_FP8 = {name for name in ORDER if name.startswith("fp8_")} | {"quantize_rows"}
+"Operators that a step calls in fp8 alone."
+NOT_IN_FP8 = {"linear_gelu", "hidden_gradient"}
+"Those that it does not call in fp8."
 RESERVED = 8e9
 "Bytes of a GPU that do not grow with the batch: parameters, gradients, optimizer, the reference's copies."
 
@@ -91,6 +99,16 @@ class Settings:
     "Those to tune (empty: all)."
     rounds: int = 7
     "Turns in which each candidate is timed."
+
+    @property
+    def fp8(self) -> bool:
+        """Whether blocks multiply 8-bit numbers."""
+        return self.dtype == "fp8"
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of the products, of all others in fp8."""
+        return dtype_of(self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"operators": list(self.operators)}
@@ -182,16 +200,23 @@ def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
         "attention-decoder-last": 1,
         "gather_tokens-decoder": 2,
         "adam_update-block": 2 * specific + shared + decoder * config.get("decoder_embed_dim", 512) ** 2 / width**2,
-        "quantize_rows-decoder": 0,  # in fp8 alone
         "log_mel_fbank-clips": 0,
     }
 
 
+def fp8_calls_per_step(system: CAVMAESystem) -> dict[str, float]:
+    """The same of what is called in fp8 besides. A shared block counts as two, because it has twice the rows."""
+    config = system.arguments
+    depth, specific = config.get("depth", 12), config.get("modality_specific_depth", 11)
+    blocks = {"encoders": specific + 2 * (depth - specific), "decoder": config.get("decoder_depth", 8)}
+    return {str(case): count * blocks[kind] for kind, case, count in catalogue.in_fp8(1, sizes_of(system))}
+
+
 def step_calls(model: str, batch: int) -> list[Call]:
-    """The calls of a training step of one of `MODELS`."""
+    """The calls of a training step of one of `MODELS`, in fp8 and not."""
     system = MODELS[model].system
     if isinstance(system, CAVMAESystem):
-        counts = calls_per_step(system)
+        counts = calls_per_step(system) | fp8_calls_per_step(system)
         return [Call(case, float(counts.get(str(case), 1.0))) for case in catalogue.pretraining(batch, sizes_of(system))]
     return [Call(case, float(weight)) for case, weight in towers.step(batch, tower_sizes_of(system))]
 
@@ -231,12 +256,14 @@ def _awkward_attention(key: str, width: int) -> list[Case]:
 
 
 def _wanted(case: Case, settings: Settings) -> bool:
+    if case.operator in (NOT_IN_FP8 if settings.fp8 else IN_FP8):
+        return False
     return not settings.operators or case.operator in settings.operators
 
 
 def _dtype(case: Case, settings: Settings) -> torch.dtype:
     """That of the products, or the one that the case has."""
-    wanted = DTYPES[settings.dtype]
+    wanted = settings.products
     return wanted if wanted in case.dtypes else case.dtypes[-1]
 
 

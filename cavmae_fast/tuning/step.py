@@ -2,7 +2,8 @@
 
 Operators that are right one by one do not show the chain, and times of their own do not show what they do to each other's
 caches and memory. Loss and gradients are held against the reference in float64, on the same clips and masks: they may err
-twice as much as the reference does in the dtype of the products. Then both steps take turns.
+twice as much as the reference does in the dtype of the products; in fp8, which the reference does not have, as PyTorch's
+operators do. Then both steps take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cavmae_fast.models.precision import DTYPES
+from cavmae_fast.models.precision import fp8_products
 from cavmae_fast.models.systems import System
 from cavmae_fast.models.systems import inputs as clips_for
 from cavmae_fast.ops import configuration, dispatch, parity
@@ -42,12 +43,16 @@ def draw(model: nn.Module, batch: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def gradients(
-    system: System, model: nn.Module, inputs: tuple[Tensor, Tensor], dtype: torch.dtype
+    system: System, model: nn.Module, inputs: tuple[Tensor, Tensor], dtype: torch.dtype, fp8: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss and the gradients of all that is trained. `dtype`: autocast's where it is a 16-bit one."""
+    """Loss and the gradients of all that is trained. `dtype`: autocast's where it is a 16-bit one; `fp8`: blocks multiply
+    8-bit numbers."""
     torch.manual_seed(SEED)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype.itemsize == 2):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(inputs[0].device.type, dtype, enabled=dtype.itemsize == 2))
+        if fp8:
+            stack.enter_context(fp8_products())
         loss = system.step_loss(model, *inputs)
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
     found = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
@@ -61,15 +66,17 @@ def in_a_row(loss: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def prove(settings: Settings, content: configuration.Content, device: torch.device) -> dict[str, Any]:
     """Errors and allowed errors of loss and gradient, and whether both are right."""
-    dtype, system = DTYPES[settings.dtype], MODELS[settings.model].system
+    dtype, system = settings.products, MODELS[settings.model].system
     torch.manual_seed(0)
     plain = system.create(plain=True, attention="sdpa").to(device)
     fast = system.create().to(device)
     fast.load_state_dict(plain.state_dict())
     inputs = draw(plain, min(PROOF_CLIPS, settings.batch), device)
-    base = in_a_row(*gradients(system, plain, inputs, dtype))
+    # The reference has no fp8: there the measure is the same model by PyTorch's operators.
+    with dispatch.override("torch"):
+        base = in_a_row(*gradients(system, fast if settings.fp8 else plain, inputs, dtype, settings.fp8))
     with chosen(content):
-        got = in_a_row(*gradients(system, fast, inputs, dtype))
+        got = in_a_row(*gradients(system, fast, inputs, dtype, settings.fp8))
     del fast
     scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
     want = in_a_row(*gradients(system, plain.double(), (inputs[0].double(), inputs[1]), torch.float64))
@@ -89,18 +96,18 @@ def chosen(content: configuration.Content) -> Iterator[None]:
 
 def time(settings: Settings, content: configuration.Content, device: torch.device) -> dict[str, Any]:
     """Milliseconds of forward and backward, with what was chosen and with PyTorch alone, in turn."""
-    dtype, system = DTYPES[settings.dtype], MODELS[settings.model].system
+    dtype, system = settings.products, MODELS[settings.model].system
     torch.manual_seed(0)
     model = system.create().to(device)
     inputs = draw(model, settings.batch, device)
 
     def tuned() -> None:
         with chosen(content):
-            gradients(system, model, inputs, dtype)
+            gradients(system, model, inputs, dtype, settings.fp8)
 
     def pytorch() -> None:
         with dispatch.override("torch"):
-            gradients(system, model, inputs, dtype)
+            gradients(system, model, inputs, dtype, settings.fp8)
 
     spin(device)
     samples: dict[str, list[float]] = {"tuned": [], "pytorch": []}

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cavmae_fast.models.precision import choose_dtype, find_device
+from cavmae_fast.models.precision import Precision, choose_dtype, find_device
 from cavmae_fast.ops import configuration, dispatch
 from cavmae_fast.ops.configuration import Content
 from cavmae_fast.tuning.config import TuneConfig
@@ -95,6 +95,7 @@ def settings_of(config: TuneConfig) -> Settings:
             raise ValueError(f"operators has {operator!r}; allowed: {', '.join(sorted(dispatch.operators))}")
     batch = fitting_batch(config.model, device) if config.batch == "auto" else int(config.batch)
     dtype = choose_dtype(device)[0] if config.dtype == "auto" else config.dtype
+    Precision.named(device, dtype)  # refuses a GPU without fp8 units
     return Settings(config.model, batch, dtype, str(device), config.operators, config.rounds)
 
 

@@ -41,7 +41,7 @@ RECORD = Path(__file__).with_name("aot_record.json")
 "`key_of` a launch -> its `MEASURED`."
 MEASURED = ("registers", "spilled_bytes", "instructions", "loops", "shared_bytes", "tma", "matrix")
 "What is read off a compiled launch."
-SINCE = {"quantize": 89}
+SINCE = {"quantize": 89, "fp8": 89, "fp8_product": 89}
 "First word of a case -> the least capability that has its instructions."
 MATRIX_INSTRUCTIONS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 "Those of the other capabilities are mma.sync."
@@ -135,13 +135,24 @@ def compile_launch(
 
 def measured(source: ASTSource, options: dict, capability: int) -> dict[str, Any]:
     """`MEASURED`, of what is compiled now."""
+    of_fp8 = any(str(kind).startswith("*fp8") for kind in source.signature.values())
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     found = machine_code(compiled.asm["cubin"]) | {
         "shared_bytes": compiled.metadata.shared,
         "tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
-        "matrix": MATRIX_INSTRUCTIONS.get(capability, "mma.sync") in compiled.asm["ptx"],
+        "matrix": uses_matrix_units(compiled.asm["ptx"], capability, of_fp8),
     }
     return {name: found[name] for name in MEASURED}
+
+
+def uses_matrix_units(ptx: str, capability: int, of_fp8: bool) -> bool:
+    """Whether the code has matrix instructions, `of_fp8`: of 8-bit numbers in both factors."""
+    found = re.findall(rf"{re.escape(MATRIX_INSTRUCTIONS.get(capability, 'mma.sync'))}\S*", ptx)
+    if of_fp8 and capability == 100:  # the instruction's descriptor holds the types
+        return any(".kind::f8f6f4" in text for text in found)
+    if of_fp8:
+        return any(len(re.findall(r"\.e[45]m[23]", text)) == 2 for text in found)
+    return bool(found)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from cavmae_fast.ops import (
     configuration,
     dgelu_bias,
     fp8,
+    layer_norm_kernels,
     product_kernels,
 )
 from cavmae_fast.ops.pixels import scale_and_shift
@@ -35,7 +36,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
     log_mel_fbank,
     masked_patch_mse,
     scatter_tokens,
-    stream_layer_norm,
     stream_tiles,
 ) = (
     importlib.import_module(f"cavmae_fast.ops.{name}")
@@ -48,7 +48,6 @@ from cavmae_fast.ops.pixels import scale_and_shift
         "log_mel_fbank",
         "masked_patch_mse",
         "scatter_tokens",
-        "stream_layer_norm",
         "stream_tiles",
     )
 )
@@ -66,13 +65,13 @@ def _layer_norm(dtype: torch.dtype, width: int, lengths: list[int], delta: bool,
     stats = torch.empty(rows)
     update = low if delta else None
     for store in (True, False) if delta else (False,):
-        stream_layer_norm._forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
+        layer_norm_kernels.forward_triton(x, update, weights, weights, lengths, 1e-5, dtype, store, architecture)
     updates = [low] * delta
     for kept in {None, update}:
         arguments = (low, x if delta else None, x, kept, stats, stats, weights, lengths)
-        stream_layer_norm._backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
+        layer_norm_kernels.backward_triton(*arguments, x.dtype, dtype, len(updates), dtype, architecture)
     if delta:  # the residual stream's gradient in 16 bits; and a sum of many rows
-        stream_layer_norm._backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
+        layer_norm_kernels.backward_triton(low, low, *arguments[2:], dtype, None, 1, dtype, architecture)
         stream_tiles.sum_of_streams(torch.empty(300, 3, width), [100] * 3, 3, architecture)
 
 
@@ -111,12 +110,42 @@ CASES["product-ones-bf16"] = partial(_products, torch.bfloat16, 1, 1, [1], True)
 
 def _quantize(dtype: torch.dtype, width: int, rows: int, architecture: str) -> None:
     for to in (fp8.VALUES, fp8.GRADIENTS):
-        fp8._quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
+        fp8.quantize_triton(torch.empty(rows, width, dtype=dtype), to, architecture)
 
 
 CASES["quantize-hidden-bf16"] = partial(_quantize, torch.bfloat16, 3072, 177)
 CASES["quantize-encoder-bf16"] = partial(_quantize, torch.bfloat16, 768, 177)
 CASES["quantize-ones-fp16"] = partial(_quantize, torch.float16, 1, 1)
+
+
+def _fp8_passes(dtype: torch.dtype, width: int, hidden: int, rows: list[int], architecture: str) -> None:
+    """What writes fp8 as it goes: LayerNorm and GELU, with and without their results beside, and the GELU's derivative."""
+    x, low, pre = (torch.empty(sum(rows), n, dtype=t) for n, t in ((width, torch.float32), (width, dtype), (hidden, dtype)))
+    weights, held = [torch.empty(width) for _ in rows], fp8.empty_quantized(x, fp8.VALUES)
+    for keep in (True, False):
+        layer_norm_kernels.forward_triton(x, low, weights, weights, rows, 1e-5, dtype, True, architecture, held, keep)
+        fp8.gelu_triton(pre, keep, architecture)
+    dgelu_bias.dgelu_bias_quantized(pre, pre, rows, dtype, architecture)
+
+
+CASES["fp8-encoder-bf16"] = partial(_fp8_passes, torch.bfloat16, 768, 3072, [128, 49])
+CASES["fp8-decoder-bf16"] = partial(_fp8_passes, torch.bfloat16, 512, 2048, [708])
+CASES["fp8-odd-fp16"] = partial(_fp8_passes, torch.float16, 33, 65, [3, 7, 10])
+
+
+def _fp8_products(k: int, n: int, rows: list[int], architecture: str) -> None:
+    """Layers k -> n: a product of values and one of gradients, and the gradient of fc2 n -> k through the GELU."""
+    values, gradients = (torch.empty(sum(rows), k, dtype=t) for t in (fp8.VALUES, fp8.GRADIENTS))
+    weights, scales = [torch.empty(n, k, dtype=fp8.VALUES) for _ in rows], [torch.empty(n) for _ in rows]
+    scale, pre = torch.empty(sum(rows), 1), torch.empty(sum(rows), n, dtype=torch.bfloat16)
+    for x, biases in ((values, scales), (gradients, [])):
+        product_kernels.fp8_product_triton(x, scale, weights, scales, biases, rows, torch.bfloat16, architecture)
+    product_kernels.fp8_hidden_gradient_product(gradients, scale, pre, weights, scales, rows, torch.float32, architecture)
+
+
+CASES["fp8_product-encoder-bf16"] = partial(_fp8_products, 768, 3072, [128, 49])
+CASES["fp8_product-decoder-bf16"] = partial(_fp8_products, 512, 2048, [708])
+CASES["fp8_product-least-bf16"] = partial(_fp8_products, 16, 16, [1])
 
 
 def _attention(

@@ -22,8 +22,7 @@ MATRIX_KERNELS: set[str] = {
     "contrastive_tile_kernel",
     "contrastive_backward_kernel",
     "log_mel_fbank_kernel",
-    "linear_gelu_product_kernel",
-    "hidden_gradient_product_kernel",
+    "stream_product_kernel",
 }
 
 
@@ -58,7 +57,7 @@ def test_matrix_instructions(rows):
 
 def test_tiles_travel_by_tma(rows):
     """Where the GPU has it, and rows are multiples of 16 bytes."""
-    products = [row for row in rows if row["case"].startswith("product-")]
+    products = [row for row in rows if row["case"].startswith(("product-", "fp8_product-"))]
     wanted = {case: case.split("-")[1] not in ("odd", "ones") for case in {row["case"] for row in products}}
     assert set(wanted.values()) == {True, False}
     for row in products:

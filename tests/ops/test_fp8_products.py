@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops import dispatch, fp8
+from cavmae_fast import compat
+from cavmae_fast.ops import dispatch, fp8, fp8_products
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.parity import poisoned_allocations
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.ops.stream_mlp import stream_mlp
 from cavmae_fast.reference import operators as reference
+from tests.ops.rounding import exact_rounding
 
 DTYPES = {"e4m3": fp8.VALUES, "e5m2": fp8.GRADIENTS}
 LAYOUT = StreamLayout(4, (9, 16))
@@ -27,11 +29,11 @@ def rows_of_all_sizes(width: int) -> Tensor:
 
 
 def quantize(mode: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """By PyTorch, or by the kernel. Triton's interpreter rounds to fp8 wrongly, so PyTorch does that one step for it."""
+    """By PyTorch, or by the kernel."""
     if mode == "torch":
         return fp8.quantize_rows(x, dtype)
-    scaled, scale = fp8._quantize_triton(x, dtype, "sm_90", stored=torch.float32)
-    return scaled.to(dtype), scale
+    with exact_rounding():
+        return fp8.quantize_triton(x, dtype, "sm_90")
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
@@ -81,7 +83,7 @@ def test_the_product_in_bfloat16_is_that_of_fp8_units():
     a, b = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     (q_a, scale_a), (q_b, scale_b) = (fp8.quantize_rows(x, fp8.VALUES) for x in (a, b))
     exact = (q_a.double() * scale_a.double()) @ (q_b.double() * scale_b.double()).t()
-    got = fp8.rounded_rows(a, fp8.VALUES) @ fp8.rounded_rows(b, fp8.VALUES).t()
+    got = fp8.dequantized(fp8.Quantized(q_a, scale_a), a.dtype) @ fp8.dequantized(fp8.Quantized(q_b, scale_b), b.dtype).t()
     assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * a.double().norm() * b.double().norm()).all()
 
 
@@ -172,23 +174,26 @@ def test_odd_widths_are_refused():
         stream_linear(x, [weight], [draw(16, seed=2)], LAYOUT, fp8=True)
 
 
-def test_what_a_gpu_is_given(monkeypatch):
-    """The calls for fp8 units, played by PyTorch on the CPU, give what the CPU's form gives."""
-
-    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, bias, output_dtype, use_fast_accum):
-        assert a.dtype in (fp8.VALUES, fp8.GRADIENTS) and b.dtype == fp8.VALUES
-        assert a.is_contiguous() and b.t().is_contiguous()
-        assert recipe_a == recipe_b == torch.nn.functional.ScalingType.RowWise
-        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
-        assert use_fast_accum == (a.dtype == fp8.VALUES)
-        out = (a.float() * scale_a) @ (b.float() * scale_b)
-        return (out if bias is None else out + bias.float()).to(output_dtype)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+@pytest.mark.parametrize("has_operator", [True, False])
+def test_what_a_gpu_is_given(monkeypatch, has_operator):
+    """The calls for fp8 units, which PyTorch has for CPUs as well, give what the CPU's form gives."""
     x, weights, biases, *_ = arguments(2)
-    rows = LAYOUT.rows_per_stream
+    rows, low, seen = LAYOUT.rows_per_stream, torch.bfloat16, []
+
+    def scaled_mm(*args, fast):
+        seen.append((args[0].dtype, fast))
+        return real(*args, fast=fast)
+
+    real = compat.scaled_mm
+    monkeypatch.setattr(compat, "scaled_mm", scaled_mm)
+    if not has_operator:
+        monkeypatch.setattr(torch.ops.aten, "_scaled_mm_v2", None)
     with torch.no_grad():
-        out = torch.ops.cavmae_fast.stream_linear(x, weights, biases, rows, True)
-        torch.testing.assert_close(fp8.forward_products(x, weights, biases, rows), out)
-        dx, _, _ = torch.ops.cavmae_fast.stream_linear_backward(out, x, weights, rows, torch.bfloat16, True, True)
-        torch.testing.assert_close(fp8.backward_products(out, weights, rows), dx)
+        results = []
+        for has_units in (False, True):
+            monkeypatch.setattr(fp8_products, "has_units", lambda device, answer=has_units: answer)
+            out = fp8_products.fp8_linear(fp8.quantize_rows(x, fp8.VALUES), weights, biases, rows, low)
+            dx = fp8_products.fp8_input_gradient(fp8.quantize_rows(out, fp8.GRADIENTS), weights, rows, low)
+            results.append((out, dx))
+    torch.testing.assert_close(*results, rtol=2**-7, atol=2**-8)
+    assert seen == 2 * [(fp8.VALUES, True)] + 2 * [(fp8.GRADIENTS, False)]

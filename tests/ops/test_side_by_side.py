@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae_fast.ops import dispatch, side_by_side
 from cavmae_fast.ops.configuration import trial
-from cavmae_fast.ops.stream_linear import SIDE_BY_SIDE
+from cavmae_fast.ops.linear_products import SIDE_BY_SIDE
 from cavmae_fast.tuning import plan, search
 
 CPU = torch.device("cpu")

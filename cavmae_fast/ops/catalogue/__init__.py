@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cavmae_fast.clip import SAMPLE_RATE
-from cavmae_fast.ops.catalogue import calls
+from cavmae_fast.ops.catalogue import calls, fp8_calls
 from cavmae_fast.ops.catalogue.case import Case, outputs_of
 from cavmae_fast.ops.layout import StreamLayout
 
-__all__ = ["BASE", "TINY", "Case", "Sizes", "outputs_of", "pretraining", "small", "variants"]
+__all__ = ["BASE", "TINY", "Case", "Sizes", "in_fp8", "outputs_of", "pretraining", "small", "variants"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.linear("decoder-fc1", decoder, decoder_width, 4 * decoder_width, shared=True, gelu=True),
         calls.hidden("encoders", encoders, width, 4 * width, shared=False),
         calls.hidden("decoder", decoder, decoder_width, 4 * decoder_width, shared=True),
-        calls.quantized("decoder", decoder.rows, decoder_width),
         calls.attend("encoders", encoders, encoders, width, s.heads),
         calls.attend("shared", shared, shared, width, s.heads),
         calls.attend("decoder", decoder, decoder, decoder_width, s.decoder_heads),
@@ -108,7 +107,18 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
         calls.log_mel("clips", batch, s.samples),
         calls.features("features", [s.samples] * batch, s.frames),
         calls.adam("block", [12 * width * width, 3 * width, width, 4 * width, width]),
+        *(case for _, case, _ in in_fp8(batch, sizes)),
     ]
+
+
+def in_fp8(batch: int, sizes: Sizes = BASE) -> list[tuple[str, Case, float]]:
+    """What blocks call in fp8 besides: the kind of block, 'encoders' or 'decoder', the call, and how often one block makes it."""
+    encoders, decoder = StreamLayout(batch, (sizes.kept_a, sizes.kept_v)), StreamLayout(batch, (sizes.total,))
+    kinds = {
+        "encoders": fp8_calls.block("encoders", encoders, sizes.width, shared=False),
+        "decoder": fp8_calls.block("decoder", decoder, sizes.decoder_width, shared=True),
+    }
+    return [(kind, case, count) for kind, found in kinds.items() for case, count in found]
 
 
 def variants(batch: int, sizes: Sizes = BASE) -> list[Case]:
@@ -156,7 +166,14 @@ def small() -> list[Case]:
         calls.linear("streams", two, 17, 33, shared=False, gelu=True),
         calls.hidden("one-weight", three, 24, 40, shared=True),
         calls.hidden("streams", two, 17, 33, shared=False),
-        calls.quantized("odd", 7, 33),
+        fp8_calls.quantized("odd", 7, 33),
+        fp8_calls.norm("streams", two, 33),
+        fp8_calls.linear("one-weight", three, 32, 48, shared=True),
+        fp8_calls.linear("streams", two, 16, 48, shared=False),
+        fp8_calls.linear("gradient", two, 16, 48, shared=False, gradient=True),
+        fp8_calls.activation("odd", 7, 33),
+        fp8_calls.hidden("one-weight", three, 32, 48, shared=True),
+        fp8_calls.hidden("streams", two, 16, 48, shared=False),
         calls.attend("packed", three, three, 32, 2),
         calls.attend("queries", StreamLayout(2, (5,)), one, 32, 2),
         calls.gather("some", 2, 11, 5, 24),

@@ -15,7 +15,6 @@ from cavmae_fast.ops.catalogue.case import LOW_AND_FULL, Case, Draw, in_float32,
 from cavmae_fast.ops.contrastive_loss import contrastive_loss
 from cavmae_fast.ops.distinct_tokens import Kept, distinct_tokens, kept_at
 from cavmae_fast.ops.embed_kept_patches import embed_kept_patches
-from cavmae_fast.ops.fp8 import VALUES, rounded_rows
 from cavmae_fast.ops.gather_tokens import gather_tokens
 from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
@@ -136,24 +135,6 @@ def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> 
         draw=draw,
         moved=moved,
         forward_flops=2.0 * layout.rows * k * n,
-        differentiable=False,
-    )
-
-
-def quantized(name: str, rows: int, width: int) -> Case:
-    """What fp8 holds of an activation."""
-
-    def moved(x):
-        return size(x) + x.numel() + 4 * rows, 0
-
-    return Case(
-        "quantize_rows",
-        name,
-        ours=lambda x: rounded_rows(x, VALUES),
-        reference=reference.fp8_rows,
-        baseline=rounded(reference.fp8_rows, of_first),
-        draw=lambda d: [d.fixed(rows, width).to(d.dtype)],
-        moved=moved,
         differentiable=False,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cavmae_fast.clip import SAMPLE_RATE, SHIFT_SECONDS
-from cavmae_fast.ops.catalogue import calls
+from cavmae_fast.ops.catalogue import calls, fp8_calls
 from cavmae_fast.ops.catalogue.case import Case
 from cavmae_fast.ops.layout import StreamLayout
 
@@ -67,7 +67,6 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.linear("decoders-fc1", decoders, wide, 4 * wide, shared=False, gelu=True), s.decoder_depth),
         (calls.hidden("encoders", encoders, width, 4 * width, shared=False), blocks),
         (calls.hidden("decoders", decoders, wide, 4 * wide, shared=False), s.decoder_depth),
-        (calls.quantized("decoders", decoders.rows, wide), 0),  # in fp8 alone
         (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
         (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
     ]
@@ -76,6 +75,8 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.scatter("decoders", batch, decoders.lengths, with_class, wide, full=True), 1),
         (calls.scatter("decoders-qkv", batch, decoders.lengths, with_class, 3 * wide), 1),
     ]
+    for name, layout, of, count in (("encoders", encoders, width, blocks), ("decoders", decoders, wide, s.decoder_depth)):
+        found += [(case, each * count) for case, each in fp8_calls.block(name, layout, of, shared=False)]
     if s.fusion_depth:
         found.append((calls.attend("fusion", fusion, fusion, width, s.heads), s.fusion_depth))
     for m, count in s.patches.items():
