@@ -3,7 +3,7 @@
     dz = (dout W2[s]) * (Phi(z) + z phi(z)),    db1[s] = sum of dz over the stream's rows       [R, M], [R, N] -> [R, N]
 
 z are the values before the GELU. With PyTorch the product, the derivative and the sum are three passes over memory; `triton`
-and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile.
+and `pieces` make one of the last two; 'triton product' and `cuda` do all of it as they finish each tile.
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops.dgelu_bias import (
-    dgelu_bias_cuda,
-    dgelu_bias_pieces,
-    dgelu_bias_torch,
-    dgelu_bias_triton,
-    library_limit,
-)
+from cavmae_fast.ops.dgelu_bias import dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.product_kernels import hidden_gradient_product
 from cavmae_fast.ops.product_library import hidden_gradient_library, product_limit
@@ -50,15 +44,13 @@ def _product(dout, pre, weights, rows, bias_dtype, fp8=False, *, architecture):
 
 def _library(dout, pre, weights, rows, bias_dtype, fp8=False):
     if fp8:
-        return _separate(dgelu_bias_cuda, dout, pre, weights, rows, bias_dtype, True)
+        return _separate(dgelu_bias_torch, dout, pre, weights, rows, bias_dtype, True)
     return hidden_gradient_library(dout, pre, weights, rows, bias_dtype)
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    if implementation == "cuda product":
-        return product_limit(dtype, shape)
     if implementation == "cuda":
-        return library_limit(dtype, shape[2])
+        return product_limit(dtype, shape)
     return onednn_limit(implementation.split(",")[0], dtype)
 
 
@@ -72,8 +64,8 @@ hidden_gradient = register(
     " -> (Tensor dpre, Tensor db)",
     torch=partial(_separate, dgelu_bias_torch),
     triton=partial(_separate, dgelu_bias_triton),
-    cuda=partial(_separate, dgelu_bias_cuda),
-    kernels={"triton product": _product, "cuda product": _library},
+    cuda=_library,
+    kernels={"triton product": _product},
     forms={
         "onednn": partial(_separate, dgelu_bias_torch, onednn=True),
         "pieces": partial(_separate, dgelu_bias_pieces),

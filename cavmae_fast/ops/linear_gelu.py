@@ -6,8 +6,8 @@ Backward, with z kept in x's dtype:
 
     dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
 
-The products are `stream_linear`'s; `dgelu_bias` computes dz and db. 'triton product' and 'cuda product' have a
-product of their own for the forward pass, which adds the bias and applies the GELU as it finishes each tile.
+The products are `stream_linear`'s; `dgelu_bias` computes dz and db. 'triton product' and `cuda` have a product
+of their own for the forward pass, which adds the bias and applies the GELU as it finishes each tile.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops.dgelu_bias import (
-    dgelu_bias_cuda,
-    dgelu_bias_pieces,
-    dgelu_bias_torch,
-    dgelu_bias_triton,
-    library_limit,
-)
+from cavmae_fast.ops.dgelu_bias import dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.product_kernels import linear_gelu_product
@@ -36,12 +30,9 @@ CPU_FORMS = ("onednn", "pieces")
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
     if implementation in CPU_FORMS:
         return onednn_limit(implementation, dtype)
-    if implementation == "cuda product":
-        return product_limit(dtype, shape)
-    return library_limit(dtype, shape[1]) if implementation == "cuda" else None
+    return product_limit(dtype, shape) if implementation == "cuda" else None
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre, fp8=False, onednn=False):
@@ -80,7 +71,8 @@ forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre, bool fp8=False) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
-    kernels={"triton product": _forward_product, "cuda product": _forward_library},
+    cuda=_forward_library,
+    kernels={"triton product": _forward_product},
     shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
@@ -91,11 +83,7 @@ backward_operator = register(
     " bool fp8=False) -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, dgelu_bias_torch),
     triton=partial(_backward, dgelu_bias_triton),
-    cuda=partial(_backward, dgelu_bias_cuda),
-    kernels={
-        "triton product": partial(_backward, dgelu_bias_triton),
-        "cuda product": partial(_backward, dgelu_bias_cuda),
-    },
+    kernels={"triton product": partial(_backward, dgelu_bias_triton)},
     forms={
         "onednn": partial(_backward, dgelu_bias_torch, onednn=True),
         "pieces": partial(_backward, dgelu_bias_pieces),
