@@ -194,7 +194,7 @@ def launches_of(model: nn.Module, batch: int, system: System = BASE) -> list[Lau
     noted = Launches()
     ours = any(isinstance(module, Embeds) for module in model.modules())
     # A CPU writes a transposed factor out before some products; a GPU need not.
-    factor = mock.patch("cavmae_fast.ops.stream_linear._as_left_factor", lambda dout, x: dout.t())
+    factor = mock.patch("cavmae_fast.ops.weight_gradient._as_left_factor", lambda dout, x: dout.t())
     with dispatch.override("triton" if ours else "torch"), factor, noted.noting():
         with torch.autocast("cpu", torch.bfloat16):
             loss = system.step_loss(model, audio, imgs)

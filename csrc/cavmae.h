@@ -40,3 +40,13 @@ CAVMAE_API int cavmae_product_tile_rows();
 CAVMAE_API int cavmae_hidden_gradient(void* dpre, float* partial, const void* dout, const void* pre,
                                       const void* const* weights, const int64_t* rows, int streams, int64_t width,
                                       int64_t depth, int dtype, void* stream);
+
+// dw = dout^T x and db = the column sums of dout, of each stream; dout [all rows, width], x [all rows, depth] in bf16; dw
+// [streams, width, depth] in bf16, db [streams, width] in fp32. For GPUs of compute capability 9.0. db may be null: it is not
+// formed then. `workspace` is memory of at least as many bytes as the first function says for the same sizes; both are called
+// with the same device current.
+CAVMAE_API int cavmae_weight_gradient_workspace(int64_t* bytes, const int64_t* rows, int streams, int64_t width,
+                                                int64_t depth);
+CAVMAE_API int cavmae_weight_gradient(void* dw, float* db, void* workspace, int64_t workspace_bytes, const void* dout,
+                                      const void* x, const int64_t* rows, int streams, int64_t width, int64_t depth,
+                                      int dtype, void* stream);

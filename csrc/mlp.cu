@@ -5,40 +5,20 @@
 namespace cavmae {
 namespace {
 
-template <typename... Pointers> bool any_null(Pointers... pointers) { return (... || (pointers == nullptr)); }
-
-template <typename... Pointers> bool any_misaligned(Pointers... pointers) {
-    return (... || (reinterpret_cast<uintptr_t>(pointers) % 16 != 0));
-}
-
 // The address of the row `rows` of a matrix of bf16; null stays null.
 template <typename Pointer> Pointer* at_row(Pointer* matrix, int64_t rows, int64_t width) {
     using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
     return matrix ? static_cast<Byte*>(matrix) + rows * width * 2 : nullptr;
 }
 
-int refused(const int64_t* rows, int streams, int64_t width, int64_t depth, int dtype) {
-    if (dtype != CAVMAE_BF16) return CAVMAE_BAD_DTYPE;
-    if (streams < 1 || streams > CAVMAE_MAX_STREAMS) return CAVMAE_BAD_SIZE;
-    for (int s = 0; s < streams; ++s) {
-        if (rows[s] < 1 || rows[s] > INT32_MAX) return CAVMAE_BAD_SIZE;
-    }
-    for (const int64_t size : {width, depth}) {
-        if (size < 1 || size % VECTOR != 0 || size > MAX_WIDTH) return CAVMAE_BAD_SIZE;
-    }
-    return 0;
-}
-
 // Runs what the current device has the instructions for.
 template <typename Product>
 int run(int (*ampere)(const Product*, int, int, int, cudaStream_t), int (*hopper)(const Product*, int, int, int, cudaStream_t),
         const Product* products, int streams, int64_t width, int64_t depth, void* stream) {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error != cudaSuccess) return static_cast<int>(error);
-    if (major != 8 && major != 9 && major != 12) return CAVMAE_BAD_DEVICE;
-    return (major == 9 ? hopper : ampere)(products, streams, static_cast<int>(width), static_cast<int>(depth),
+    Device device;
+    if (const int code = current_device(device)) return code;
+    if (device.major != 8 && device.major != 9 && device.major != 12) return CAVMAE_BAD_DEVICE;
+    return (device.major == 9 ? hopper : ampere)(products, streams, static_cast<int>(width), static_cast<int>(depth),
                                           static_cast<cudaStream_t>(stream));
 }
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
 from cavmae_fast.ops.product_kernels import gelu_derivative
-from cavmae_fast.ops.stream_linear import bias_gradient
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
+from cavmae_fast.ops.weight_gradient import bias_gradient
 
 CPU_ROWS = 256
 "Rows that `dgelu_bias_pieces` takes at once: 3 MB in float32 at width 3072."

@@ -39,6 +39,9 @@ def load(path: Path) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for function in (loaded.cavmae_linear_gelu, loaded.cavmae_hidden_gradient):
         function.argtypes = [pointer] * 6 + [ctypes.c_int, size, size, ctypes.c_int, pointer]
+    streams = [pointer, ctypes.c_int, size, size]
+    loaded.cavmae_weight_gradient_workspace.argtypes = [pointer, *streams]
+    loaded.cavmae_weight_gradient.argtypes = [*[pointer] * 3, size, pointer, pointer, *streams, ctypes.c_int, pointer]
     return loaded
 
 

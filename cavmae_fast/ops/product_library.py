@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,27 @@ COLUMNS = 256
 
 def product_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     """Why the library's products do not take a call of this shape: rows, and the widths of all matrices."""
+    return _dtype_limit(dtype, shape) or _device_limit((8, 9, 12))
+
+
+def weight_gradient_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """The same of the weight gradient, which is for Hopper alone."""
+    return _dtype_limit(dtype, shape) or _device_limit((9,))
+
+
+def _dtype_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     if dtype != torch.bfloat16 or any(width % 8 for width in shape[1:]):
         widths = " and ".join(map(str, shape[1:]))
         return f"the CUDA library's products take bfloat16 and widths that are multiples of 8, not {dtype} and {widths}"
     return None
+
+
+def _device_limit(generations: Sequence[int]) -> str | None:
+    """Why the current device does not run such a kernel."""
+    if not torch.cuda.is_available():
+        return None  # the dispatcher asks of a CPU's tensors, too, and refuses them itself
+    major, minor = torch.cuda.get_device_capability()
+    return None if major in generations else f"the CUDA library's kernel is not for compute capability {major}.{minor}"
 
 
 def _aligned(*tensors: Tensor) -> list[Tensor]:
@@ -58,3 +76,21 @@ def hidden_gradient_library(
     sizes = (native.sizes(rows), len(rows), width, depth, native.DTYPES[pre.dtype], _stream(pre.device))
     native.call("cavmae_hidden_gradient", *addresses, native.pointers(weights), *sizes)
     return dpre, torch.stack([part.sum(0)[:width] for part in partial.split(tiles)]).to(bias_dtype)
+
+
+def weight_gradient_library(
+    dout: Tensor, x: Tensor, rows: Sequence[int], bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """As the operator `weight_gradient`."""
+    dout, x = _aligned(dout, x)
+    width, depth = dout.shape[1], x.shape[1]
+    dw = x.new_empty(len(rows), width, depth)
+    db = torch.empty(len(rows), width, dtype=torch.float32, device=x.device) if bias_dtype else None
+    sizes = (native.sizes(rows), len(rows), width, depth)
+    needed = ctypes.c_int64()
+    native.call("cavmae_weight_gradient_workspace", ctypes.byref(needed), *sizes)
+    workspace = torch.empty(needed.value, dtype=torch.uint8, device=x.device)
+    results = (dw.data_ptr(), db.data_ptr() if db is not None else None, workspace.data_ptr(), needed.value)
+    options = (native.DTYPES[x.dtype], _stream(x.device))
+    native.call("cavmae_weight_gradient", *results, dout.data_ptr(), x.data_ptr(), *sizes, *options)
+    return dw, x.new_empty(0) if db is None else db.to(bias_dtype)

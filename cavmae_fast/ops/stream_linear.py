@@ -7,7 +7,8 @@ Backward, with the sums over the stream's rows:
     dx = dy W[s],    dW[s] = dy^T x,    db[s] = sum of dy
 
 PyTorch's GEMMs do the work. One weight is one GEMM over all rows; with one for each stream every GEMM writes its slice
-of one output, so that nothing is concatenated. `linear_gelu` builds on the same three functions.
+of one output, so that nothing is concatenated. `linear_gelu` builds on the same functions. dW and db are an operator of
+their own (`weight_gradient.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, backward_products, check_fp8, forward_products, rounded_rows
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin, origin_or_itself
+from cavmae_fast.ops.weight_gradient import bias_gradient, weight_gradient
 
 # ---------------------------------------------------------------------------------------------------------- products
 
@@ -64,10 +66,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`)."""
     dx = input_gradient(dout, weights, rows, fp8, onednn) if needs_dx else x.new_empty(0)
-    dw = x.new_empty(len(weights), *weights[0].shape)
-    for dout_s, x_s, dw_s in zip(dout.split(rows), x.split(rows), dw):
-        torch.mm(_as_left_factor(dout_s, x_s), x_s, out=dw_s)
-    return dx, dw
+    return dx, weight_gradient(dout, x, rows, None)[0]
 
 
 def input_gradient(
@@ -86,25 +85,6 @@ def input_gradient(
     for dout_s, w, dx_s in zip(dout.split(rows), weights, dx.split(rows)):
         torch.mm(dout_s, w, out=dx_s)
     return dx
-
-
-def _as_left_factor(dout: Tensor, x: Tensor) -> Tensor:
-    """dout^T for the product `dout^T x`. The CPU's bf16 GEMM is half as fast with a transposed left factor. Writing the
-    factor out saves time where dout is the narrower of the two (measured at 2832 rows, 2048 -> 512: 25 %), and costs time
-    where it is the wider."""
-    slow = dout.device.type == "cpu" and dout.dtype in (torch.bfloat16, torch.float16)
-    return dout.t().contiguous() if slow and x.shape[1] >= 2 * dout.shape[1] else dout.t()
-
-
-def bias_gradient(dout: Tensor, rows: Sequence[int], dtype: torch.dtype | None) -> Tensor:
-    """Column sums `[streams, N]` of each row range; empty for dtype None. PyTorch sums bf16 and fp16 in fp32 and rounds
-    once, to `dtype`."""
-    if dtype is None:
-        return dout.new_empty(0)
-    db = torch.empty(len(rows), dout.shape[1], dtype=dtype, device=dout.device)
-    for dout_s, db_s in zip(dout.split(rows), db):
-        torch.sum(dout_s, 0, dtype=dtype, out=db_s)
-    return db
 
 
 def check_linear(
@@ -145,7 +125,8 @@ def onednn_limit(implementation: str, dtype: torch.dtype) -> str | None:
 
 
 def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, fp8=False, onednn=False):
-    return *linear_backward(dout, x, weights, rows, needs_dx, fp8, onednn), bias_gradient(dout, rows, bias_dtype)
+    dx = input_gradient(dout, weights, rows, fp8, onednn) if needs_dx else x.new_empty(0)
+    return dx, *weight_gradient(dout, x, rows, bias_dtype)
 
 
 def _forward_fake(x, weights, biases, rows, fp8=False):

@@ -245,6 +245,53 @@ def test_the_library_gets_each_stream(monkeypatch):
     torch.testing.assert_close(db, want_db)
 
 
+def test_the_library_gets_the_weight_gradient(monkeypatch):
+    """What its launcher hands over, with the kernel played by PyTorch."""
+
+    def kernel(name, *args):
+        if name == "cavmae_weight_gradient_workspace":
+            needed, rows, *sizes = args
+            assert (list(rows), sizes) == ([3, 9, 7], [3, n, k])
+            needed._obj.value = 1000
+            return
+        dw, db, workspace, size, dout, x, rows, streams, width, depth, dtype, stream = args
+        assert (name, size, list(rows), streams, dtype, stream) == ("cavmae_weight_gradient", 1000, [3, 9, 7], 3, 2, 5)
+        assert all(address % 16 == 0 for address in (dw, workspace, dout, x))
+        tensor_at(workspace, full, 250).fill_(1)
+        parts = zip(
+            tensor_at(dout, low, 19, width).float().split([*rows]), tensor_at(x, low, 19, depth).float().split([*rows])
+        )
+        for i, (d, part) in enumerate(parts):
+            tensor_at(dw, low, streams, width, depth)[i] = d.t() @ part
+            if db is not None:
+                tensor_at(db, full, streams, width)[i] = d.sum(0)
+
+    low, full, k, n = torch.bfloat16, torch.float32, 16, 40
+    monkeypatch.setattr(native, "call", kernel)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
+    dout, x = draw(19, n, dtype=low, seed=0), draw(19, k, dtype=low, seed=1)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(19, k)  # begins between two multiples of 16 bytes
+    want, want_db = reference.weight_gradient(dout.float(), x.float(), [3, 9, 7])
+    dw, db = product_library.weight_gradient_library(dout, x, [3, 9, 7], full)
+    torch.testing.assert_close(dw, want.bfloat16())
+    torch.testing.assert_close(db, want_db)
+    dw, db = product_library.weight_gradient_library(dout, x, [3, 9, 7], None)
+    torch.testing.assert_close(dw, want.bfloat16())
+    assert db.numel() == 0 and db.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "mlp", "gradient"), [((8, 6), True, False), ((9, 0), True, True), ((10, 0), False, False)]
+)
+def test_which_gpus_the_library_is_for(monkeypatch, capability, mlp, gradient):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    limits = (product_library.product_limit, product_library.weight_gradient_limit)
+    for limit, runs in zip(limits, (mlp, gradient)):
+        reason = limit(torch.bfloat16, (8, 64, 32))
+        assert reason is None if runs else f"compute capability {capability[0]}.{capability[1]}" in reason
+
+
 def low_of(x: Tensor) -> Tensor:
     return x.bfloat16()
 
