@@ -90,7 +90,7 @@ int hidden_gradient(const HiddenGradient* products, int streams, int width, int 
 namespace sm90 {
 int linear_gelu(const LinearGelu* products, int streams, int width, int depth, cudaStream_t stream);
 int hidden_gradient(const HiddenGradient* products, int streams, int width, int depth, cudaStream_t stream);
-int weight_gradient(const WeightGradient& call, const Plan& plan, int clusters, cudaStream_t stream);
+int weight_gradient(const WeightGradient& call, const Plan& plan, int multiprocessors, cudaStream_t stream);
 }  // namespace sm90
 
 }  // namespace cavmae

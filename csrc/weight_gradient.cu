@@ -6,13 +6,11 @@
 namespace cavmae {
 namespace {
 
-// The plan for the current device, and how many clusters of two blocks it runs at a time.
-int planned(Plan& plan, int& clusters, const int64_t* rows, int streams, int64_t width, int64_t depth) {
-    Device device;
+// The plan for the current device, which runs clusters of two blocks.
+int planned(Plan& plan, Device& device, const int64_t* rows, int streams, int64_t width, int64_t depth) {
     if (const int code = current_device(device)) return code;
     if (device.major != 9) return CAVMAE_BAD_DEVICE;
-    clusters = device.multiprocessors / 2;
-    plan = make_plan(rows, streams, width, depth, clusters);
+    plan = make_plan(rows, streams, width, depth, device.multiprocessors / 2);
     return 0;
 }
 
@@ -26,8 +24,8 @@ int cavmae_weight_gradient_workspace(int64_t* bytes, const int64_t* rows, int st
     if (any_null(bytes, rows)) return CAVMAE_NULL_POINTER;
     if (const int code = refused(rows, streams, width, depth, CAVMAE_BF16)) return code;
     Plan plan;
-    int clusters;
-    if (const int code = planned(plan, clusters, rows, streams, width, depth)) return code;
+    Device device;
+    if (const int code = planned(plan, device, rows, streams, width, depth)) return code;
     *bytes = bytes_of(plan);
     return 0;
 }
@@ -39,10 +37,10 @@ int cavmae_weight_gradient(void* dw, float* db, void* workspace, int64_t workspa
     if (const int code = refused(rows, streams, width, depth, dtype)) return code;
     if (any_misaligned(dw, db, workspace, dout, x)) return CAVMAE_MISALIGNED;
     Plan plan;
-    int clusters;
-    if (const int code = planned(plan, clusters, rows, streams, width, depth)) return code;
+    Device device;
+    if (const int code = planned(plan, device, rows, streams, width, depth)) return code;
     if (workspace_bytes < bytes_of(plan)) return CAVMAE_BAD_SIZE;
     const WeightGradient call{dw, db, static_cast<float*>(workspace), dout, x, rows, static_cast<int>(width),
                               static_cast<int>(depth)};
-    return sm90::weight_gradient(call, plan, clusters, static_cast<cudaStream_t>(stream));
+    return sm90::weight_gradient(call, plan, device.multiprocessors, static_cast<cudaStream_t>(stream));
 }

@@ -6,28 +6,17 @@
 // up in their order and rounds once. Nothing is added atomically, so runs repeat. Warps that wait for their products add up
 // the columns of the tile of dout that the products read from shared memory.
 
+#include "persistent_sm90.cuh"
+
 #include "cutlass/arch/memory.h"
-#include "cutlass/arch/reg_reconfig.h"
-#include "cutlass/cluster_launch.hpp"
-#include "cutlass/cutlass.h"
-#include "cutlass/device_kernel.h"
-#include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/pipeline/pipeline.hpp"
-#include "products.h"
 #include "weight_gradient_plan.h"
 
 namespace cavmae::sm90 {
 
-using namespace cute;
-using Element = cutlass::bfloat16_t;
-using Tile = Shape<_128, _256, Int<STEP_ROWS>>;
-using Cluster = Shape<_2, _1, _1>;  // two blocks share the tiles of x
-static_assert(UNIT_HEIGHT == 2 * size<0>(Tile{}) && UNIT_WIDTH == size<1>(Tile{}));
+static_assert(UNIT_HEIGHT == 2 * size<0>(Tile{}) && UNIT_WIDTH == size<1>(Tile{}) && STEP_ROWS == size<2>(Tile{}));
+static_assert(WARP_SUMS * cutlass::NumThreadsPerWarp == MULTIPLIERS);
 
-using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::ColumnMajor, VECTOR, Element,
-    cutlass::layout::RowMajor, VECTOR, float, Tile, Cluster, cutlass::gemm::collective::StageCountAutoCarveout<1024>,
-    cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+using Collective = MainloopOf<Column, Row, 1024>;
 
 // CUTLASS's main loop, which also adds up the columns of dout.
 struct Mainloop : Collective {
@@ -52,8 +41,8 @@ struct Mainloop : Collective {
         Tensor sA = make_tensor(make_smem_ptr(storage.smem_A.data()), typename Collective::SmemLayoutA{});
         Tensor sB = make_tensor(make_smem_ptr(storage.smem_B.data()), typename Collective::SmemLayoutB{});
         typename Collective::TiledMma tiled_mma;
-        const int group = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
-        auto slice = tiled_mma.get_slice(group * cutlass::NumThreadsPerWarpGroup);
+        const int group = __shfl_sync(0xFFFFFFFF, thread / GROUP, 0);
+        auto slice = tiled_mma.get_slice(group * GROUP);
         Tensor a = slice.make_fragment_A(slice.partition_A(sA));  // (MMA, MMA_M, MMA_K, STAGE)
         Tensor b = slice.make_fragment_B(slice.partition_B(sB));  // (MMA, MMA_N, MMA_K, STAGE)
         State release = read;
@@ -73,7 +62,7 @@ struct Mainloop : Collective {
             if (with_sums) {
                 add_columns(sums, sA(_, _, stage), thread);
                 // One thread gives the stage back for its whole group, so all of the group must have read it.
-                cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, group);
+                cutlass::arch::NamedBarrier::sync(GROUP, group);
             }
             if (step > 0) {
                 warpgroup_wait<1>();
@@ -90,16 +79,12 @@ struct Mainloop : Collective {
 };
 
 struct WeightGradientKernel {
-    static constexpr int MULTIPLIERS = size(typename Mainloop::TiledMma{});
-    static constexpr uint32_t MaxThreadsPerBlock = MULTIPLIERS + cutlass::NumThreadsPerWarpGroup;
-    static constexpr uint32_t MinBlocksPerMultiprocessor = 1;
-    static_assert(MULTIPLIERS / 32 == WARP_SUMS);
+    static constexpr uint32_t MaxThreadsPerBlock = THREADS, MinBlocksPerMultiprocessor = 1;
 
     struct SharedStorage {
         alignas(128) typename Mainloop::TensorStorage tensors;
         alignas(16) typename Mainloop::PipelineStorage pipeline;
     };
-    static_assert(sizeof(SharedStorage) <= 227 * 1024, "a block has no more shared memory on Hopper");
 
     struct Params {
         typename Mainloop::Params mainloop[CAVMAE_MAX_STREAMS];
@@ -107,50 +92,40 @@ struct WeightGradientKernel {
         float *results, *sums;  // sums may be null
         Plan plan;
     };
-    static_assert(sizeof(Params) <= 4096, "arguments of a kernel");
 
     CUTLASS_DEVICE void operator()(Params const& params, char* memory) {
         auto& storage = *reinterpret_cast<SharedStorage*>(memory);
-        const int thread = threadIdx.x, group = cutlass::canonical_warp_group_idx();
-        const bool produces = group == 0;
-        const int warp_of_group = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
-        const uint32_t rank = cute::block_rank_in_cluster();
+        const bool fetches = cutlass::canonical_warp_idx_sync() == 0, multiplies = cutlass::canonical_warp_group_idx() > 0;
+        const int rank = cute::block_rank_in_cluster();
         Mainloop mainloop;
-
-        typename Mainloop::Pipeline::Params settings;
-        settings.role = produces ? Mainloop::Pipeline::ThreadCategory::Producer : Mainloop::Pipeline::ThreadCategory::Consumer;
-        settings.is_leader = thread % cutlass::NumThreadsPerWarpGroup == 0;
-        settings.num_consumers = MULTIPLIERS;
-        settings.num_producers = Mainloop::NumProducerThreadEvents;
-        settings.transaction_bytes = Mainloop::TmaTransactionBytes;
-        typename Mainloop::Pipeline pipeline(storage.pipeline, settings, Cluster{});
+        auto pipeline = tiles_pipeline<Mainloop>(storage.pipeline, fetches, multiplies);
         cute::cluster_arrive_relaxed();  // the other block's barriers are ready, too
         cute::cluster_wait();
 
         const int first = blockIdx.x / size(Cluster{}), stride = gridDim.x / size(Cluster{}), units = params.plan.units();
-        if (produces) {
-            cutlass::arch::warpgroup_reg_dealloc<40>();
-            if (warp_of_group != 0) return;
+        if (!multiplies) {
+            cutlass::arch::warpgroup_reg_dealloc<FETCHER_REGISTERS>();
+            if (!fetches) return;
             auto state = cutlass::make_producer_start_state<typename Mainloop::Pipeline>();
             for (int index = first; index < units; index += stride) {
                 const Unit unit = params.plan.unit(index);
                 auto const& of_stream = params.mainloop[unit.stream];
                 auto inputs = mainloop.load_init(make_shape(params.width, params.depth, params.rows[unit.stream], 1), of_stream);
                 auto steps = shape<3>(get<0>(inputs));
-                mainloop.load(of_stream, pipeline, state, inputs, make_coord(2 * unit.tile_m + int(rank), unit.tile_n, _, 0),
+                mainloop.load(of_stream, pipeline, state, inputs, make_coord(2 * unit.tile_m + rank, unit.tile_n, _, 0),
                               cute::make_coord_iterator(idx2crd(unit.first_step, steps), steps), unit.steps,
                               cutlass::canonical_lane_idx(), rank, storage.tensors);
                 state.advance(unit.steps);
             }
             mainloop.load_tail(pipeline, state);
         } else {
-            cutlass::arch::warpgroup_reg_alloc<232>();
-            const int multiplier = thread - cutlass::NumThreadsPerWarpGroup;
+            cutlass::arch::warpgroup_reg_alloc<MULTIPLIER_REGISTERS>();
+            const int multiplier = threadIdx.x - GROUP;
             typename Mainloop::TiledMma tiled_mma;
             typename Mainloop::State state;
             for (int index = first; index < units; index += stride) {
                 const Unit unit = params.plan.unit(index);
-                const int tile_m = 2 * unit.tile_m + int(rank);
+                const int tile_m = 2 * unit.tile_m + rank;
                 auto accumulators = partition_fragment_C(tiled_mma, take<0, 2>(Tile{}));
                 float sums[VECTOR] = {};
                 const bool with_sums = params.sums != nullptr && unit.tile_n == 0;
@@ -206,7 +181,7 @@ __global__ void add_splits(Element* dw, float* db, const float* results, const f
     }
 }
 
-int weight_gradient(const WeightGradient& call, const Plan& plan, int clusters, cudaStream_t stream) {
+int weight_gradient(const WeightGradient& call, const Plan& plan, int multiprocessors, cudaStream_t stream) {
     using Kernel = WeightGradientKernel;
     typename Kernel::Params params{};
     params.width = call.width;
@@ -223,21 +198,11 @@ int weight_gradient(const WeightGradient& call, const Plan& plan, int clusters, 
             make_shape(call.width, call.depth, params.rows[s], 1),
             typename Mainloop::Arguments{dout, {_1{}, call.width, 0}, x, {_1{}, call.depth, 0}}, nullptr);
     }
-    const void* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
-    const int shared = sizeof(typename Kernel::SharedStorage);
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
-        return static_cast<int>(error);
-    }
-    const int used = plan.units() < clusters ? plan.units() : clusters;
-    void* arguments[] = {&params};
-    if (cutlass::ClusterLauncher::launch(dim3(2 * used), dim3(2), dim3(Kernel::MaxThreadsPerBlock), shared, stream, kernel,
-                                         arguments) != cutlass::Status::kSuccess) {
-        return launch_error();
-    }
-    constexpr int THREADS = 256;
+    if (const int code = launch<Kernel>(params, plan.units(), multiprocessors, stream)) return code;
+    constexpr int BLOCK = 256;
     const int64_t threads = int64_t(call.width) * call.depth / 4 + (call.db != nullptr ? call.width : 0);
-    const dim3 blocks(static_cast<unsigned>(divided(threads, THREADS)), plan.streams);
-    add_splits<<<blocks, THREADS, 0, stream>>>(static_cast<Element*>(call.dw), call.db, params.results, params.sums, plan,
+    const dim3 blocks(static_cast<unsigned>(divided(threads, BLOCK)), plan.streams);
+    add_splits<<<blocks, BLOCK, 0, stream>>>(static_cast<Element*>(call.dw), call.db, params.results, params.sums, plan,
                                                call.width, call.depth);
     return static_cast<int>(cudaGetLastError());
 }

@@ -16,7 +16,7 @@ from cavmae_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
 HEADERS = importlib.util.find_spec("cutlass_library")
-NO_HEADERS = "CUTLASS's headers are not here: pip install --no-deps nvidia-cutlass"
+NO_HEADERS = "CUTLASS's headers are not here: pip install nvidia-cutlass"
 KERNELS = {"sm_80": 2, "sm_90a": 4}
 "Architecture -> kernels that are compiled for it."
 NO_CUDA_HOME = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"}
