@@ -7,8 +7,8 @@ Backward, with z kept in x's dtype:
     dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
 
 The products are `stream_linear`'s, which 'torch side by side' launches as there; `dgelu_bias` computes dz and db. 'triton
-product' and 'cuda product' have a product of their own for the forward pass, which adds the bias and applies the GELU as it
-finishes each tile.
+product' and `cuda` have a product of their own for the forward pass, which adds the bias and applies the GELU as it finishes
+each tile.
 """
 
 from __future__ import annotations
@@ -20,31 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops.dgelu_bias import (
-    dgelu_bias_cuda,
-    dgelu_bias_pieces,
-    dgelu_bias_torch,
-    dgelu_bias_triton,
-    library_limit,
-)
+from cavmae_fast.ops.dgelu_bias import dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
-from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, linear_backward, linear_forward, onednn_limit
+from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, backward_side_by_side, linear_forward, onednn_limit
 from cavmae_fast.ops.product_kernels import linear_gelu_product
 from cavmae_fast.ops.product_library import linear_gelu_library, product_limit
 from cavmae_fast.ops.side_by_side import in_turn, side_by_side
-from cavmae_fast.ops.stream_linear import backward_fake, check_linear
+from cavmae_fast.ops.stream_linear import backward_fake, check_linear, linear_backward
 
 CPU_FORMS = ("onednn", "pieces")
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
     if implementation in CPU_FORMS:
         return onednn_limit(implementation, dtype)
-    if implementation == "cuda product":
-        return product_limit(dtype, shape)
-    return library_limit(dtype, shape[1]) if implementation == "cuda" else None
+    return product_limit(dtype, shape) if implementation == "cuda" else None
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False, run=in_turn):
@@ -54,9 +45,9 @@ def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False, run=in_turn
     return torch.ops.aten.gelu_(pre), x.new_empty(0)
 
 
-def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, onednn=False, run=in_turn, **options):
+def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, products=linear_backward, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *linear_backward(dpre, x, weights, rows, needs_dx, onednn, run), db
+    return *products(dpre, x, weights, rows, needs_dx), db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators
@@ -71,11 +62,8 @@ forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
-    kernels={
-        "triton product": linear_gelu_product,
-        "cuda product": linear_gelu_library,
-        SIDE_BY_SIDE: partial(_forward_torch, run=side_by_side),
-    },
+    cuda=linear_gelu_library,
+    kernels={"triton product": linear_gelu_product, SIDE_BY_SIDE: partial(_forward_torch, run=side_by_side)},
     shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
     forms={"onednn": partial(_forward_torch, onednn=True), "pieces": _forward_torch},
     fake=_forward_fake,
@@ -86,14 +74,12 @@ backward_operator = register(
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, dgelu_bias_torch),
     triton=partial(_backward, dgelu_bias_triton),
-    cuda=partial(_backward, dgelu_bias_cuda),
     kernels={
         "triton product": partial(_backward, dgelu_bias_triton),
-        "cuda product": partial(_backward, dgelu_bias_cuda),
-        SIDE_BY_SIDE: partial(_backward, dgelu_bias_torch, run=side_by_side),
+        SIDE_BY_SIDE: partial(_backward, dgelu_bias_torch, products=backward_side_by_side),
     },
     forms={
-        "onednn": partial(_backward, dgelu_bias_torch, onednn=True),
+        "onednn": partial(_backward, dgelu_bias_torch, products=partial(linear_backward, onednn=True)),
         "pieces": partial(_backward, dgelu_bias_pieces),
     },
     limit=_limit,

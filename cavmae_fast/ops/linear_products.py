@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast import compat
-from cavmae_fast.ops.side_by_side import Jobs, Run, in_turn
+from cavmae_fast.ops.side_by_side import Jobs, Run, in_turn, side_by_side
 
 SIDE_BY_SIDE = "torch side by side"
 "The name of the implementation whose products are launched by `side_by_side`."
@@ -52,24 +52,18 @@ def linear_forward(
     return out
 
 
-def linear_backward(
-    dout: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    rows: Sequence[int],
-    needs_dx: bool,
-    onednn: bool = False,
-    run: Run = in_turn,
+def backward_side_by_side(
+    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`); `onednn` and `run` as in `linear_forward`."""
+    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`), all products launched by one `side_by_side`."""
     products: list[Callable[[], object]] = []
 
     def later(jobs: Jobs, device: torch.device) -> None:
         products.extend(jobs)
 
-    dx = input_gradient(dout, weights, rows, onednn, later) if needs_dx else x.new_empty(0)
-    dw = weight_gradient(dout, x, rows, later)
-    run(products, x.device)
+    dx = input_gradient(dout, weights, rows, run=later) if needs_dx else x.new_empty(0)
+    dw = weight_products(dout, x, rows, later)
+    side_by_side(products, x.device)
     return dx, dw
 
 
@@ -86,14 +80,14 @@ def input_gradient(
     return dx
 
 
-def weight_gradient(dout: Tensor, x: Tensor, rows: Sequence[int], run: Run = in_turn) -> Tensor:
+def weight_products(dout: Tensor, x: Tensor, rows: Sequence[int], run: Run = in_turn) -> Tensor:
     """`dout^T x` of each row range -> `[streams, N, K]`; `run` as in `linear_forward`."""
     dw = x.new_empty(len(rows), dout.shape[1], x.shape[1])
-    run([partial(_weight_gradient, *parts) for parts in zip(dout.split(rows), x.split(rows), dw)], x.device)
+    run([partial(_weight_product, *parts) for parts in zip(dout.split(rows), x.split(rows), dw)], x.device)
     return dw
 
 
-def _weight_gradient(dout: Tensor, x: Tensor, dw: Tensor) -> None:
+def _weight_product(dout: Tensor, x: Tensor, dw: Tensor) -> None:
     """Writes `dout^T x` into dw."""
     torch.mm(_as_left_factor(dout, x), x, out=dw)
 

@@ -6,7 +6,8 @@ Backward, with the sums over the stream's rows:
 
     dx = dy W[s],    dW[s] = dy^T x,    db[s] = sum of dy
 
-The products are those of `linear_products.py`, or of `fp8_products.py`.
+The products are those of `linear_products.py`, or of `fp8_products.py`; dW and db are an operator of their own
+(`weight_gradient.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from cavmae_fast.ops.fp8_products import fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_products import (
     SIDE_BY_SIDE,
+    backward_side_by_side,
     bias_gradient,
-    linear_backward,
+    input_gradient,
     linear_forward,
     onednn_limit,
 )
 from cavmae_fast.ops.origin import Origin, origin_or_itself
-from cavmae_fast.ops.side_by_side import in_turn, side_by_side
+from cavmae_fast.ops.side_by_side import side_by_side
+from cavmae_fast.ops.weight_gradient import weight_gradient
 
 
 def check_linear(
@@ -60,8 +63,21 @@ def check_linear(
 # -------------------------------------------------------------------------------------------------- torch operators
 
 
-def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False, run=in_turn):
-    return *linear_backward(dout, x, weights, rows, needs_dx, onednn, run), bias_gradient(dout, rows, bias_dtype)
+def linear_backward(
+    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool, onednn: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`). `onednn`: dx by its product."""
+    dx = input_gradient(dout, weights, rows, onednn) if needs_dx else x.new_empty(0)
+    return dx, weight_gradient(dout, x, rows, None)[0]
+
+
+def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False):
+    dx = input_gradient(dout, weights, rows, onednn) if needs_dx else x.new_empty(0)
+    return dx, *weight_gradient(dout, x, rows, bias_dtype)
+
+
+def _backward_side_by_side(dout, x, weights, rows, bias_dtype, needs_dx):
+    return *backward_side_by_side(dout, x, weights, rows, needs_dx), bias_gradient(dout, rows, bias_dtype)
 
 
 def _forward_fake(x, weights, biases, rows):
@@ -88,7 +104,7 @@ backward_operator = register(
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
-    kernels={SIDE_BY_SIDE: partial(_backward_torch, run=side_by_side)},
+    kernels={SIDE_BY_SIDE: _backward_side_by_side},
     forms={"onednn": partial(_backward_torch, onednn=True)},
     fake=backward_fake,
 )

@@ -52,6 +52,13 @@ def hidden_gradient(dout: Tensor, pre: Tensor, weights: Sequence[Tensor], rows: 
     return dpre, torch.stack([part.sum(0) for part in dpre.split(ranges)])
 
 
+def weight_gradient(dout: Tensor, x: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What `stream_linear` hands back to its weights and biases, dout `[R, N]`, x `[R, K]` -> (`[streams, N, K]`, `[streams,
+    N]`)."""
+    parts = list(zip(dout.split(list(rows)), x.split(list(rows))))
+    return torch.stack([d.t() @ part for d, part in parts]), torch.stack([d.sum(0) for d, _ in parts])
+
+
 def fp8_rows(x: Tensor, *, gradients: bool = False) -> Tensor:
     """x `[R, K]` as e4m3 holds it: each row over the least power of two that brings it to at most 448 = 1.75 * 2^8, rounded
     to steps of an eighth of the power of two below each number (and of 2^-6 at least). `gradients`: as e5m2 does, of at most

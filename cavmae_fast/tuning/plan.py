@@ -59,6 +59,7 @@ ORDER = (
     "stream_layer_norm",
     "linear_gelu",
     "hidden_gradient",
+    "weight_gradient",
     "stream_linear",
     "masked_patch_mse",
     "scatter_tokens",
@@ -180,7 +181,7 @@ def tower_sizes_of(system: MAESystem | MAViLSystem) -> TowerSizes:
 
 def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
     """Case -> how often a training step calls it. A product that the catalogue does not have counts as its share of one
-    that it has: by operations, proj and fc2 are 1/3 and 4/3 of qkv."""
+    that it has: by operations, proj and fc2 are 1/3 and 4/3 of qkv, and a block's weight gradients three of fc1's."""
     config = system.arguments
     depth, specific, width = config.get("depth", 12), config.get("modality_specific_depth", 11), config.get("embed_dim", 768)
     shared, decoder = depth - specific, config.get("decoder_depth", 8)
@@ -194,6 +195,8 @@ def calls_per_step(system: CAVMAESystem) -> dict[str, float]:
         "linear_gelu-decoder-fc1": decoder,
         "hidden_gradient-encoders": specific + 2 * shared,
         "hidden_gradient-decoder": decoder,
+        "weight_gradient-encoders-fc1": 3 * (specific + 2 * shared),
+        "weight_gradient-decoder-fc2": 3 * decoder,
         "attention-encoders": specific,
         "attention-shared": shared,
         "attention-decoder": decoder - 1,

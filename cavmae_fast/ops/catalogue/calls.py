@@ -24,6 +24,7 @@ from cavmae_fast.ops.masked_patch_mse import masked_patch_mse
 from cavmae_fast.ops.scatter_tokens import scatter_distinct
 from cavmae_fast.ops.stream_layer_norm import stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
+from cavmae_fast.ops.weight_gradient import weight_gradient
 from cavmae_fast.reference import fbank
 from cavmae_fast.reference import operators as reference
 
@@ -132,6 +133,33 @@ def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> 
         ours=ours,
         reference=plain,
         baseline=in_two_passes,
+        draw=draw,
+        moved=moved,
+        forward_flops=2.0 * layout.rows * k * n,
+        differentiable=False,
+    )
+
+
+def gradient(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> Case:
+    """The gradients of the weights and biases of a layer k -> n. `shared`: one weight for all streams."""
+    rows = [layout.rows] if shared else layout.rows_per_stream
+
+    def draw(d: Draw) -> list:
+        return [d.fixed(layout.rows, n).to(d.dtype), d.fixed(layout.rows, k).to(d.dtype)]
+
+    def moved(dout, x):
+        return size(dout, x) + len(rows) * n * (k * x.element_size() + 4), 0
+
+    def plain(dout, x):
+        dw, db = reference.weight_gradient(dout, x, rows)
+        return dw, db if db.dtype == torch.float64 else db.float()
+
+    return Case(
+        "weight_gradient",
+        name,
+        ours=lambda dout, x: weight_gradient(dout, x, rows, torch.float32),
+        reference=plain,
+        baseline=rounded(plain, lambda dout, *_: [dout.dtype, torch.float32]),
         draw=draw,
         moved=moved,
         forward_flops=2.0 * layout.rows * k * n,

@@ -67,6 +67,8 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.linear("decoders-fc1", decoders, wide, 4 * wide, shared=False, gelu=True), s.decoder_depth),
         (calls.hidden("encoders", encoders, width, 4 * width, shared=False), blocks),
         (calls.hidden("decoders", decoders, wide, 4 * wide, shared=False), s.decoder_depth),
+        (calls.gradient("encoders-fc1", encoders, width, 4 * width, shared=False), 3 * blocks),
+        (calls.gradient("decoders-fc2", decoders, 4 * wide, wide, shared=False), 3 * s.decoder_depth),
         (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
         (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
     ]
