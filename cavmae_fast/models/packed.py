@@ -173,10 +173,13 @@ def _block(
     layout, kept = state.layout, state.kept
     norm1s, norm2s = _norms(blocks, modalities)
     x, h, origin, quantized = normalize_again(state, norm1s, dtype, recompute, x_is_kept=False, fp8=fp8)
-    qkv = linear(h, [b.attn.qkv for b in blocks], layout, origin, fp8, quantized)
+    weights, biases = _parameters([b.attn.qkv for b in blocks], h.dtype)
+    # Attention gives the biases' gradients, where it forms that of qkv; or the product does, where it has fewer rows.
+    given, owed = (biases, ()) if kept else (_detached(biases), biases)
+    qkv = stream_linear(h, weights, given, layout, origin=origin, fp8=fp8, quantized=quantized)
     if kept:
         x, qkv, layout = scatter_distinct(x, kept), scatter_distinct(qkv, kept), _of_every_sample(kept)
-    h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend)
+    h = attention(qkv, layout, blocks[0].attn.num_heads, backend=backend, owed=owed)
     # The first norm keeps x, unless it saw only the tokens that differ: with the update, half as wide in autocast, it gives
     # what the second one normalizes.
     updated = _updated(x, h, [b.attn.proj for b in blocks], layout, fp8, attention_path)
@@ -219,8 +222,9 @@ def _block_for_tokens(
     wanted = StreamLayout(len(ids), (ids.shape[1],))
     x, h, origin, _ = normalize_again(state, [one.norm1], dtype, recompute, x_is_kept=False)
     x = as_tensor(x)
-    qkv, width = one.attn.qkv, h.shape[1]
-    (weight, weight_kv), (bias, bias_kv) = (rounded(p, dtype).split([width, 2 * width]) for p in (qkv.weight, qkv.bias))
+    width, ((weights,), (biases,)) = h.shape[1], _parameters([one.attn.qkv], dtype)
+    given, owed = (biases, ()) if kept else (biases.detach(), [biases])  # as in `_block`
+    (weight, weight_kv), (bias, bias_kv) = (p.split([width, 2 * width]) for p in (weights, given))
     kv = stream_linear(h, [weight_kv], [bias_kv], layout, origin=origin, fp8=fp8)
     if kept:  # masked ones, whose rows are the last ones
         kv, layout = scatter_distinct(kv, kept), _of_every_sample(kept)
@@ -232,7 +236,7 @@ def _block_for_tokens(
         of_tokens = None if origin is None else gather_origin(origin, ids)
         q = stream_linear(gather_tokens(h, ids), [weight], [bias], wanted, origin=of_tokens, fp8=fp8)
         x = gather_tokens(x, ids)
-    h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend)
+    h = query_attention(q, kv, wanted, layout, one.attn.num_heads, backend=backend, owed=owed)
     updated = _updated(x, h, [one.attn.proj], wanted, fp8)
     normed = normalize_again(updated, [one.norm2], dtype, recompute, x_is_kept=False, fp8=fp8)
     return _mlp(normed, [one], wanted, recompute, fp8)

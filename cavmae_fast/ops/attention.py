@@ -8,6 +8,9 @@ queries `[Rq, D]` of one layout, and keys and values `[R, 2 D]` of another. Eith
 backward: dS = P * (dout v^T - rowsum(dout * out)), with P formed again from lse. The kernels are in `attention_forward.py`,
 `attention_backward.py` and `attention_one_pass.py`, their PyTorch counterpart in `attention_torch.py` and, for CPUs,
 `attention_cpu.py`. Other people's kernels (`attention_backends.py`) can take their place by name (`backend=`).
+
+The gradient of the bias of the layer that made q, k and v is the column sums of their gradients: it can be formed where
+these are (`owed`), in the kernel or in a pass behind it, as the launch says.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from cavmae_fast.ops.attention_tiles import MAX_HEAD_WIDTH, launch_key
 from cavmae_fast.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from cavmae_fast.ops.dispatch import choose, interpreting, register
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.stream_linear import with_bias_gradients
 
 BACKENDS = ("torch", "triton", *attention_backends.BACKENDS)
 _HALF = (torch.float16, torch.bfloat16)
@@ -66,8 +70,9 @@ def _forward_fake(q, kv, batch, q_lengths, lengths, heads, implementation):
     return q.new_empty(q.shape[0], q.shape[1] // (3 if kv is None else 1)), lse
 
 
-def _backward_fake(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, implementation):
-    return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv)
+def _backward_fake(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, owed, owed_dtype, implementation):
+    dbias = q.new_empty((owed, 3 * out.shape[1]) if owed else 0, dtype=owed_dtype)
+    return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv), dbias
 
 
 # `implementation`, 'triton', 'torch' or one of `CPU_FORMS`, is what `_attend` chose, once for forward and backward. With kv
@@ -87,7 +92,7 @@ _forward = register(
 _backward = register(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor? kv, Tensor out, Tensor lse, SymInt batch, SymInt[] q_lengths, SymInt[] lengths,"
-    " int heads, str implementation) -> (Tensor dq, Tensor dkv)",
+    " int heads, int owed, ScalarType? owed_dtype, str implementation) -> (Tensor dq, Tensor dkv, Tensor dbias)",
     torch=attention_backward_torch,
     triton=attention_backward_triton,
     forms={name: partial(attention_backward_torch, **options) for name, options in CPU_FORMS.items()},
@@ -98,17 +103,22 @@ _backward = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, *arguments):
-        out, lse = _forward(q, kv, *arguments)
+    def forward(ctx, q, kv, arguments, implementation, *owed):
+        out, lse = _forward(q, kv, *arguments, implementation)
         ctx.save_for_backward(q, kv, out, lse)
-        ctx.arguments = arguments
+        ctx.arguments, ctx.implementation = arguments, implementation
+        ctx.owed_dtypes = [bias.dtype for bias in owed]
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, kv, out, lse = ctx.saved_tensors
-        dq, dkv = _backward(dout.contiguous(), q, kv, out, lse, *ctx.arguments)
-        return dq, None if kv is None else dkv, *[None] * len(ctx.arguments)
+        count = len(ctx.owed_dtypes)
+        wanted = any(ctx.needs_input_grad[4:])
+        owing = (count, ctx.owed_dtypes[0]) if wanted else (0, None)
+        dq, dkv, dbias = _backward(dout.contiguous(), q, kv, out, lse, *ctx.arguments, *owing, ctx.implementation)
+        dbiases = dbias.unbind(0) if wanted else [None] * count
+        return dq, None if kv is None else dkv, None, None, *dbiases
 
 
 # -------------------------------------------------------------------------------------------------------- back ends
@@ -159,12 +169,19 @@ def resolve_backend(
 # ------------------------------------------------------------------------------------------------- public functions
 
 
-def _attend(q, kv, query_layout, layout, heads, width, backend):
+def _attend(q, kv, query_layout, layout, heads, width, backend, owed):
+    d = heads * width
+    if owed and (len(owed) not in (1, len(layout.lengths)) or any(b.shape != (3 * d,) for b in owed)):
+        shapes = [list(b.shape) for b in owed]
+        raise ValueError(f"owed has shapes {shapes}; it takes [{3 * d}], once or for each of {len(layout.lengths)} streams")
     name = resolve_backend(backend, q.device, q.dtype, width, max(*query_layout.lengths, *layout.lengths))
     q, kv = q.contiguous(), None if kv is None else kv.contiguous()
     arguments = (layout.batch, list(query_layout.lengths), list(layout.lengths), heads)
     if name in ("torch", "triton", *CPU_FORMS):
-        return _Attention.apply(q, kv, *arguments, name)
+        return _Attention.apply(q, kv, arguments, name, *owed)
+    if owed:
+        q = with_bias_gradients(q, [b[: q.shape[1]] for b in owed], query_layout)
+        kv = None if kv is None else with_bias_gradients(kv, [b[d:] for b in owed], layout)
     return attention_backends.BACKENDS[name](q, kv, *arguments)
 
 
@@ -178,25 +195,41 @@ def _check_heads(name: str, x: Tensor, parts: int, num_heads: int) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point tensor")
 
 
-def attention(qkv: Tensor, layout: StreamLayout, num_heads: int, *, backend: str = "auto") -> Tensor:
+def attention(
+    qkv: Tensor, layout: StreamLayout, num_heads: int, *, backend: str = "auto", owed: Sequence[Tensor] = ()
+) -> Tensor:
     """Self-attention of every sample of every stream.
 
     qkv `[R, 3 D]` packed by `layout` (queries, keys, values, each of `num_heads` heads of width D / num_heads)
-    -> `[R, D]` in qkv's dtype. `backend`: 'auto' or one of `BACKENDS`; see `resolve_backend`. Raises ValueError when a
-    shape or dtype does not fit, TypeError for integers, RuntimeError when a named back end cannot run.
+    -> `[R, D]` in qkv's dtype. `backend`: 'auto' or one of `BACKENDS`; see `resolve_backend`.
+
+    `owed`: biases `[3 D]` that were added where qkv was made, one for all rows or one for each stream, and whose gradients
+    are owed: they are column sums of qkv's gradient, and are given here, where that one is formed, if qkv was made with the
+    biases' values alone (`bias.detach()`) and is used nowhere else.
+
+    Raises ValueError when a shape or dtype does not fit, TypeError for integers, RuntimeError when a named back end cannot
+    run.
     """
     layout.check("qkv", qkv)
     _check_heads("qkv", qkv, 3, num_heads)
-    return _attend(qkv, None, layout, layout, num_heads, qkv.shape[1] // 3 // num_heads, backend)
+    return _attend(qkv, None, layout, layout, num_heads, qkv.shape[1] // 3 // num_heads, backend, owed)
 
 
 def query_attention(
-    q: Tensor, kv: Tensor, query_layout: StreamLayout, layout: StreamLayout, num_heads: int, *, backend: str = "auto"
+    q: Tensor,
+    kv: Tensor,
+    query_layout: StreamLayout,
+    layout: StreamLayout,
+    num_heads: int,
+    *,
+    backend: str = "auto",
+    owed: Sequence[Tensor] = (),
 ) -> Tensor:
     """Attention of some tokens' queries to all tokens of their sample.
 
     q `[Rq, D]` packed by `query_layout`, kv `[R, 2 D]` (keys, then values) packed by `layout`, which has the same batch
-    and number of streams -> `[Rq, D]` in q's dtype. `backend` and errors as in `attention`.
+    and number of streams -> `[Rq, D]` in q's dtype. `backend`, `owed` (biases `[3 D]` of queries, keys and values, in that
+    order) and errors as in `attention`.
     """
     query_layout.check("q", q)
     layout.check("kv", kv)
@@ -208,4 +241,4 @@ def query_attention(
             f"kv has shape {list(kv.shape)}, {kv.dtype}, {kv.device}; q {list(q.shape)}, {q.dtype}, {q.device}"
             f" needs [{layout.rows}, {2 * q.shape[1]}] of its dtype and device"
         )
-    return _attend(q, kv, query_layout, layout, num_heads, q.shape[1] // num_heads, backend)
+    return _attend(q, kv, query_layout, layout, num_heads, q.shape[1] // num_heads, backend, owed)

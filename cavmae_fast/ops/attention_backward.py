@@ -12,7 +12,8 @@ passes by:
 
 Each product reads its first factor from where the step before left it, in registers. The price is a second exponential and
 two more products; for up to 177 tokens of width 64 the launch is bound by memory all the same. `attention_one_pass.py`
-computes each score once; a launch with ONE_PASS takes it.
+computes each score once; a launch with ONE_PASS takes it. The sums of columns that are owed (`attention.py`) are formed in a
+pass behind, or with SUMS in such a launch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.attention_one_pass import attention_one_pass_triton
 from cavmae_fast.ops.attention_tiles import columns, exp2, launch_of, load_rows, locate, store_rows, tail_block
+from cavmae_fast.ops.attention_torch import column_sums
 from cavmae_fast.ops.configuration import launch
-from cavmae_fast.ops.stream_tiles import three
+from cavmae_fast.ops.stream_tiles import sum_of_streams, three
 
 
 @triton.jit
@@ -143,13 +145,23 @@ def attention_backward_kernel(
         store_rows(dq + q_offset, rows, q_count, acc * scale, Q_STRIDE, W, BLOCK_W)
 
 
-def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, architecture):
+def attention_backward_triton(
+    dout, q, kv, out, lse, batch, q_lengths, lengths, heads, owed, owed_dtype, architecture
+):  # fmt: skip
     qs, ks, vs = columns(q, kv)
     rows, width = q.shape[0], qs.shape[1] // heads
     block_w = max(16, triton.next_power_of_2(width))
     options, peel = launch_of("attention_backward", architecture, q.dtype, (*q_lengths, *lengths), width)
+    owing = owed, owed_dtype
     if options.pop("ONE_PASS", False):
-        return attention_one_pass_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, options, peel)
+        arguments = (dout, q, kv, out, lse, batch, q_lengths, lengths, heads)
+        if not owed or not options.pop("SUMS", False):
+            dq, dkv = attention_one_pass_triton(*arguments, options, peel)
+            return dq, dkv, column_sums(dq, None if kv is None else dkv, batch, q_lengths, lengths, *owing)
+        sums = torch.empty(len(lengths) * batch, 3 * qs.shape[1], dtype=torch.float32, device=q.device)
+        dq, dkv = attention_one_pass_triton(*arguments, options, peel, sums)
+        of_streams = sum_of_streams(sums, three([batch] * len(lengths)), len(lengths), architecture)
+        return dq, dkv, (of_streams if owed == len(lengths) else of_streams.sum(0, keepdim=True)).to(owed_dtype)
     delta_options = launch("attention_delta", architecture, q.dtype)
     delta = torch.empty_like(lse)
     attention_delta_kernel[(triton.cdiv(rows, delta_options["BLOCK_R"]), heads)](
@@ -164,4 +176,4 @@ def attention_backward_triton(dout, q, kv, out, lse, batch, q_lengths, lengths, 
         HEADS=heads, W=width, BLOCK_W=block_w, Q_STRIDE=q.stride(0), K_STRIDE=ks.stride(0),
         Q_TAIL=tail_block(q_lengths, options["INNER"], peel), K_TAIL=tail_block(lengths, options["INNER"], peel), **options,
     )  # fmt: skip
-    return dq, dkv
+    return dq, dkv, column_sums(dq, None if kv is None else dkv, batch, q_lengths, lengths, *owing)

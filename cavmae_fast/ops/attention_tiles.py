@@ -26,7 +26,8 @@ masks, and PEEL gives the rest a block just long enough: 708 = 11 * 64 + 4 token
 not 768. At width 128 products are the bound, and a second copy of the loop's body would make the compiler spill on sm_80.
 
 A 16-bit launch may have ON_FMA, an eighth of the exponentials for each unit of it, which are then computed without the unit
-for exponentials (`exp2`).
+for exponentials (`exp2`). A backward launch with ONE_PASS may have SUMS: sums of columns that are owed are then formed in
+the kernel, and not in a pass behind it.
 
 Backward: read off the sm_90 machine code, not measured on a GPU. At width 32, (128, 32) with 4 warps has the fewest
 instructions per score (16 in both loops) and 2 programs per SM. At width 64, (64, 64) has 22 instructions against 28 of

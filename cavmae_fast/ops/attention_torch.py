@@ -14,6 +14,7 @@ from cavmae_fast.ops.attention_cpu import (
     attention_forward_cpu,
     attention_forward_products,
 )
+from cavmae_fast.ops.stream_linear import bias_gradient
 
 LOG2E = math.log2(math.e)
 
@@ -61,7 +62,7 @@ def attention_forward_torch(q, kv, batch, q_lengths, lengths, heads, products=Fa
 
 
 def attention_backward_torch(
-    dout, q, kv, out, lse, batch, q_lengths, lengths, heads, products=None, group_bytes=GROUP_BYTES
+    dout, q, kv, out, lse, batch, q_lengths, lengths, heads, owed, owed_dtype, products=None, group_bytes=GROUP_BYTES
 ):
     """`products`, `group_bytes`: which backward pass of the CPU (`attention_backward_cpu`)."""
     dq = torch.empty_like(q)
@@ -83,4 +84,16 @@ def attention_backward_torch(
         ds = p * (g @ vs.mT - (g * o).sum(-1, keepdim=True)) * scale
         for to, grad in zip(grads, (ds @ ks, ds.mT @ qs, p.mT @ g)):
             to.copy_(grad.transpose(1, 2))
-    return dq, dkv
+    return dq, dkv, column_sums(dq, None if kv is None else dkv, batch, q_lengths, lengths, owed, owed_dtype)
+
+
+def column_sums(dq, dkv, batch, q_lengths, lengths, owed, dtype) -> Tensor:
+    """The columns of dq, dk and dv added up, `[owed, 3 D]`: over all rows, or over each stream's; empty for 0."""
+    if not owed:
+        return dq.new_empty(0)
+    sums = []
+    for gradient, of_streams in ((dq, q_lengths), (dkv, lengths)):
+        if gradient is not None:
+            rows = [batch * length for length in of_streams]
+            sums.append(bias_gradient(gradient, rows if owed == len(rows) else [sum(rows)], dtype))
+    return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]

@@ -171,11 +171,9 @@ class _ScatterDistinct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dcarrier=None):
-        indices = ctx.saved_tensors
-        dx, dcarrier = (
-            None if g is None else _backward(g.contiguous(), *_ids_and_places(indices)) for g in (dout, dcarrier)
-        )
-        return dx, dcarrier, *[None] * len(indices)
+        indices = _ids_and_places(ctx.saved_tensors)
+        dxs = (None if g is None else _backward(g.contiguous(), *indices) for g in (dout, dcarrier))
+        return *dxs, *[None] * len(ctx.saved_tensors)
 
 
 def _ids_and_places(indices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

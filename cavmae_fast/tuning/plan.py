@@ -253,8 +253,8 @@ def _awkward_attention(key: str, width: int) -> list[Case]:
     lengths, fewer = ((300,), (31,)) if key.startswith("long") else ((3, 7, 97), (1, 5, 33))
     layout = StreamLayout(2, lengths)
     return [
-        calls.attend("odd", layout, layout, 2 * width, 2),
-        calls.attend("odd-queries", StreamLayout(2, fewer), layout, 2 * width, 2),
+        calls.attend("odd", layout, layout, 2 * width, 2, owed=1),
+        calls.attend("odd-queries", StreamLayout(2, fewer), layout, 2 * width, 2, owed=len(lengths)),
     ]
 
 

@@ -16,7 +16,6 @@ from cavmae_fast.clip import IMAGE_MEAN, IMAGE_STD
 from cavmae_fast.ops import (
     attention_backward,
     attention_forward,
-    attention_one_pass,
     attention_tiles,
     configuration,
     dgelu_bias,
@@ -164,7 +163,8 @@ def _attention(
     if "attention_forward" in kernels:
         attention_forward.attention_forward_triton(q, kv, batch, queries, lengths, heads, architecture)
     if "attention_backward" in kernels:
-        attention_backward.attention_backward_triton(out, q, kv, out, lse, batch, queries, lengths, heads, architecture)
+        arguments = (out, q, kv, out, lse, batch, queries, lengths, heads, len(lengths), dtype, architecture)
+        attention_backward.attention_backward_triton(*arguments)
 
 
 for _name, _dtype in LOW_PRECISION.items():
@@ -201,12 +201,9 @@ CASES["attention-decoder-registers-bf16"] = partial(_attention_candidates, _BOTH
 def _attention_sums(architecture: str) -> None:
     """The one-pass backward of the decoder that also adds up columns, by the first of its launches that the tuner tries."""
     found = configuration.alternatives("attention_backward", architecture, torch.bfloat16, "long 32")
-    options = {"ON_FMA": 0, **next(options for options in found if "ONE_PASS" in options)}
-    peel = options.pop("PEEL")
-    del options["ONE_PASS"]
-    qkv, out, lse = torch.empty(1416, 1536).bfloat16(), torch.empty(1416, 512).bfloat16(), torch.empty(16, 1416)
-    arguments = (out, qkv, None, out, lse, 2, [708], [708], 16, options, peel)
-    attention_one_pass.attention_one_pass_triton(*arguments, sums=torch.empty(2, 1536))
+    options = next(options for options in found if "SUMS" in options)
+    with configuration.trial({"implementations": {}, "launches": {"attention_backward": {"bfloat16 long 32": options}}}):
+        _attention(torch.bfloat16, 32, 16, [708], None, architecture, kernels=_BOTH[1:])
 
 
 CASES["attention-decoder-sums-bf16"] = _attention_sums

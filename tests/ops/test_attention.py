@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -179,9 +180,75 @@ def test_registered_operators():
         arguments = (batch, list(q_lengths or lengths), list(lengths), heads, "torch")
         out, lse = torch.ops.cavmae_fast.attention(q, kv, *arguments)
         torch.library.opcheck(torch.ops.cavmae_fast.attention.default, (q, kv, *arguments))
-        torch.library.opcheck(
-            torch.ops.cavmae_fast.attention_backward.default, (torch.ones_like(out), q, kv, out, lse, *arguments)
-        )
+        backward, given = torch.ops.cavmae_fast.attention_backward.default, (torch.ones_like(out), q, kv, out, lse)
+        for owing in ((0, None), (1, torch.float32), (len(lengths), torch.float16)):
+            torch.library.opcheck(backward, (*given, *arguments[:-1], *owing, "torch"))
+
+
+# ------------------------------------------------------------------------------------------------------ owed gradients
+
+
+def with_biases(shape, apart: bool):
+    """Attention behind layers that add biases, one or one for each stream: ours, which owes their gradients, and the same
+    without that."""
+    batch, lengths, heads, width, q_lengths = shape
+    layout, queries, d = StreamLayout(batch, lengths), StreamLayout(batch, q_lengths or lengths), heads * width
+
+    def added(x, biases, of):
+        each = biases if apart else biases * len(of.lengths)
+        return torch.cat([part + b for part, b in zip(x.split(of.rows_per_stream), each)])
+
+    def owing(*inputs, backend="auto", **options):
+        x, biases = inputs[: 1 + (q_lengths is not None)], inputs[1 + (q_lengths is not None) :]
+        detached = [b.detach() for b in biases]
+        options |= {"backend": backend, "owed": biases}
+        if q_lengths is None:
+            return attention(added(x[0], detached, layout), layout, heads, **options)
+        q, kv = added(x[0], [b[:d] for b in detached], queries), added(x[1], [b[d:] for b in detached], layout)
+        return query_attention(q, kv, queries, layout, heads, **options)
+
+    def plain(*inputs):
+        x, biases = inputs[: 1 + (q_lengths is not None)], inputs[1 + (q_lengths is not None) :]
+        if q_lengths is None:
+            return oracle(shape)(added(x[0], biases, layout))
+        return oracle(shape)(added(x[0], [b[:d] for b in biases], queries), added(x[1], [b[d:] for b in biases], layout))
+
+    return owing, plain
+
+
+def draw_with_biases(shape, apart: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    _, lengths, heads, width, _ = shape
+    generator = torch.Generator().manual_seed(5)
+    count = len(lengths) if apart else 1
+    biases = [torch.randn(3 * heads * width, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
+    return [*draw(shape, dtype), *biases]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[7]], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton", "sdpa", "kept"])
+def test_owed_gradients(backend, shape, apart, dtype):
+    ours, plain = with_biases(shape, apart)
+    assert_parity(partial(ours, backend=backend), plain, draw_with_biases(shape, apart, dtype))
+
+
+def test_biases_that_are_not_trained_are_not_summed():
+    ours, _ = with_biases(SHAPES[5], True)
+    inputs = draw_with_biases(SHAPES[5], True, torch.float32)
+    for bias in inputs[1:]:
+        bias.requires_grad_(False)
+    ours(*inputs).sum().backward()
+    assert inputs[0].grad is not None and all(bias.grad is None for bias in inputs[1:])
+
+
+def test_owed_biases_that_do_not_fit():
+    layout = StreamLayout(2, (3, 4))
+    qkv = torch.randn(14, 3 * 32)
+    with pytest.raises(ValueError, match=r"owed has shapes \[\[32\]\]; it takes \[96\], once or for each of 2 streams"):
+        attention(qkv, layout, 2, owed=[torch.zeros(32)])
+    with pytest.raises(ValueError, match=r"owed has shapes .*; it takes \[96\]"):
+        attention(qkv, layout, 2, owed=[torch.zeros(96)] * 3)
 
 
 def test_saved_lse_is_in_base_2():

@@ -15,7 +15,7 @@ from cavmae_fast.ops.attention_tiles import exp2
 from cavmae_fast.ops.configuration import ConfigurationError
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.parity import assert_parity, error, repeats
-from tests.ops.test_attention import SHAPES, draw, oracle, ours
+from tests.ops.test_attention import SHAPES, draw, draw_with_biases, oracle, ours, with_biases
 
 #: name -> changes of every launch of the backward pass; the blocks are small, so that heads have several of them
 ONE_PASS = {
@@ -124,7 +124,7 @@ def test_sums_of_columns(shape, form, dtype):
         out, lse = torch.ops.cavmae_fast.attention(*x, batch, queries, list(lengths), heads, implementation)
         arguments = (dout.to(dtype), *x, out, lse, batch, queries, list(lengths), heads)
         if sums is None:
-            return torch.ops.cavmae_fast.attention_backward(*arguments, implementation)
+            return torch.ops.cavmae_fast.attention_backward(*arguments, 0, None, implementation)[:2]
         return attention_one_pass_triton(*arguments, options, peel, sums)
 
     def of_samples(x, lengths):
@@ -141,6 +141,20 @@ def test_sums_of_columns(shape, form, dtype):
     backward(dtype, "triton", again)
     assert torch.equal(sums, again)
     assert error(sums, want) <= error(columns(*gradients), want) + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("form", ONE_PASS)
+@pytest.mark.parametrize("shape", [SHAPES[5], SHAPES[6], SHAPES[7]], ids=str)
+def test_owed_gradients_in_the_kernel(shape, form, apart, monkeypatch):
+    """Through the public function: the kernel forms them where the launch says so, and then nothing sums behind it."""
+    ours, plain = with_biases(shape, apart)
+    inputs = draw_with_biases(shape, apart, torch.float32)
+    content = launched("attention_backward", ONE_PASS[form] | {"SUMS": True})
+    monkeypatch.setattr("cavmae_fast.ops.attention_backward.column_sums", lambda *args: pytest.fail("a pass behind it"))
+    with configuration.trial(content), dispatch.override("triton"):
+        assert_parity(ours, plain, inputs)
+        assert repeats(ours, inputs)
 
 
 # ------------------------------------------------------------------------------------------ exponentials without a unit

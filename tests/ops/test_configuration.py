@@ -15,7 +15,7 @@ from cavmae_fast.ops.configuration import ConfigurationError
 
 FILES = sorted(configuration.FOLDER.glob("sm_*.json"))
 OPTIONS = {"num_warps", "num_stages", "maxnreg", "PEEL"}
-ONE_PASS = {"ONE_PASS", "PER_SM"}
+ONE_PASS = {"ONE_PASS", "PER_SM", "SUMS"}
 "Options of a launch of `attention_backward` that takes the kernel `attention_one_pass`, which has no launches of its own."
 
 

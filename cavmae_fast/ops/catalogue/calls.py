@@ -170,20 +170,35 @@ def gradient(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
-def attend(name: str, queries: StreamLayout, layout: StreamLayout, width: int, heads: int) -> Case:
-    """Queries, keys and values packed side by side when the layouts are one, else queries on their own."""
+def attend(name: str, queries: StreamLayout, layout: StreamLayout, width: int, heads: int, *, owed: int = 0) -> Case:
+    """Queries, keys and values packed side by side when the layouts are one, else queries on their own. `owed`: biases
+    within them whose gradients are formed here, one for all streams or one for each."""
     packed = queries == layout
 
     def draw(d: Draw) -> list:
+        biases = [d.low(3 * width) for _ in range(owed)]
         if packed:
-            return [d.low(layout.rows, 3 * width)]
-        return [d.low(queries.rows, width), d.low(layout.rows, 2 * width)]
+            return [d.low(layout.rows, 3 * width), biases]
+        return [d.low(queries.rows, width), d.low(layout.rows, 2 * width), biases]
 
     def ours(*inputs):
-        return attention(*inputs, layout, heads) if packed else query_attention(*inputs, queries, layout, heads)
+        *inputs, biases = inputs
+        if packed:
+            return attention(*inputs, layout, heads, owed=biases)
+        return query_attention(*inputs, queries, layout, heads, owed=biases)
+
+    def with_gradient(x, biases, of):
+        """x, with the gradients of the biases that are within it."""
+        each = biases * len(of.lengths) if len(biases) == 1 else biases
+        return torch.cat([part + (b - b.detach()) for part, b in zip(x.split(of.rows_per_stream), each)]) if biases else x
 
     def split(inputs):
-        return (inputs[0][:, :width], inputs[0][:, width:]) if packed else inputs
+        *inputs, biases = inputs
+        q, kv = (inputs[0][:, :width], inputs[0][:, width:]) if packed else inputs
+        return (
+            with_gradient(q, [b[:width] for b in biases], queries),
+            with_gradient(kv, [b[width:] for b in biases], layout),
+        )
 
     def plain(*inputs):
         return reference.packed_attention(*split(inputs), layout.batch, queries.lengths, layout.lengths, heads)
@@ -192,6 +207,7 @@ def attend(name: str, queries: StreamLayout, layout: StreamLayout, width: int, h
         return attend_in_pieces(*split(inputs), queries, layout, heads)
 
     def moved(*inputs):
+        *inputs, _ = inputs
         out = queries.rows * width * inputs[0].element_size()
         return size(*inputs) + out, 2 * size(*inputs) + 2 * out
 
@@ -269,7 +285,7 @@ def distinct(name: str, batch: int, length: int, kept: int, width: int, *, full:
 
 
 def scatter(name: str, batch: int, lengths: Sequence[int], kept: Sequence[int], width: int, *, full: bool = False) -> Case:
-    """Of streams of `lengths` tokens, of which `kept` are kept. `full`: in float32, as the residual stream is in training."""
+    """Of streams of `lengths` tokens, of which `kept` are kept. `full`: in float32, as the residual stream is."""
 
     def draw(d: Draw) -> list:
         stream = d.full if full else d.low

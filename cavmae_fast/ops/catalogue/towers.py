@@ -69,8 +69,8 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
         (calls.hidden("decoders", decoders, wide, 4 * wide, shared=False), s.decoder_depth),
         (calls.gradient("encoders-fc1", encoders, width, 4 * width, shared=False), 3 * blocks),
         (calls.gradient("decoders-fc2", decoders, 4 * wide, wide, shared=False), 3 * s.decoder_depth),
-        (calls.attend("encoders", encoders, encoders, width, s.heads), s.depth),
-        (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads), s.decoder_depth - 1),
+        (calls.attend("encoders", encoders, encoders, width, s.heads, owed=len(kept)), s.depth),
+        (calls.attend("decoders", decoders, decoders, wide, s.decoder_heads, owed=len(kept)), s.decoder_depth - 1),
     ]
     with_class = [1 + count for count in kept.values()]
     found += [
@@ -80,11 +80,11 @@ def step(batch: int, sizes: TowerSizes) -> list[tuple[Case, float]]:
     for name, layout, of, count in (("encoders", encoders, width, blocks), ("decoders", decoders, wide, s.decoder_depth)):
         found += [(case, each * count) for case, each in fp8_calls.block(name, layout, of, shared=False)]
     if s.fusion_depth:
-        found.append((calls.attend("fusion", fusion, fusion, width, s.heads), s.fusion_depth))
+        found.append((calls.attend("fusion", fusion, fusion, width, s.heads, owed=1), s.fusion_depth))
     for m, count in s.patches.items():
         all_of_it, gone = StreamLayout(batch, (1 + count,)), StreamLayout(batch, (removed[m],))
         found += [
-            (calls.attend(f"decoder-last-{m}", gone, all_of_it, wide, s.decoder_heads), 1),
+            (calls.attend(f"decoder-last-{m}", gone, all_of_it, wide, s.decoder_heads, owed=1), 1),
             (calls.gather(f"decoder-{m}", batch, 1 + count, removed[m], wide), 2),
             (calls.distinct(f"decoder-{m}", batch, 1 + count, 1 + kept[m], wide, trained=False), 1),
             *_pixels(m, batch, s, kept[m], removed[m]),
