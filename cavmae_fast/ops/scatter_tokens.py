@@ -173,9 +173,10 @@ class _ScatterDistinct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dcarrier=None):
-        indices = _ids_and_places(ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: where it is formed again for this call, a second call is an error
+        indices = _ids_and_places(tensors)
         dxs = (None if g is None else _backward(g.contiguous(), *indices) for g in (dout, dcarrier))
-        return *dxs, *[None] * len(ctx.saved_tensors)
+        return *dxs, *[None] * len(tensors)
 
 
 def _ids_and_places(indices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
