@@ -1,4 +1,4 @@
-"""A whole model by the kernels, in Triton's interpreter, against the reference: each operator alone does not show the chain."""
+"""A whole model by the kernels, in Triton's interpreter, against the reference: operators alone do not show the chain."""
 
 from __future__ import annotations
 

@@ -72,16 +72,9 @@ def normalize(state: State, norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -
     return stream_layer_norm(state.x, state.delta, *_parameters(norms), state.layout, norms[0].eps, dtype, owed=state.owed)
 
 
-def linear(
-    x: Tensor,
-    layers: Sequence[nn.Linear],
-    layout: StreamLayout,
-    origin: Origin | None = None,
-    fp8: bool = False,
-    quantized: Quantized | None = None,
-) -> Tensor:
-    """One layer for all streams, or one per stream, computed in x's dtype, or `fp8`."""
-    return stream_linear(x, *_parameters(layers, x.dtype), layout, origin=origin, fp8=fp8, quantized=quantized)
+def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout) -> Tensor:
+    """One layer for all streams, or one per stream, computed in x's dtype."""
+    return stream_linear(x, *_parameters(layers, x.dtype), layout)
 
 
 class Normed(NamedTuple):
