@@ -18,7 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing, trainer
+from benchmarks import (
+    bench_operators,
+    common,
+    data,
+    data_contenders,
+    gpu_suite,
+    render,
+    retrieval,
+    throughput,
+    timing,
+    trainer,
+)
 from benchmarks.suite import checks, races, steps
 from benchmarks.suite.report import Report
 from cavmae_fast import models as fast
@@ -442,6 +453,10 @@ def test_tests_of_each_operator_are_a_process_of_their_own(tmp_path, monkeypatch
 
 
 # ------------------------------------------------------------------------------------------------------------ tools
+
+
+def test_every_operator_has_a_benchmark():
+    assert {case.operator for case, _ in bench_operators.CASES} == set(dispatch.operators)
 
 
 def test_interleaved_times():
