@@ -9,8 +9,8 @@ import triton
 from tests.ops.aot import MEASURED, SHARED_KB, loops_of, recorded
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
-# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80; and sixteen
-# of one launch that the tuner tries, attention's backward pass in one with 128 keys and 64 queries on sm_90. (On sm_86,
+# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80; and
+# sixteen of a launch that the tuner tries: attention's backward pass in one, 128 keys x 64 queries, on sm_90. (On sm_86,
 # sm_89 and sm_120 any version puts eight bytes on the stack in a few cases that are not compiled here: attention of width
 # 128, of odd sizes and of ones, and LayerNorm of the shared block in fp16.)
 SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
