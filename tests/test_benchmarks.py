@@ -337,24 +337,29 @@ def test_no_call_leaves_more_files_than_travel():
     assert all(len(names) + 1 + 2 * ("tune" in names) <= 8 for names in gpu_suite.CALLS.values())
 
 
-def test_choices_that_are_forced_into_the_whole_step(monkeypatch):
-    """Beside what was tuned, whose other entries stay."""
-    cpu = torch.device("cpu")
-    tuned = {"implementations": {"gather_tokens": {"bfloat16": "triton"}, "linear_gelu": {"bfloat16": "triton"}}}
-    monkeypatch.setattr(configuration, "table", lambda target: tuned | {"launches": {"stream_sum": {"any": {"BLOCK": 1}}}})
-    found = steps.forced_choices(cpu, torch.bfloat16)
-    assert set(found) == {"products", "side by side"}  # no GPU offers a launch in one pass
-    assert found["products"] == {
-        "implementations": {
-            "gather_tokens": {"bfloat16": "triton"},
-            "linear_gelu": {"bfloat16": "triton product"},
-            "hidden_gradient": {"bfloat16": "triton product"},
-        },
-        "launches": {"stream_sum": {"any": {"BLOCK": 1}}},
-    }
+@pytest.mark.parametrize("target", ["cpu", "sm_90 nvidia-h200"])
+def test_choices_that_are_forced_into_the_whole_step(monkeypatch, target):
+    """Beside what was tuned, whose other entries stay; in bfloat16 a CPU has none of the kernels."""
+    device = torch.device("cpu") if target == "cpu" else torch.device("cuda", 0)
+    monkeypatch.setattr(configuration, "target_of", lambda device: target)
+    tuned = {"gather_tokens": {"bfloat16": "triton"}, "linear_gelu": {"bfloat16": "triton", "float16": "triton"}}
+    with configuration.trial({"implementations": tuned, "launches": {}}):
+        found = steps.forced_choices(device, torch.bfloat16)
+        known = configuration.table(target)["launches"]
+    assert set(found) == ({"side by side"} if target == "cpu" else {"side by side", "products", "one pass"})
     for content in found.values():
+        assert content["implementations"]["gather_tokens"] == {"bfloat16": "triton"}
+        assert content["implementations"]["linear_gelu"]["float16"] == "triton"
         for operator, entries in content["implementations"].items():
             assert set(entries.values()) <= dispatch.operators[operator]
+    if target == "cpu":
+        return
+    assert found["products"]["implementations"]["linear_gelu"]["bfloat16"] == "triton product"
+    assert found["products"]["launches"] == known
+    launches = found["one pass"]["launches"]["attention_backward"]
+    changed = {case for case, launch in launches.items() if known["attention_backward"].get(case) != launch}
+    assert changed == {"bfloat16 short 64", "bfloat16 long 32"} and all(launches[case]["ONE_PASS"] for case in changed)
+    assert found["one pass"]["implementations"]["attention"] == dict.fromkeys(changed, "triton")
 
 
 def test_options_of_the_whole_step(tmp_path, monkeypatch):
@@ -369,7 +374,7 @@ def test_options_of_the_whole_step(tmp_path, monkeypatch):
     report = Report(tmp_path / "options.json", "options", torch.device("cpu"), True, 400.0, {"device": "cpu"})
     steps.options(report)
     names = [v["name"] for step in report.data["steps"] for v in step["variants"]]
-    assert names[-2:] == ["fast, products", "fast, side by side"] and set(names[:-2]) <= throughput.VARIANTS.keys()
+    assert names[-1] == "fast, side by side" and set(names[:-1]) <= throughput.VARIANTS.keys()
     assert all((content is not None) == (name == "fast") for name, content in seen)
 
 

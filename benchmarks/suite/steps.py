@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +29,8 @@ LEAST = 15.0
 "Seconds that must be left for a contender to be started."
 EXPECTED = ("ok", "not available", "out of memory", "not run")
 "States of a contender that are findings; others are faults."
+FORKED, SMALL = "side by side", 32
+"The choice that is for small batches, and how many clips of one."
 CONTENDER_COMMAND = (sys.executable, "-m", "benchmarks.suite.contender")
 
 
@@ -38,24 +41,27 @@ def steps(report: Report) -> None:
 
 def options(report: Report) -> None:
     """Ours at the same batch, with one thing different each time: this package's optimizer, as it is and captured in a CUDA
-    graph; cheaper arithmetic and recomputation; and the candidates that the tuner holds against PyTorch alone, forced into
-    the whole step."""
+    graph; cheaper arithmetic and recomputation; and candidates that the tuner holds against PyTorch alone, forced into the
+    whole step, at a small batch those that are for one."""
     names = ("fast-fp8", "fast-adam", "fast-adam-graph", "fast-low", "fast-elementwise", "fast-mlp", "fast-all")
     forced = forced_choices(report.device, torch.bfloat16)
-    asked = [*((name, report.batch) for name in names), *(("fast", report.batch, label) for label in forced)]
-    _race_steps(report, asked, forced)
+    whole = [("fast", report.batch, label) for label in forced if label != FORKED]
+    few = ("fast-graph" if report.on_gpu else "fast", min(SMALL, report.batch), FORKED)
+    _race_steps(report, [*((name, report.batch) for name in names), *whole, few], forced)
 
 
 def forced_choices(device: torch.device, dtype: torch.dtype) -> dict[str, configuration.Content]:
     """What is in force on `device` now, with one choice forced that the tuner may have turned down: label -> content."""
-    target = configuration.target_of(device)
-    changes: dict[str, configuration.Content] = {}
-    mlp, linear = ("linear_gelu", "hidden_gradient"), ("stream_linear", "linear_gelu", "hidden_gradient")
-    for label, name, among in (("products", "triton product", mlp), ("side by side", SIDE_BY_SIDE, linear)):
-        changes[label] = {"implementations": {operator: {configuration.name_of(dtype): name} for operator in among}}
-    for case in [c for c in catalogue.pretraining(2) if str(c) in races.CASES]:
-        for content in [*races.one_pass(case, device, dtype)][:1] if device.type == "cuda" else ():
-            configuration.merge(changes.setdefault("one pass", {}), content)
+    target, name = configuration.target_of(device), configuration.name_of(dtype)
+    changes: dict[str, configuration.Content] = {
+        FORKED: {"implementations": {op: {name: SIDE_BY_SIDE} for op in ("stream_linear", "linear_gelu", "hidden_gradient")}}
+    }
+    if device.type == "cuda":  # no kernel computes in bfloat16 elsewhere
+        products = {operator: {name: "triton product"} for operator in ("linear_gelu", "hidden_gradient")}
+        changes["products"] = {"implementations": products}
+        for case in [c for c in catalogue.pretraining(2) if str(c) in races.CASES]:
+            for content in itertools.islice(races.one_pass(case, device, dtype), 1):
+                configuration.merge(changes.setdefault("one pass", {}), content)
     contents = {}
     for label, change in changes.items():
         contents[label] = copy.deepcopy(configuration.table(target))
