@@ -1,15 +1,16 @@
 """Everything there is to know about a GPU, in three calls of less than eight minutes: tuned, then measured.
 
     python benchmarks/gpu_suite.py --call 1 --out DIR             # tune; ours at the batch of the target; where time goes
-    python benchmarks/gpu_suite.py --call 2 --out DIR --tuned DIR # attention and operators, beside other people's
+    python benchmarks/gpu_suite.py --call 2 --out DIR --tuned DIR # options; races; attention and operators, beside others'
     python benchmarks/gpu_suite.py --call 3 --out DIR --tuned DIR # the published model and its improvements; batches; tests
     python benchmarks/gpu_suite.py --device cpu --tiny --call 1   # a rehearsal, without a GPU
 
 The most decisive data comes first. Each section is a process of its own, and so is each contender, so that a fault of the
 device in one does not reach the others; it writes `<out>/<device>/<section>.json` as it goes. What `tune` finds lies there
 too: a run that was cut off goes on when it is started with the same folder, and `--tuned` names the folder of an earlier
-call where later ones are to measure what it chose. Needs torch, triton, numpy and pytest. The exit code is 1 when a section
-failed, was wrong or ran out of time.
+call where later ones are to measure what it chose. Needs torch, triton, numpy and pytest. Kernels of the CUDA library are
+tried where it was built before (`python setup.py build_native`, on any machine that has nvcc): building takes minutes, so no
+call does it. The exit code is 1 when a section failed, was wrong or ran out of time.
 """
 
 from __future__ import annotations
@@ -57,34 +58,38 @@ def _section(module: str, function: str) -> Callable[[Report], None]:
 
 
 SECTIONS: dict[str, Callable[[Report], None]] = {
-    name: _section("sections", function)
-    for name, function in {
-        "tune": "tune",
-        "steps": "steps",
-        "breakdown": "breakdown",
-        "products": "products",
-        "attention": "attention_backends",
-        "operators": "operators",
-        "contenders": "contenders",
-        "pytest": "pytest",
-    }.items()
+    name: _section(module, function)
+    for name, module, function in (
+        ("tune", "sections", "tune"),
+        ("steps", "steps", "steps"),
+        ("breakdown", "sections", "breakdown"),
+        ("products", "sections", "products"),
+        ("options", "steps", "options"),
+        ("races", "checks", "one_pass"),
+        ("attention", "sections", "attention_backends"),
+        ("operators", "sections", "operators"),
+        ("contenders", "steps", "contenders"),
+        ("pytest", "checks", "pytest"),
+    )
 }
 "In the order in which they run."
 CALLS = {
     "1": ("tune", "steps", "breakdown", "products"),
-    "2": ("attention", "operators"),
+    "2": ("options", "races", "attention", "operators"),
     "3": ("contenders", "pytest"),
 }
 "What is done together, in the time of one call."
 LIMITS = {
-    "tune": 250.0,
-    "steps": 120.0,
-    "breakdown": 45.0,
-    "products": 40.0,
-    "attention": 160.0,
-    "operators": 290.0,
-    "contenders": 320.0,
-    "pytest": 130.0,
+    "tune": 270.0,
+    "steps": 110.0,
+    "breakdown": 40.0,
+    "products": 35.0,
+    "options": 220.0,
+    "races": 80.0,
+    "attention": 70.0,
+    "operators": 85.0,
+    "contenders": 300.0,
+    "pytest": 155.0,
 }
 "Seconds that a section may take; those of a call are together within `BUDGET`."
 BUDGET = 460.0

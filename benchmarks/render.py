@@ -26,6 +26,8 @@ ORDER = (
     "pytest",
     "throughput",
     "steps",
+    "options",
+    "races",
     "contenders",
     "breakdown",
     "products",
@@ -42,6 +44,8 @@ TITLES = {
     "pytest": "Tests on this device",
     "throughput": "Full training step",
     "steps": "Full training step, ours",
+    "options": "Full training step, ours, with one thing different",
+    "races": "Attention's backward pass in one launch, again and again",
     "contenders": "Full training step by contender and batch size",
     "attention": "Attention",
     "operators": "Operators",
@@ -172,7 +176,30 @@ def _breakdown(record: Record) -> str:
 
 
 def _pytest(record: Record) -> str:
-    return record.get("summary", "")
+    rows = [[row["tests"], row["status"], row["summary"].replace("|", "/")] for row in record.get("pytest", [])]
+    left = record.get("not_run")
+    return table(["tests of", "result", "pytest's last line"], rows) + (f"\n\nNot run: {', '.join(left)}." if left else "")
+
+
+def _races(record: Record) -> str:
+    """Launches with how often other bits came, and what the race checker said."""
+    rows = [
+        [
+            f"{r['case']}, {r['launch']['OUTER']} x {r['launch']['INNER']}",
+            str(r["repeats"]),
+            str(r["other_bits"]),
+            *_wrong(r),
+        ]
+        for r in record.get("repeats", {}).get("rows", [])
+    ]
+    checker = record.get("checker", {})
+    last = (checker.get("tail", "").strip().splitlines() or [""])[-1]
+    text = table(["launch, keys x queries", "repeats", "with other bits", "wrong"], rows)
+    return f"{text}\n\nThe race checker: {checker.get('status', 'not run')} ({last})."
+
+
+def _wrong(row: Record) -> list[str]:
+    return [", ".join(row["wrong"]) or "-"]
 
 
 def data_tables(data: Record) -> str:
@@ -226,6 +253,8 @@ def data_tables(data: Record) -> str:
 RENDERERS: dict[str, Callable[[Record], str]] = {
     "tune": _tune,
     "contenders": _steps,
+    "options": _steps,
+    "races": _races,
     "products": _products,
     "pytest": _pytest,
     "throughput": _steps,

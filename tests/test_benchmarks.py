@@ -18,12 +18,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, data, data_contenders, gpu_suite, render, retrieval, throughput, timing, trainer
-from benchmarks.suite import sections
+from benchmarks import (
+    bench_operators,
+    common,
+    data,
+    data_contenders,
+    gpu_suite,
+    render,
+    retrieval,
+    throughput,
+    timing,
+    trainer,
+)
+from benchmarks.suite import checks, races, steps
 from benchmarks.suite.report import Report
 from cavmae_fast import models as fast
 from cavmae_fast.models import flops, presets
-from cavmae_fast.ops import configuration
+from cavmae_fast.ops import configuration, dispatch
 from cavmae_fast.reference.cavmae import CAVMAE, CAVMAEFT
 from cavmae_fast.reference.cavmae_parameters import MODES
 from cavmae_fast.training.finetune import FineTuneTask
@@ -282,12 +293,16 @@ sys.exit(contender.main())
 def test_a_contender_that_is_killed_costs_itself_alone(tmp_path, monkeypatch):
     path = tmp_path / "contender.py"
     path.write_text(CONTENDER)
-    monkeypatch.setattr(sections, "CONTENDER_COMMAND", (sys.executable, str(path)))
-    real = sections._contender
-    monkeypatch.setattr(sections, "_contender", lambda r, name, b, s: real(r, name, b, 16.0 if name == "fast-graph" else s))
+    monkeypatch.setattr(steps, "CONTENDER_COMMAND", (sys.executable, str(path)))
+    real = steps._contender
+
+    def impatient(report, name, batch, seconds, content):
+        return real(report, name, batch, 16.0 if name == "fast-graph" else seconds, content)
+
+    monkeypatch.setattr(steps, "_contender", impatient)
     report = Report(tmp_path / "steps.json", "steps", torch.device("cpu"), True, 400.0, {"device": "cpu"})
     with pytest.raises(common.BenchmarkError, match="no time for fast at batch 2, fast-graph at batch 2"):
-        sections.steps(report)
+        steps.steps(report)
     rows = {v["name"]: v for step in json.loads(report.path.read_text())["steps"] for v in step["variants"]}
     assert rows["fast"]["status"] == "crashed" and "exit code -9" in rows["fast"]["reason"]
     assert rows["fast-graph"]["status"] == "timed out" and "16 s" in rows["fast-graph"]["reason"]
@@ -313,12 +328,140 @@ def test_the_tuner_as_a_section_and_its_files(tmp_path):
     assert [row["unit"].split(",")[0] for row in record["units"]] == ["stream_layer_norm", "stream_linear"]
     names = [path.name for path in folder.iterdir()]
     assert not any(name.endswith(".jsonl") for name in names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
-    others = sum(len(gpu_suite.CALLS[call]) for call in "1") - 1
-    assert len(names) + others <= 8
+    assert len(names) + len(gpu_suite.CALLS["1"]) - 1 <= 8
     assert "| stream_linear, float32 |" in (folder / "README.md").read_text()
 
 
+def test_no_call_leaves_more_files_than_travel():
+    """A record for each section, README.md, and of `tune` the user's file, and the journal or the file that may ship."""
+    assert all(len(names) + 1 + 2 * ("tune" in names) <= 8 for names in gpu_suite.CALLS.values())
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90 nvidia-h200"])
+def test_choices_that_are_forced_into_the_whole_step(monkeypatch, target):
+    """Beside what was tuned, whose other entries stay; in bfloat16 a CPU has none of the kernels."""
+    device = torch.device("cpu") if target == "cpu" else torch.device("cuda", 0)
+    monkeypatch.setattr(configuration, "target_of", lambda device: target)
+    tuned = {"gather_tokens": {"bfloat16": "triton"}, "linear_gelu": {"bfloat16": "triton", "float16": "triton"}}
+    with configuration.trial({"implementations": tuned, "launches": {}}):
+        found = steps.forced_choices(device, torch.bfloat16)
+        known = configuration.table(target)["launches"]
+    assert set(found) == ({"side by side"} if target == "cpu" else {"side by side", "products", "one pass"})
+    for content in found.values():
+        assert content["implementations"]["gather_tokens"] == {"bfloat16": "triton"}
+        assert content["implementations"]["linear_gelu"]["float16"] == "triton"
+        for operator, entries in content["implementations"].items():
+            assert set(entries.values()) <= dispatch.operators[operator]
+    if target == "cpu":
+        return
+    assert found["products"]["implementations"]["linear_gelu"]["bfloat16"] == "triton product"
+    assert found["products"]["launches"] == known
+    launches = found["one pass"]["launches"]["attention_backward"]
+    changed = {case for case, launch in launches.items() if known["attention_backward"].get(case) != launch}
+    assert changed == {"bfloat16 short 64", "bfloat16 long 32"} and all(launches[case]["ONE_PASS"] for case in changed)
+    assert found["one pass"]["implementations"]["attention"] == dict.fromkeys(changed, "triton")
+
+
+def test_options_of_the_whole_step(tmp_path, monkeypatch):
+    """Each is a contender of its own; a choice that is forced is said in its name, and handed to its process."""
+    seen = []
+
+    def contender(report, name, batch, seconds, content):
+        seen.append((name, content))
+        return {"settings": {}, "variants": [{"name": name, "status": "ok"}]}
+
+    monkeypatch.setattr(steps, "_contender", contender)
+    report = Report(tmp_path / "options.json", "options", torch.device("cpu"), True, 400.0, {"device": "cpu"})
+    steps.options(report)
+    names = [v["name"] for step in report.data["steps"] for v in step["variants"]]
+    assert names[-1] == "fast, side by side" and set(names[:-1]) <= throughput.VARIANTS.keys()
+    assert all((content is not None) == (name == "fast") for name, content in seen)
+
+
+RACES = """
+import json, sys, time
+row = {"case": "decoder", "launch": {"OUTER": 64, "INNER": 64}, "repeats": 20, "other_bits": 0, "wrong": []}
+print(json.dumps(row), flush=True)
+print("a word in the end", flush=True)
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("", "ok"), ("sys.exit(1)", "exit code 1"), ("time.sleep(60)", "timed out")], ids=str
+)
+def test_races_that_fail_or_hang_leave_their_rows(end, status):
+    good, found = checks._races([sys.executable, "-c", RACES % end], 3.0)
+    assert good == (status == "ok") and found["status"] == status
+    assert found["rows"][0]["repeats"] == 20 and found["tail"] == "a word in the end"
+
+
+def test_the_race_checker_is_asked_where_it_is_at_hand(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, seconds):
+        commands.append(command)
+        return True, {"status": "ok", "rows": [], "tail": ""}
+
+    monkeypatch.setattr(checks, "_races", run)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
+    on_gpu = Report(tmp_path / "races.json", "races", torch.device("cuda", 0), False, 60.0, {"device": "a GPU"}, 256)
+    checks.one_pass(on_gpu)
+    plain, checker = commands
+    assert plain[0] == sys.executable
+    assert checker[:3] == ["compute-sanitizer", "--tool", "racecheck"] and checker[-2:] == ["--repeats", "1"]
+    on_cpu = Report(tmp_path / "races.json", "races", torch.device("cpu"), True, 60.0, {"device": "a CPU"})
+    checks.one_pass(on_cpu)
+    assert len(commands) == 3 and on_cpu.data["checker"]["status"] == "not available"
+    assert "The race checker: not available" in render.RENDERERS["races"](on_cpu.data)
+
+
+def test_one_pass_again_and_again(capsys):
+    assert races.main(["--device", "cpu", "--tiny", "--repeats", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["case"] for row in rows] == ["encoders", "decoder"]
+    assert all(row["launch"]["ONE_PASS"] and not row["other_bits"] and not row["wrong"] for row in rows)
+
+
+def test_one_pass_that_is_wrong_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setattr(races, "check", lambda *args: {"other_bits": 1, "wrong": []})
+    assert races.main(["--device", "cpu", "--tiny"]) == 1
+    monkeypatch.setattr(races, "one_pass", lambda *args: [])
+    assert races.main(["--device", "cpu", "--tiny"]) == 1  # nothing was tried
+
+
+PYTESTS = """
+import os, sys, time
+words = " ".join(sys.argv)
+if "gather" in words:
+    os._exit(139)
+if "scatter" in words:
+    time.sleep(60)
+print("1 passed" if "graph" not in words else "no tests ran")
+sys.exit(0 if "graph" not in words else 5)
+"""
+
+
+def test_tests_of_each_operator_are_a_process_of_their_own(tmp_path, monkeypatch):
+    script = tmp_path / "tests.py"
+    script.write_text(PYTESTS)
+    real = checks.processes.process
+    monkeypatch.setattr(checks.processes, "process", lambda c, output: real([sys.executable, str(script), *c[3:]], output))
+    monkeypatch.setattr(Report, "on_gpu", True)
+    report = Report(tmp_path / "pytest.json", "pytest", torch.device("cpu"), True, 15.0, {"device": "cpu"})
+    with pytest.raises(common.BenchmarkError, match="tests of gather_tokens, scatter_tokens failed or had no time"):
+        checks.pytest(report)
+    rows = {row["tests"]: row["status"] for row in report.data["pytest"]}
+    assert rows["attention"] == rows["a step in a CUDA graph"] == rows["adam_update"] == "ok"
+    assert (rows["gather_tokens"], rows["scatter_tokens"]) == ("exit code 139", "timed out")
+    assert "| gather_tokens | exit code 139 |" in render.RENDERERS["pytest"](report.data)
+
+
 # ------------------------------------------------------------------------------------------------------------ tools
+
+
+def test_every_operator_has_a_benchmark():
+    assert {case.operator for case, _ in bench_operators.CASES} == set(dispatch.operators)
 
 
 def test_interleaved_times():

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cavmae_fast.models import CAVMAE
 from cavmae_fast.models.precision import Precision
+from cavmae_fast.ops import configuration, dispatch
+from cavmae_fast.ops.stream_linear import SIDE_BY_SIDE
 from cavmae_fast.training import graph
 from cavmae_fast.training.fit import fit, take_step
 from cavmae_fast.training.graph import ReplayedStep, graphed, unsuitable
@@ -201,10 +203,31 @@ def test_what_a_graph_cannot_hold(changes, words):
     assert reason is None if words is None else words in reason
 
 
+SIDE = {name: dict.fromkeys(("bfloat16", "float32"), SIDE_BY_SIDE) for name in ("stream_linear", "linear_gelu")}
+UPDATE = {"adam_update": dict.fromkeys(("bfloat16", "float32"), "triton")}
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_on_a_gpu(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "chosen"),
+    [
+        (torch.float32, "adam", {}),
+        (torch.bfloat16, "adam", {}),
+        (torch.float16, "adam", {}),
+        (torch.bfloat16, "fast-adamw", {}),
+        (torch.bfloat16, "fast-adamw", UPDATE),
+        (torch.bfloat16, "adam", SIDE),
+    ],
+    ids=["fp32", "bf16", "fp16", "bf16-adamw", "bf16-adamw-one-launch", "bf16-side-by-side"],
+)
+def test_on_a_gpu(dtype, optimizer, chosen):
     """The recording itself: the same losses as without a graph, from the same seed."""
+    with dispatch.override("auto"), configuration.trial({"implementations": chosen, "launches": {}}):
+        check_on_a_gpu(dtype, optimizer)
+
+
+def check_on_a_gpu(dtype: torch.dtype, optimizer: str) -> None:
     losses, said = [], []
     for mode in ("off", "on"):
         torch.manual_seed(0)
@@ -215,7 +238,8 @@ def test_on_a_gpu(dtype):
                 batch = super().batch_at(epoch, position)
                 return replace(batch, audio=batch.audio.cuda(), image=batch.image.cuda())
 
-        state = RunState.start(CAVMAE(**TINY).cuda(), RECIPE, OnGpu(steps=4), Precision(device, dtype))
+        recipe = replace(RECIPE, optimizer=optimizer)
+        state = RunState.start(CAVMAE(**TINY).cuda(), recipe, OnGpu(steps=4), Precision(device, dtype))
         rows: list[dict] = []
         fit(TASK, state, 12, rows.append, cuda_graph=mode, report=said.append)
         losses.append([row["loss"] for row in rows])

@@ -23,6 +23,7 @@ from cavmae_fast.tuning import tune as tuning
 from cavmae_fast.tuning.config import TuneConfig
 from cavmae_fast.tuning.journal import Journal
 from cavmae_fast.tuning.plan import Settings, units
+from cavmae_fast.tuning.processes import compile_parts
 from cavmae_fast.tuning.tune import Lines, choices, closing, tune, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -446,3 +447,14 @@ def test_units_that_are_not_done_take_pytorch():
     content = choices(wanted, {UNIT: {"content": content_of("gather_tokens", "e fast")}})
     assert content["implementations"] == {"gather_tokens": {"float32": "e fast"}, "scatter_tokens": {"float32": "torch"}}
     assert json.dumps(content)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16, 64])
+def test_all_cores_compile_and_the_first_units_have_most_of_them(cores):
+    names = [f"unit {i}" for i in range(13)]
+    parts = compile_parts(names, cores)
+    counts = [sum(name == unit for name, *_ in parts) for unit in names]
+    assert counts == sorted(counts, reverse=True) and min(counts) == 1
+    assert [(part, of) for name, part, of in parts if name == names[0]] == [(i, counts[0]) for i in range(counts[0])]
+    assert cores < 16 or sum(counts[:5]) == cores  # at once; the small ones follow
+    assert compile_parts(names[:1], cores) == [(names[0], i, counts[0]) for i in range(counts[0])]

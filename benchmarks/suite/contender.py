@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 from benchmarks.common import DTYPES, find_device, write_json
 from benchmarks.throughput import MODELS, VARIANTS, Settings, measure
+from cavmae_fast.ops import configuration
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,10 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", required=True)
     parser.add_argument("--ceilings", required=True, help="what the machine sustains, as JSON")
+    parser.add_argument("--content", help="choices of the operators in place of the tuned ones, as JSON")
     parser.add_argument("--row", type=Path, required=True)
     args = parser.parse_args(arguments)
     settings = Settings(args.model, args.batch, args.dtype, (args.variant,), args.steps, args.rounds)
-    write_json(args.row, measure(settings, find_device(parser, args.device), json.loads(args.ceilings)))
+    device = find_device(parser, args.device)
+    with configuration.trial(json.loads(args.content)) if args.content else contextlib.nullcontext():
+        write_json(args.row, measure(settings, device, json.loads(args.ceilings)))
     return 0
 
 

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import DTYPES, ROOT, BenchmarkError, clocks, strip_paths
+from benchmarks.common import DTYPES, ROOT, BenchmarkError, clocks
 from benchmarks.suite.race import Contender, Race, add_floor, draw_batches
 from benchmarks.suite.report import Report
 from benchmarks.throughput import VARIANTS, Settings, Step, exact_float32, make_task, release
 from benchmarks.timing import ceilings, elapsed, interleave, spin
-from cavmae_fast.ops import catalogue, configuration, dispatch
+from cavmae_fast.ops import catalogue, configuration, dispatch, native
 from cavmae_fast.ops.attention import attention, available_backends, query_attention
 from cavmae_fast.ops.catalogue import Case
-from cavmae_fast.tuning import processes
 from cavmae_fast.tuning import tune as tuning
 from cavmae_fast.tuning.config import TuneConfig
 
-TUNE_REST = 70.0
+TUNE_REST = 85.0
 "Seconds of the section `tune` that are left for the whole step and for ending what is under way."
-CONTENDER = 110.0
-"Seconds that one contender of the training step may take, torch.compile included."
-LEAST = 15.0
-"Seconds that must be left for a contender to be started."
-EXPECTED = ("ok", "not available", "out of memory", "not run")
-"States of a contender that are findings; others are faults."
-CONTENDER_COMMAND = (sys.executable, "-m", "benchmarks.suite.contender")
 PUBLISHED_SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -52,7 +39,7 @@ def operators(report: Report) -> None:
     dtype = "fp32" if tiny else "bf16"
     limits = report.data["ceilings"] = ceilings(device, [dtype], tiny)
     report.data["settings"] = {"batch": batch, "dtype": dtype, "compiled": not tiny}
-    for case in catalogue.pretraining(batch, sizes):
+    for case in [c for c in catalogue.pretraining(batch, sizes) if c.attention_of is None]:  # it has a section of its own
         batches = draw_batches(case, dtype, device)
         contenders = {"eager": Contender(case.eager), "torch": Contender(case.ours, "torch")}
         if "triton" in dispatch.operators[case.operator] and (report.on_gpu or dispatch.interpreting()):
@@ -119,72 +106,15 @@ def tune(report: Report) -> None:
         operators=report.operators,
         minutes=max(0.1, (report.limit - TUNE_REST) / 60),
         rounds=1 if report.tiny else 7,
-        export=report.path.parent / f"{architecture}.json",
     )
+    report.data["cuda_library"] = native.status().replace(f"{ROOT}{os.sep}", "")
     found = tuning.tune(config, progress=tuning.Lines)
     units = [{k: v for k, v in row.items() if k != "row"} for row in found["units"]]
     report.data |= {"settings": found["settings"].to_json(), "units": units, "step": found["step"]}
     report.data |= {"kept": found["kept"], "result": found["reason"], "left": found["left"]}
     if found["left"]:
         raise BenchmarkError(f"no time for {', '.join(found['left'])}; the same command goes on with them")
-
-
-# ------------------------------------------------------------------------------------------------------------ steps
-
-
-def steps(report: Report) -> None:
-    """Ours at the batch of the target: with PyTorch's operators, with what was tuned, and that in a CUDA graph."""
-    _race_steps(report, [(name, report.batch) for name in ("fast", "fast-graph", "fast-torch")])
-
-
-def contenders(report: Report) -> None:
-    """The others, and ours, at several batches. Compiling takes a minute, so the target's batch alone has it."""
-    batch = report.batch
-    asked = [("sdpa-compile", batch), ("published", batch), ("published", batch // 2), ("sdpa", batch)]
-    _race_steps(report, [*asked, *((name, n) for n in (32, 2 * batch, 128) for name in ("fast", "fast-graph"))])
-
-
-def _race_steps(report: Report, asked: list[tuple[str, int]]) -> None:
-    """One process for each (variant, batch), so that a crash, a hang or a lack of memory costs that one alone; its row is
-    in the record as soon as it is there."""
-    report.data["ceilings"] = ceilings(report.device, ["bf16", "fp16"] if report.on_gpu else ["bf16"], report.tiny)
-    end, bad = time.monotonic() + report.limit - (time.monotonic() - report.begin), []
-    for name, batch in dict.fromkeys(asked):
-        left = end - time.monotonic()
-        row = _contender(report, name, batch if not report.tiny else min(batch, 4), min(CONTENDER, left))
-        report.add("steps", row)
-        bad += [f"{v['name']} at batch {batch}" for v in row["variants"] if v["status"] not in EXPECTED]
-    if bad:
-        raise BenchmarkError(f"no time for {', '.join(bad)}")
-
-
-def _contender(report: Report, name: str, batch: int, seconds: float) -> dict[str, Any]:
-    """What the process of a contender writes, or a row that says why it wrote nothing."""
-    settings = {"model": "tiny" if report.tiny else "base", "batch": batch, "dtype": "bf16"}
-    empty = {"settings": settings, "variants": [{"name": name, "compiled": VARIANTS[name].compiled}]}
-
-    def why(status: str, reason: str) -> dict[str, Any]:
-        empty["variants"][0] |= {"status": status, "reason": reason}
-        return empty
-
-    if seconds < LEAST:
-        return why("not run", "the section's time was spent")
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
-        path = Path(folder) / "row.json"
-        command = [*CONTENDER_COMMAND, "--variant", name, "--model", settings["model"], "--batch", str(batch)]
-        command += ["--dtype", "bf16", "--device", str(report.device), "--row", str(path)]
-        command += ["--steps", "1", "--rounds", "1"] if report.tiny else []
-        command += ["--ceilings", json.dumps(report.data["ceilings"])]
-        with processes.process(command, output) as child:
-            try:
-                code = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return why("timed out", f"it took more than {seconds:.0f} s")
-        if code == 0 and path.exists():
-            return json.loads(path.read_text())
-        output.seek(0)
-        tail = strip_paths(output.read()[-2000:]).strip().splitlines()
-        return why("crashed", f"its process ended with exit code {code}{': ' + tail[-1] if tail else ''}")
+    tuning.export(report.path.parent / f"{architecture}.json", configuration.target_of(report.device))
 
 
 # ---------------------------------------------------------------------------------------------------------- products
@@ -270,24 +200,3 @@ def kernel_times(events: list, on_gpu: bool) -> list[dict[str, Any]]:
         if ms > 0:
             found.append({"name": event.key[:200], "calls": event.count, "ms": ms})
     return sorted(found, key=lambda kernel: -kernel["ms"])
-
-
-# ----------------------------------------------------------------------------------------------------------- pytest
-
-
-def pytest(report: Report) -> None:
-    """The tests marked `gpu`. Tests that need more than torch, triton, numpy and pytest lie elsewhere."""
-    command = ["-m", "pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"]
-    report.data["command"] = " ".join(["python", *command])
-    try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=report.limit, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        report.data["tail"] = strip_paths(output.decode() if isinstance(output, bytes) else output)[-6000:]
-        raise BenchmarkError(f"the tests took more than {report.limit:.0f} s") from error
-    lines = strip_paths(done.stdout + done.stderr).strip().splitlines()
-    report.data |= {"exit_code": done.returncode, "summary": lines[-1] if lines else "", "tail": "\n".join(lines[-60:])}
-    if done.returncode != 0:
-        raise BenchmarkError(f"pytest ended with exit code {done.returncode}: {report.data['summary']}")

@@ -23,6 +23,8 @@ POLL = 0.2
 "Seconds between two looks at what a process has found."
 STARTUP = 120.0
 "Seconds that a process may take until it says something: imports, and the device's first use, on a busy machine."
+COMPILE_SHARES = (5, 5, 2, 2, 2)
+"How the cores are shared by the first units: two of attention, and those of the largest products, have most to compile."
 MOST_STARTS = 40
 "Processes in a row; more deaths than this are a fault of the machine."
 
@@ -116,15 +118,20 @@ def work_off(
     raise TuneError(f"{MOST_STARTS} processes died one after the other")
 
 
+def compile_parts(names: Sequence[str], cores: int) -> list[tuple[str, int, int]]:
+    """(unit, part, parts) of all processes that compile, in the order in which they are started. Every one of a unit's also
+    compiles the launches that the unit has now, so there are several only where there is much besides."""
+    counts = [max(1, cores * share // sum(COMPILE_SHARES)) for share in COMPILE_SHARES]
+    counts += [1] * len(names)
+    return [(name, part, count) for name, count in zip(names, counts) for part in range(count)]
+
+
 def compile_ahead(journal: Journal, names: Sequence[str], seconds: float, most: int, worker: Sequence[str] = WORKER) -> None:
     """Compiles the candidates of the units `names` with all cores, but `most` processes, for `seconds` at most. What is not
     compiled then is compiled when it is tried."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, most)
-    parts = {name: max(1, cores // len(names)) for name in names}
-    for name in names[: cores % len(names)] if cores > len(names) else ():
-        parts[name] += 1  # the first units have the most candidates
-    waiting = [(name, part, count) for name, count in parts.items() for part in range(count)]
+    waiting = compile_parts(names, cores)
     end, running = time.monotonic() + seconds, []
     with contextlib.ExitStack() as stack, open(os.devnull, "w") as nowhere:
         while (waiting or running) and time.monotonic() < end:

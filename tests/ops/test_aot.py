@@ -9,10 +9,13 @@ import triton
 from tests.ops.aot import MEASURED, SHARED_KB, loops_of, recorded
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
-# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80. (On sm_86,
-# sm_89 and sm_120 any version puts eight bytes on the stack in a few cases that are not compiled here: attention of width
-# 128, of odd sizes and of ones, and LayerNorm of the shared block in fp16.)
+# Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80; and
+# 16 or 24 of launches that the tuner tries: attention's backward pass in one, 64 queries at a time, on sm_90 and sm_100. (On
+# sm_86, sm_89 and sm_120 any version puts eight bytes on the stack in a few cases that are not compiled here: attention of
+# width 128, of odd sizes and of ones, and LayerNorm of the shared block in fp16.)
 SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
+ONE_PASS = "attention-decoder-one-pass-bf16"
+MORE_SPILLED = {(ONE_PASS, 90): 16, (ONE_PASS, 100): 24} if triton.__version__ == "3.6.0" else {}
 
 #: kernels whose products must run on the matrix units
 MATRIX_KERNELS: set[str] = {
@@ -31,9 +34,13 @@ def rows() -> list[dict]:
     return compiled()
 
 
+def allowed_spill(row: dict) -> int:
+    return MORE_SPILLED.get((row["case"], row["capability"]), SPILLED_BYTES)
+
+
 def test_all_kernels_compile_without_spills(rows):
     assert {row["capability"] for row in rows} == set(SHARED_KB)
-    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > SPILLED_BYTES]
+    failures = [row for row in rows if "error" in row or row["spilled_bytes"] > allowed_spill(row)]
     assert not failures, "\n".join(map(str, failures))
 
 

@@ -11,9 +11,10 @@ import os
 import pytest
 import torch
 
-from cavmae_fast.ops import catalogue, dispatch, native
+from cavmae_fast.ops import catalogue, configuration, dispatch, native
 from cavmae_fast.ops.catalogue import Case, outputs_of
-from cavmae_fast.ops.parity import assert_parity, flatten, run
+from cavmae_fast.ops.parity import assert_parity, flatten, repeats, run
+from cavmae_fast.ops.stream_linear import SIDE_BY_SIDE
 
 CUDA = torch.cuda.is_available()
 DRY_RUN = not CUDA and os.environ.get("CAVMAE_GPU_DRY_RUN") == "1"
@@ -78,6 +79,10 @@ def test_repeats_bitwise(case, dtype):
 @on_device
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cuda_graph(case):
+    check_graph(case)
+
+
+def check_graph(case: Case) -> None:
     """Forward and backward, captured once and replayed on new numbers, give what they give eagerly."""
     inputs = case.inputs(torch.bfloat16, DEVICE)
     cotangents = cotangents_of(case, inputs)
@@ -120,3 +125,17 @@ def test_native_parity(case, dtype):
         pytest.skip(f"the CUDA library is {native.status()}")
     with dispatch.override("cuda"):
         check_parity(case, dtype)
+
+
+FORKED = [case for case in CASES if SIDE_BY_SIDE in dispatch.operators[case.operator]]
+
+
+@on_device
+@pytest.mark.parametrize("case", FORKED, ids=str)
+def test_side_by_side(case):
+    """Products on two streams: right, the same bits again, and captured with their fork and join."""
+    choice = {"implementations": {case.operator: {"bfloat16": SIDE_BY_SIDE}}, "launches": {}}
+    with dispatch.override("auto"), configuration.trial(choice):
+        check_parity(case, torch.bfloat16)
+        assert repeats(case.ours, case.inputs(torch.bfloat16, DEVICE))
+        check_graph(case)
