@@ -18,7 +18,7 @@ from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.distinct_tokens import Kept
-from cavmae_fast.ops.fp8 import Handed, Quantized
+from cavmae_fast.ops.fp8 import Handed, Quantized, new_handed
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin, origin_of_last
@@ -194,14 +194,9 @@ def _updated(
     weights, biases = _parameters(layers, h.dtype)
     if path is not None:
         return State(x, on_path(stream_linear(h, weights, biases, layout, fp8=fp8), path, layout), layout)
-    handed = _handed(fp8)
+    handed = new_handed() if fp8 else None
     delta = stream_linear(h, weights, _detached(biases), layout, fp8=fp8, handed=handed)
     return State(x, delta, layout, biases, handed=handed)
-
-
-def _handed(fp8: bool) -> Handed | None:
-    """A place for what fp8 holds of an update's gradient. A compiled backward pass is one of tensors alone."""
-    return Handed() if fp8 and not torch.compiler.is_compiling() else None
 
 
 def _of_every_sample(kept: Sequence[Kept]) -> StreamLayout:
@@ -257,7 +252,7 @@ def _mlp(
 ) -> State:
     """The residual stream with the MLP's update; as in `_updated`."""
     fc1, (weights, biases) = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    given, handed = (biases, None) if path is not None else (_detached(biases), _handed(fp8))
+    given, handed = (biases, None) if path is not None else (_detached(biases), new_handed() if fp8 else None)
     options = {"origin": normed.origin, "fp8": fp8, "quantized": normed.quantized, "handed": handed}
     delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, **options)
     if path is not None:

@@ -182,6 +182,11 @@ class Handed:
         return found[2] if found[1] == gradient._version else None
 
 
+def new_handed() -> Handed | None:
+    """None while a model is compiled, whose backward pass is one of tensors alone."""
+    return None if torch.compiler.is_compiling() else Handed()
+
+
 def handed_on(handed: Handed | None, gradient: Tensor) -> Quantized:
     """What fp8 holds of a gradient `[R, K]`: as it was handed on, or from its values."""
     return (handed and handed.take(gradient)) or quantize_rows(gradient, GRADIENTS)

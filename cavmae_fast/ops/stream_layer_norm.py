@@ -204,15 +204,15 @@ class _StreamLayerNorm(torch.autograd.Function):
         # x is handed on even where nothing is added to it: its other gradient then arrives here, and is added on the way.
         if carrier is None:
             ctx.mark_non_differentiable(*quantized)
-            return x.view_as(x) if delta is None else x_new, y, None, *quantized
+            return x.view_as(x) if delta is None else x_new, y, *quantized
         x_new = x.detach() if delta is None else x_new
         ctx.mark_non_differentiable(x_new, *quantized)
-        return x_new, y, new_carrier(x, carrier.dtype), *quantized
+        return x_new, y, *quantized, new_carrier(x, carrier.dtype)
 
     @staticmethod
-    def backward(ctx, dx_new, dy, dcarrier, *_):
+    def backward(ctx, dx_new, dy, *others):
         x, delta, mean, rstd, *weights = ctx.saved_tensors
-        dx_new = dcarrier if ctx.carried else dx_new
+        dx_new = others[-1] if ctx.carried else dx_new
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         separate = ctx.delta_dtype if ctx.delta_dtype not in (None, ctx.dx_dtype) else None
         dx_new = None if dx_new is None else dx_new.contiguous()
@@ -316,8 +316,8 @@ def _apply(
     delta = None if delta is None else delta.contiguous()
     parameters = [p.contiguous() for p in (*weights, *biases)]
     arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, fp8, values, handed)
-    x, y, carrier, *quantized = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments, *parameters, *owed)
-    return x if carrier is None else Residual(x, carrier), y, Quantized(*quantized) if quantized else None
+    x, y, *others = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments, *parameters, *owed)
+    return x if carrier is None else Residual(x, others[-1]), y, Quantized(*others[:2]) if fp8 else None
 
 
 def layer_norm_origin(
