@@ -86,8 +86,8 @@ def linear(
 
 
 class Normed(NamedTuple):
-    """The residual stream `x` with its update added, its LayerNorm `y`, how y is formed again, where it is not kept, and what
-    fp8 holds of y, where the next product takes that."""
+    """The residual stream `x` with its update added, its LayerNorm `y`, how y is formed again, where it is not kept, and
+    what fp8 holds of y, where the next product takes that."""
 
     x: Tensor | Residual
     y: Tensor

@@ -92,8 +92,8 @@ def quantize_rows_kernel(
     R, K,
     GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program holds BLOCK_R whole rows: they are read once. GELU: of y = gelu(x), as x's dtype holds it, which is written
-    where there is a place for it."""
+    """One program holds BLOCK_R whole rows: they are read once. GELU: of y = gelu(x), as x's dtype holds it, which is
+    written where there is a place for it."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_K)
     valid = (row < R)[:, None] & (column < K)[None, :]

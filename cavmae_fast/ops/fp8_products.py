@@ -53,7 +53,8 @@ def _product_torch(x, scale, weights, scales, biases, rows, dtype):
 
 _product = register(
     "fp8_product",
-    "(Tensor x, Tensor scale, Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] rows, ScalarType dtype) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] rows, ScalarType dtype)"
+    " -> Tensor",
     torch=_product_torch,
     kernels={"triton product": fp8_product_triton},
     dtype=lambda *args: args[-1],
@@ -135,7 +136,7 @@ def fp8_hidden_gradient(
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Quantized, Tensor]:
     """`hidden_gradient` of what fp8 holds of dout `[R, M]` and of the weights `[M, N]` -> (dpre `[R, N]`, db, what fp8 holds
-    of dpre, the GELU of pre, or empty unless it is to be formed `again`). 'triton' quantizes in the pass of the GELU's derivative; 'triton product' takes the derivative in the product,
-    which leaves a pass to quantize."""
+    of dpre, the GELU of pre, or empty unless it is to be formed `again`). 'triton' quantizes in the
+    pass of the GELU's derivative; 'triton product' takes the derivative in the product, which leaves a pass to quantize."""
     dpre, db, q, scale, y = _hidden(*dout, pre, *_transposed(weights), rows, bias_dtype, again)
     return dpre, db, Quantized(q, scale), y

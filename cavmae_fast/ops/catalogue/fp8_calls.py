@@ -1,4 +1,4 @@
-"""How a case of each operator of fp8 is made (`ops/fp8.py`). What is in fp8 is compared as values, in the dtype of the others.
+"""How a case of each operator of fp8 is made (`ops/fp8.py`). What is in fp8 is compared as values, in the others' dtype.
 
 Products are given matrices that they quantize first: their time has that of `quantize_rows` in it, for all candidates alike.
 """
@@ -18,8 +18,9 @@ from cavmae_fast.reference import operators as reference
 
 
 def block(name: str, layout: StreamLayout, width: int, *, shared: bool) -> list[tuple[Case, float]]:
-    """What a transformer block of `width` calls in fp8 in a training step, and how often. `shared`: one set of weights for all
-    streams. A product that is not among them counts as its share, by operations, of one that is: qkv, proj and fc2 of fc1."""
+    """What a transformer block of `width` calls in fp8 in a training step, and how often. `shared`: one set of weights for
+    all streams. A product that is not among them counts as its share, by operations, of one that is: qkv, proj and fc2 of
+    fc1."""
     wide = 4 * width
     return [
         (
