@@ -275,7 +275,8 @@ def table(launches: list[Launch], gpu: Gpu, batch: int) -> str:
     lines.sort(key=lambda line: -line[-1])
     lines.append(("all", *(sum(column) for column in list(zip(*lines))[1:])))
     text = [
-        f"{'kernel':<40}{'launches':>9}{'GB':>9}{'TFLOP':>8}{'G exp':>8}{'fp8 TFLOP':>11}{'floor ms':>10}{'predicted ms':>14}"
+        f"{'kernel':<40}{'launches':>9}{'GB':>9}{'TFLOP':>8}{'G exp':>8}{'fp8 TFLOP':>11}"
+        f"{'floor ms':>10}{'predicted ms':>14}"
     ]
     for name, count, moved, flops, exponentials, fp8_flops, floor, predicted in lines:
         numbers = f"{moved / 1e9:>9.2f}{flops / 1e12:>8.2f}{exponentials / 1e9:>8.2f}{fp8_flops / 1e12:>11.2f}"

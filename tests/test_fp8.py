@@ -122,3 +122,23 @@ def test_odd_models_are_refused():
     model = CAVMAE(**TINY | {"embed_dim": 36})
     with pytest.raises(fp8.Fp8Error, match="widths that are multiples of 16; a layer has 108"), FP8.autocast():
         model(*inputs(dtype=torch.float32))
+
+
+def test_gradients_are_handed_on(monkeypatch):
+    """By the LayerNorm behind an update, wherever one of the same streams follows in a block."""
+    taken = []
+    take = fp8.Handed.take
+
+    def watched(self, gradient):
+        taken.append(take(self, gradient))
+        return taken[-1]
+
+    monkeypatch.setattr(fp8.Handed, "take", watched)
+    model = randomize(CAVMAE(**TINY))
+    with_them = step(model, FP8)
+    stacks = [len(model.blocks_a), len(model.blocks_u), len(model.decoder_blocks)]
+    found = sum(held is not None for held in taken)
+    # Two updates a block. Behind the last one of a stack is no block; the last block's first norm has its values read.
+    assert len(taken) == 2 * sum(stacks) and found >= len(taken) - len(stacks) - 1
+    monkeypatch.setattr(fp8.Handed, "take", lambda self, gradient: None)
+    assert same(step(model, FP8), with_them)

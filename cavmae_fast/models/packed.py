@@ -18,7 +18,7 @@ from cavmae_fast.models.precision import in_fp8
 from cavmae_fast.models.rounded import rounded
 from cavmae_fast.ops.attention import attention, query_attention
 from cavmae_fast.ops.distinct_tokens import Kept
-from cavmae_fast.ops.fp8 import Quantized
+from cavmae_fast.ops.fp8 import Handed, Quantized, new_handed
 from cavmae_fast.ops.gather_tokens import gather_origin, gather_tokens
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin, origin_of_last
@@ -44,7 +44,7 @@ class State(NamedTuple):
     """`x + delta` is the residual stream `[R, D]` of the streams in `layout`; delta None means nothing to add.
 
     `owed`: the biases in delta whose gradients the next LayerNorm gives (`stream_layer_norm`). What uses delta in another
-    way takes that of `settled`.
+    way takes that of `settled`. `handed`: where that LayerNorm may leave what fp8 holds of delta's gradient.
 
     `kept`: an entry for each stream where x has only the tokens that differ (`ops/distinct_tokens.py`), as those of one
     sample; `layout` says so. A block makes every sample's tokens of them where tokens begin to differ: at its attention.
@@ -55,6 +55,7 @@ class State(NamedTuple):
     layout: StreamLayout
     owed: Sequence[Tensor] = ()
     kept: Sequence[Kept] = ()
+    handed: Handed | None = None
 
     def settled(self) -> State:
         """The same with ordinary tensors, which owe nothing."""
@@ -78,8 +79,8 @@ def linear(x: Tensor, layers: Sequence[nn.Linear], layout: StreamLayout) -> Tens
 
 
 class Normed(NamedTuple):
-    """The residual stream `x` with its update added, its LayerNorm `y`, how y is formed again, where it is not kept, and what
-    fp8 holds of y, where the next product takes that."""
+    """The residual stream `x` with its update added, its LayerNorm `y`, how y is formed again, where it is not kept, and
+    what fp8 holds of y, where the next product takes that."""
 
     x: Tensor | Residual
     y: Tensor
@@ -102,7 +103,8 @@ def normalize_again(
     options = {"keep_sum": recompute == "none" or not x_is_kept, "owed": state.owed}
     if fp8:
         kept = recompute == "none" and torch.is_grad_enabled()
-        x, y, quantized = quantized_layer_norm(state.x, state.delta, *arguments, values=kept, **options)
+        options |= {"values": kept, "handed": state.handed}
+        x, y, quantized = quantized_layer_norm(state.x, state.delta, *arguments, **options)
     else:
         (x, y), quantized = stream_layer_norm(state.x, state.delta, *arguments, **options), None
     if recompute == "none":
@@ -188,7 +190,9 @@ def _updated(
     weights, biases = _parameters(layers, h.dtype)
     if path is not None:
         return State(x, on_path(stream_linear(h, weights, biases, layout, fp8=fp8), path, layout), layout)
-    return State(x, stream_linear(h, weights, _detached(biases), layout, fp8=fp8), layout, biases)
+    handed = new_handed() if fp8 else None
+    delta = stream_linear(h, weights, _detached(biases), layout, fp8=fp8, handed=handed)
+    return State(x, delta, layout, biases, handed=handed)
 
 
 def _of_every_sample(kept: Sequence[Kept]) -> StreamLayout:
@@ -245,14 +249,12 @@ def _mlp(
 ) -> State:
     """The residual stream with the MLP's update; as in `_updated`."""
     fc1, (weights, biases) = (_parameters([getattr(b.mlp, name) for b in blocks], normed.y.dtype) for name in ("fc1", "fc2"))
-    given, options = (
-        biases if path is not None else _detached(biases),
-        {"origin": normed.origin, "fp8": fp8, "quantized": normed.quantized},
-    )
+    given, handed = (biases, None) if path is not None else (_detached(biases), new_handed() if fp8 else None)
+    options = {"origin": normed.origin, "fp8": fp8, "quantized": normed.quantized, "handed": handed}
     delta = stream_mlp(normed.y, *fc1, weights, given, layout, recompute=recompute, **options)
     if path is not None:
         return State(normed.x, on_path(delta, path, layout), layout)
-    return State(normed.x, delta, layout, biases)
+    return State(normed.x, delta, layout, biases, handed=handed)
 
 
 def _parameters(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,8 +14,8 @@ Both hold
     "launches":        kernel -> case -> block sizes, num_warps, num_stages.
 
 A case is a dtype and what else the choice depends on, "bfloat16 long 64"; "16-bit" stands for both 16-bit dtypes, "8-bit"
-for those of fp8, "any" for all cases. An architecture without a file takes the launches of the nearest older one, and PyTorch for every operator:
-a kernel that never ran on a kind of GPU is not the default on it.
+for those of fp8, "any" for all cases. An architecture without a file takes the launches of the nearest older
+one, and PyTorch for every operator: a kernel that never ran on a kind of GPU is not the default on it.
 """
 
 from __future__ import annotations

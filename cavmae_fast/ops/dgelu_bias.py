@@ -16,7 +16,7 @@ from torch import Tensor
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import Launch, launch
 from cavmae_fast.ops.fp8 import GRADIENTS, LARGEST_EXPONENT, Quantized, empty_quantized, scaled_rows
-from cavmae_fast.ops.gelu import gelu_derivative
+from cavmae_fast.ops.gelu import gelu, gelu_derivative
 from cavmae_fast.ops.linear_products import bias_gradient
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
@@ -27,6 +27,7 @@ CPU_ROWS = 256
 @triton.jit
 def dgelu_bias_kernel(
     dy, pre, dpre,  # [R, N]
+    y,  # [R, N], or None
     q,  # [R, N] fp8, or None
     scale,  # [R] fp32, or None
     partial,  # [programs, N] fp32
@@ -35,7 +36,7 @@ def dgelu_bias_kernel(
 ):  # fmt: skip
     """dpre, and the column sums of dpre over each program's ROWS_PER_PROGRAM rows, taken BLOCK_R at a time. With 128 rows
     per program the partial sums are 1/64 of a bf16 input's bytes. With q what fp8 holds of dpre is written, too; a program
-    then has whole rows. LARGEST: as in `scaled_rows`."""
+    then has whole rows. With y the GELU is formed again. LARGEST: as in `scaled_rows`."""
     program = tl.program_id(0)
     stream, local = stream_of_tile(program, tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
@@ -50,6 +51,8 @@ def dgelu_bias_kernel(
         z = tl.load(pre + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_N]
         g = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         g *= gelu_derivative(z)
+        if y is not None:
+            tl.store(y + offset, gelu(z).to(y.dtype.element_ty), mask=valid)
         rounded = g.to(dpre.dtype.element_ty)
         tl.store(dpre + offset, rounded, mask=valid)
         if q is not None:
@@ -67,17 +70,17 @@ def dgelu_bias_triton(
     dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype, architecture: str
 ) -> tuple[Tensor, Tensor]:
     options = launch("dgelu_bias", architecture, pre.dtype, "part")
-    return _launch(dy, pre, rows, bias_dtype, None, options, architecture)
+    return _launch(dy, pre, rows, bias_dtype, None, None, options, architecture)
 
 
 def dgelu_bias_quantized(
-    dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype, architecture: str
+    dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype, y: Tensor | None, architecture: str
 ) -> tuple[Tensor, Tensor, Quantized]:
-    """dz and db, and what fp8 holds of dz."""
+    """dz and db, and what fp8 holds of dz. `y`: where to write the GELU."""
     quantized = empty_quantized(pre, GRADIENTS)
     width = triton.next_power_of_2(pre.shape[1])
     options = {"BLOCK_N": width, **launch("dgelu_bias", architecture, pre.dtype, "whole")}
-    return *_launch(dy, pre, rows, bias_dtype, quantized, options, architecture), quantized
+    return *_launch(dy, pre, rows, bias_dtype, y, quantized, options, architecture), quantized
 
 
 def _launch(
@@ -85,6 +88,7 @@ def _launch(
     pre: Tensor,
     rows: Sequence[int],
     bias_dtype: torch.dtype,
+    y: Tensor | None,
     quantized: Quantized | None,
     options: Launch,
     architecture: str,
@@ -93,7 +97,7 @@ def _launch(
     programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
     partial = torch.empty(sum(programs), width, dtype=torch.float32, device=pre.device)
     dgelu_bias_kernel[(sum(programs), triton.cdiv(width, options["BLOCK_N"]))](
-        dy, pre, dpre, *(quantized or (None, None)), partial, *three(rows), programs[0], programs[1], width,
+        dy, pre, dpre, y, *(quantized or (None, None)), partial, *three(rows), programs[0], programs[1], width,
         LARGEST=LARGEST_EXPONENT[GRADIENTS], **options,
     )  # fmt: skip
     return dpre, sum_of_streams(partial, programs, len(rows), architecture).to(bias_dtype)

@@ -92,8 +92,8 @@ def quantize_rows_kernel(
     R, K,
     GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program holds BLOCK_R whole rows: they are read once. GELU: of y = gelu(x), as x's dtype holds it, which is written
-    where there is a place for it."""
+    """One program holds BLOCK_R whole rows: they are read once. GELU: of y = gelu(x), as x's dtype holds it, which is
+    written where there is a place for it."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_K)
     valid = (row < R)[:, None] & (column < K)[None, :]
@@ -162,6 +162,34 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Quantized:
 def dequantized(x: Quantized, dtype: torch.dtype) -> Tensor:
     """`x.rows * x.scale` in `dtype`."""
     return x.rows.to(dtype) * x.scale.to(dtype)
+
+
+class Handed:
+    """Where the backward pass that makes a gradient leaves what fp8 holds of it, for the product that takes this gradient:
+    autograd hands on the gradient alone."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Tensor, int, Quantized] | None = None
+
+    def put(self, gradient: Tensor, held: Quantized) -> None:
+        self._found = gradient, gradient._version, held
+
+    def take(self, gradient: Tensor) -> Quantized | None:
+        """What was put for this very gradient; None where it is another one, as the sum of several is, or was changed."""
+        found, self._found = self._found, None
+        if found is None or found[0].data_ptr() != gradient.data_ptr() or found[0].shape != gradient.shape:
+            return None
+        return found[2] if found[1] == gradient._version else None
+
+
+def new_handed() -> Handed | None:
+    """None while a model is compiled, whose backward pass is one of tensors alone."""
+    return None if torch.compiler.is_compiling() else Handed()
+
+
+def handed_on(handed: Handed | None, gradient: Tensor) -> Quantized:
+    """What fp8 holds of a gradient `[R, K]`: as it was handed on, or from its values."""
+    return (handed and handed.take(gradient)) or quantize_rows(gradient, GRADIENTS)
 
 
 # ---------------------------------------------------------------------------------------------- with the GELU before it

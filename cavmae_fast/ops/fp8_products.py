@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast import compat
@@ -52,7 +53,8 @@ def _product_torch(x, scale, weights, scales, biases, rows, dtype):
 
 _product = register(
     "fp8_product",
-    "(Tensor x, Tensor scale, Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] rows, ScalarType dtype) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] rows, ScalarType dtype)"
+    " -> Tensor",
     torch=_product_torch,
     kernels={"triton product": fp8_product_triton},
     dtype=lambda *args: args[-1],
@@ -87,32 +89,34 @@ def fp8_input_gradient(dout: Quantized, weights: Sequence[Tensor], rows: Sequenc
 # ------------------------------------------------------------------------------------- the gradient of an MLP's hidden layer
 
 
-def _hidden_torch(dout, scale, pre, weights, scales, rows, bias_dtype):
+def _hidden_torch(dout, scale, pre, weights, scales, rows, bias_dtype, again):
     dy = _product(dout, scale, weights, scales, [], rows, pre.dtype)
     dpre, db = dgelu_bias_torch(dy, pre, rows, bias_dtype)
-    return dpre, db, *quantize_rows(dpre, GRADIENTS)
+    return dpre, db, *quantize_rows(dpre, GRADIENTS), F.gelu(pre) if again else pre.new_empty(0)
 
 
-def _hidden_triton(dout, scale, pre, weights, scales, rows, bias_dtype, architecture):
+def _hidden_triton(dout, scale, pre, weights, scales, rows, bias_dtype, again, architecture):
     dy = _product(dout, scale, weights, scales, [], rows, pre.dtype)
-    dpre, db, quantized = dgelu_bias_quantized(dy, pre, rows, bias_dtype, architecture)
-    return dpre, db, *quantized
+    y = torch.empty_like(pre) if again else None
+    dpre, db, quantized = dgelu_bias_quantized(dy, pre, rows, bias_dtype, y, architecture)
+    return dpre, db, *quantized, y if again else pre.new_empty(0)
 
 
-def _hidden_product(dout, scale, pre, weights, scales, rows, bias_dtype, architecture):
+def _hidden_product(dout, scale, pre, weights, scales, rows, bias_dtype, again, architecture):
     dpre, db = fp8_hidden_gradient_product(dout, scale, pre, weights, scales, rows, bias_dtype, architecture)
-    return dpre, db, *quantize_rows(dpre, GRADIENTS)
+    return dpre, db, *quantize_rows(dpre, GRADIENTS), F.gelu(pre) if again else pre.new_empty(0)
 
 
-def _hidden_fake(dout, scale, pre, weights, scales, rows, bias_dtype):
+def _hidden_fake(dout, scale, pre, weights, scales, rows, bias_dtype, again):
     db = pre.new_empty(len(weights), pre.shape[1], dtype=bias_dtype)
-    return torch.empty_like(pre), db, *empty_quantized(pre, GRADIENTS)
+    y = torch.empty_like(pre) if again else pre.new_empty(0)
+    return torch.empty_like(pre), db, *empty_quantized(pre, GRADIENTS), y
 
 
 _hidden = register(
     "fp8_hidden_gradient",
-    "(Tensor dout, Tensor scale, Tensor pre, Tensor[] weights, Tensor[] scales, SymInt[] rows, ScalarType bias_dtype)"
-    " -> (Tensor dpre, Tensor db, Tensor q, Tensor q_scale)",
+    "(Tensor dout, Tensor scale, Tensor pre, Tensor[] weights, Tensor[] scales, SymInt[] rows, ScalarType bias_dtype,"
+    " bool again) -> (Tensor dpre, Tensor db, Tensor q, Tensor q_scale, Tensor y)",
     torch=_hidden_torch,
     triton=_hidden_triton,
     kernels={"triton product": _hidden_product},
@@ -123,10 +127,16 @@ _hidden = register(
 
 
 def fp8_hidden_gradient(
-    dout: Quantized, pre: Tensor, weights: Sequence[Tensor], rows: Sequence[int], bias_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Quantized]:
+    dout: Quantized,
+    pre: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    bias_dtype: torch.dtype,
+    *,
+    again: bool = False,
+) -> tuple[Tensor, Tensor, Quantized, Tensor]:
     """`hidden_gradient` of what fp8 holds of dout `[R, M]` and of the weights `[M, N]` -> (dpre `[R, N]`, db, what fp8 holds
-    of dpre). 'triton' quantizes in the pass of the GELU's derivative; 'triton product' takes the derivative in the product,
-    which leaves a pass to quantize."""
-    dpre, db, *quantized = _hidden(*dout, pre, *_transposed(weights), rows, bias_dtype)
-    return dpre, db, Quantized(*quantized)
+    of dpre, the GELU of pre, or empty unless it is to be formed `again`). 'triton' quantizes in the
+    pass of the GELU's derivative; 'triton product' takes the derivative in the product, which leaves a pass to quantize."""
+    dpre, db, q, scale, y = _hidden(*dout, pre, *_transposed(weights), rows, bias_dtype, again)
+    return dpre, db, Quantized(q, scale), y

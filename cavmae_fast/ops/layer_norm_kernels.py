@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import launch
-from cavmae_fast.ops.fp8 import LARGEST_EXPONENT, VALUES, Quantized, scaled_rows
+from cavmae_fast.ops.fp8 import GRADIENTS, LARGEST_EXPONENT, VALUES, Quantized, scaled_rows
 from cavmae_fast.ops.linear_products import bias_gradient
 from cavmae_fast.ops.stream_tiles import pick, stream_of_tile, sum_of_streams, three
 
@@ -65,15 +65,19 @@ def stream_layer_norm_forward_kernel(
 @triton.jit
 def stream_layer_norm_backward_kernel(
     dy, dx_new, x, delta, dx, ddelta,  # [R, D]
+    q,  # [R, D] fp8, or None
+    scale,  # [R] fp32, or None
     mean, rstd,  # [R] fp32
     w0, w1, w2,  # [D] each
     sums,  # [programs, 2 or 3, D] fp32
     rows0, rows1, rows2, tiles0, tiles1,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
     HAS_DX_NEW: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_DDELTA: tl.constexpr, UPDATE_SUMS: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """A program sums the gradients of weight and bias over ROWS_PER_PROGRAM rows, BLOCK_R at a time, before it writes them;
-    with UPDATE_SUMS that of delta, too. What was normalized is x, or x + delta."""
+    with UPDATE_SUMS that of delta, too. What was normalized is x, or x + delta. With q what fp8 holds of delta's gradient is
+    written, too. LARGEST: as in `scaled_rows`."""
     program = tl.program_id(0)
     stream, local = stream_of_tile(program, tiles0, tiles1)
     first = pick(stream, 0, rows0, rows0 + rows1)
@@ -108,8 +112,13 @@ def stream_layer_norm_backward_kernel(
         if UPDATE_SUMS:
             update += tl.sum(result, axis=0)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=valid)
+        handed = result.to(ddelta.dtype.element_ty)
         if HAS_DDELTA:
-            tl.store(ddelta + offset, result.to(ddelta.dtype.element_ty), mask=valid)
+            tl.store(ddelta + offset, handed, mask=valid)
+        if q is not None:
+            scaled, factor = scaled_rows(tl.where(valid, handed.to(tl.float32), 0.0), LARGEST)
+            tl.store(q + offset, scaled.to(q.dtype.element_ty), mask=valid)
+            tl.store(scale + first + row, factor, mask=row < count)
     own = sums + program.to(tl.int64) * (3 if UPDATE_SUMS else 2) * D + column
     tl.store(own, dw, mask=inside)
     tl.store(own + D, db, mask=inside)
@@ -150,8 +159,10 @@ def forward_triton(
 
 
 def backward_triton(
-    dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype, architecture
+    dy, dx_new, x, delta, mean, rstd, weights, rows, dx_dtype, delta_dtype, updates, update_dtype, architecture,
+    quantized=None,
 ):  # fmt: skip
+    """`quantized`: where to write what fp8 holds of delta's gradient."""
     width = x.shape[1]
     dx = torch.empty_like(x, dtype=dx_dtype)
     ddelta = torch.empty_like(x, dtype=delta_dtype) if delta_dtype is not None else dx.new_empty(0)
@@ -161,9 +172,10 @@ def backward_triton(
     programs = three([triton.cdiv(n, options["ROWS_PER_PROGRAM"]) for n in rows])
     sums = torch.empty(sum(programs), kinds, width, dtype=torch.float32, device=dx.device)
     stream_layer_norm_backward_kernel[(sum(programs),)](
-        dy, dx_new, x, delta, dx, ddelta, mean, rstd, *three(weights), sums, *three(rows),
+        dy, dx_new, x, delta, dx, ddelta, *(quantized or (None, None)), mean, rstd, *three(weights), sums, *three(rows),
         programs[0], programs[1], D=width, BLOCK_D=triton.next_power_of_2(width), HAS_DX_NEW=dx_new is not None,
-        HAS_DELTA=delta is not None, HAS_DDELTA=delta_dtype is not None, UPDATE_SUMS=kinds == 3, **options,
+        HAS_DELTA=delta is not None, HAS_DDELTA=delta_dtype is not None, UPDATE_SUMS=kinds == 3,
+        LARGEST=LARGEST_EXPONENT[GRADIENTS], **options,
     )  # fmt: skip
     totals = sum_of_streams(sums, programs, len(rows), architecture)
     if kinds == 3:

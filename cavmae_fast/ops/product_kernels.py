@@ -233,8 +233,8 @@ def _launch(
     rows_of_k: bool = False,
     scales: tuple[Tensor, Sequence[Tensor]] | None = None,
 ) -> Tensor | None:
-    """Runs `stream_product_kernel`, with `last` as its last step. `scales`: those of x and of the weights, where they are of 8-bit
-    numbers. For "dgelu" -> the sums of out's columns, `[streams, N]` fp32."""
+    """Runs `stream_product_kernel`, with `last` as its last step. `scales`: those of x and of the weights, where they are of
+    8-bit numbers. For "dgelu" -> the sums of out's columns, `[streams, N]` fp32."""
     width, depth = out.shape[1], x.shape[1]
     travel = _travel(architecture, x, out, *weights, *([] if pre is None else [pre]))
     options = launch("stream_product", architecture, x.dtype, f"{last} {travel}")

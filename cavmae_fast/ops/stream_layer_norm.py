@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.ops.fp8 import VALUES, Quantized, empty_quantized, fp8_limit, quantize_rows
+from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Handed, Quantized, empty_quantized, fp8_limit, quantize_rows
 from cavmae_fast.ops.layer_norm_kernels import backward_triton, forward_triton, update_sums
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.origin import Origin
@@ -161,11 +161,35 @@ _forward_quantized = register(
 """`stream_layer_norm`, and what fp8 holds of y; without `store_y` in its place. 'torch' makes two passes."""
 
 
+def _quantized_backward_torch(*arguments):
+    dx, ddelta, sums, dupdate = _backward(*arguments)
+    return dx, ddelta, sums, dupdate, *quantize_rows(ddelta if ddelta.numel() else dx, GRADIENTS)
+
+
+def _quantized_backward_triton(dy, *arguments, architecture):
+    quantized = empty_quantized(dy, GRADIENTS)
+    return *backward_triton(dy, *arguments, architecture, quantized), *quantized
+
+
+_backward_quantized = register(
+    "fp8_layer_norm_backward",
+    "(Tensor dy, Tensor? dx_new, Tensor x, Tensor? delta, Tensor mean, Tensor rstd, Tensor[] weights, SymInt[] rows,"
+    " ScalarType dx_dtype, ScalarType? delta_dtype, int updates, ScalarType? update_dtype)"
+    " -> (Tensor dx, Tensor ddelta, Tensor sums, Tensor dupdate, Tensor q, Tensor scale)",
+    torch=_quantized_backward_torch,
+    triton=_quantized_backward_triton,
+    dtype=lambda dy, *_: dy.dtype,
+    limit=fp8_limit,
+    fake=lambda dy, *arguments: (*_backward_fake(dy, *arguments), *empty_quantized(dy, GRADIENTS)),
+)
+"""`stream_layer_norm_backward`, and what fp8 holds of delta's gradient, `ddelta` or `dx` where that is empty."""
+
+
 class _StreamLayerNorm(torch.autograd.Function):
     """Where the residual stream has a carrier, gradients go by way of it, and x itself has none."""
 
     @staticmethod
-    def forward(ctx, x, carrier, delta, rows, eps, out_dtype, keep_sum, fp8, store_y, *parameters):
+    def forward(ctx, x, carrier, delta, rows, eps, out_dtype, keep_sum, fp8, store_y, handed, *parameters):
         count = len(rows)
         weights, biases, updates = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
         arguments = (x, delta, list(weights), list(biases), rows, eps, out_dtype, delta is not None)
@@ -173,36 +197,39 @@ class _StreamLayerNorm(torch.autograd.Function):
         y = y if store_y else new_carrier(x, out_dtype)
         kept = (x, delta) if delta is None or not keep_sum else (x_new, None)
         ctx.save_for_backward(*kept, mean, rstd, *weights)
-        ctx.rows, ctx.delta_dtype = rows, None if delta is None else delta.dtype
+        ctx.rows, ctx.delta_dtype, ctx.handed = rows, None if delta is None else delta.dtype, handed
         ctx.carried, ctx.dx_dtype = carrier is not None, x.dtype if carrier is None else carrier.dtype
         ctx.bias_dtypes, ctx.update_dtypes = [b.dtype for b in biases], [b.dtype for b in updates]
         ctx.set_materialize_grads(False)
         # x is handed on even where nothing is added to it: its other gradient then arrives here, and is added on the way.
         if carrier is None:
             ctx.mark_non_differentiable(*quantized)
-            return x.view_as(x) if delta is None else x_new, y, None, *quantized
+            return x.view_as(x) if delta is None else x_new, y, *quantized
         x_new = x.detach() if delta is None else x_new
         ctx.mark_non_differentiable(x_new, *quantized)
-        return x_new, y, new_carrier(x, carrier.dtype), *quantized
+        return x_new, y, *quantized, new_carrier(x, carrier.dtype)
 
     @staticmethod
-    def backward(ctx, dx_new, dy, dcarrier, *_):
+    def backward(ctx, dx_new, dy, *others):
         x, delta, mean, rstd, *weights = ctx.saved_tensors
-        dx_new = dcarrier if ctx.carried else dx_new
+        dx_new = others[-1] if ctx.carried else dx_new
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         separate = ctx.delta_dtype if ctx.delta_dtype not in (None, ctx.dx_dtype) else None
         dx_new = None if dx_new is None else dx_new.contiguous()
         kinds = (ctx.dx_dtype, separate, len(ctx.update_dtypes), ctx.update_dtypes[0] if ctx.update_dtypes else None)
-        dx, ddelta, sums, dupdate = _backward(dy, dx_new, x, delta, mean, rstd, weights, ctx.rows, *kinds)
+        backward = _backward if ctx.handed is None else _backward_quantized
+        dx, ddelta, sums, dupdate, *held = backward(dy, dx_new, x, delta, mean, rstd, weights, ctx.rows, *kinds)
         if ctx.delta_dtype is None:
             ddelta = None
         elif separate is None:
             ddelta = dx
+        if ctx.handed is not None:
+            ctx.handed.put(ddelta, Quantized(*held))
         dws = [part.to(w.dtype) for part, w in zip(sums[0], weights)]
         dbs = [part.to(dtype) for part, dtype in zip(sums[1], ctx.bias_dtypes)]
         dupdates = dupdate.unbind(0) if ctx.update_dtypes else ()
         dxs = (None, dx) if ctx.carried else (dx, None)
-        return *dxs, ddelta, *[None] * 6, *dws, *dbs, *dupdates
+        return *dxs, ddelta, *[None] * 7, *dws, *dbs, *dupdates
 
 
 def stream_layer_norm(
@@ -230,7 +257,7 @@ def stream_layer_norm(
 
     A `Residual` for x is a stream whose gradient is narrower, and gives one. Raises ValueError when a shape does not fit.
     """
-    x, y, _ = _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed, fp8=False, values=True)
+    x, y, _ = _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed)
     return x, y
 
 
@@ -246,13 +273,16 @@ def quantized_layer_norm(
     keep_sum: bool = True,
     owed: Sequence[Tensor] = (),
     values: bool = True,
+    handed: Handed | None = None,
 ) -> tuple[Tensor | Residual, Tensor, Quantized]:
     """As `stream_layer_norm`, and what fp8 holds of the LayerNorm (`ops/fp8.py`), for the product that takes it.
 
     `values`: the LayerNorm itself is written, too, for what else reads it; else it is a tensor without values (of the memory
-    of one element), through which its gradient passes.
+    of one element), through which its gradient passes. `handed`: where to leave what fp8 holds of delta's gradient.
     """
-    return _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed, fp8=True, values=values)
+    if handed is not None and delta is None:
+        raise ValueError("handed is given without a delta, whose gradient it is for")
+    return _apply(x, delta, weights, biases, layout, eps, out_dtype, keep_sum, owed, True, values, handed)
 
 
 def _apply(
@@ -265,9 +295,9 @@ def _apply(
     out_dtype: torch.dtype | None,
     keep_sum: bool,
     owed: Sequence[Tensor],
-    *,
-    fp8: bool,
-    values: bool,
+    fp8: bool = False,
+    values: bool = True,
+    handed: Handed | None = None,
 ) -> tuple[Tensor | Residual, Tensor, Quantized | None]:
     x, carrier = x if isinstance(x, Residual) else (x, None)
     layout.check("x", x)
@@ -285,9 +315,9 @@ def _apply(
         raise ValueError(f"owed has shapes {shapes}; it takes [{width}], once or for each stream, and only with a delta")
     delta = None if delta is None else delta.contiguous()
     parameters = [p.contiguous() for p in (*weights, *biases)]
-    arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, fp8, values, *parameters, *owed)
-    x, y, carrier, *quantized = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments)
-    return x if carrier is None else Residual(x, carrier), y, Quantized(*quantized) if quantized else None
+    arguments = (delta, layout.rows_per_stream, eps, out_dtype or x.dtype, keep_sum, fp8, values, handed)
+    x, y, *others = _StreamLayerNorm.apply(x.contiguous(), carrier, *arguments, *parameters, *owed)
+    return x if carrier is None else Residual(x, others[-1]), y, Quantized(*others[:2]) if fp8 else None
 
 
 def layer_norm_origin(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cavmae_fast.ops.dispatch import register
-from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, check_fp8, quantize_rows
+from cavmae_fast.ops.fp8 import VALUES, Handed, Quantized, check_fp8, handed_on, quantize_rows
 from cavmae_fast.ops.fp8_products import fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_products import (
@@ -112,11 +112,12 @@ backward_operator = register(
 
 class _StreamLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, form, fp8, quantized, count, *tensors):
+    def forward(ctx, x, rows, form, fp8, quantized, handed, count, *tensors):
         kept, parameters = tensors[:count], tensors[count:]
         weights, biases = list(parameters[: len(parameters) // 2]), list(parameters[len(parameters) // 2 :])
         ctx.save_for_backward(*kept, *weights)
         ctx.rows, ctx.form, ctx.fp8, ctx.count, ctx.bias_dtypes = rows, form, fp8, count, [b.dtype for b in biases]
+        ctx.handed = handed
         if fp8:
             return fp8_linear(quantized or quantize_rows(x, VALUES), weights, biases, rows, x.dtype)
         return forward_operator(x, weights, biases, rows)
@@ -130,9 +131,9 @@ class _StreamLinear(torch.autograd.Function):
         in_product = needs_dx and not ctx.fp8
         dx, dw, db = backward_operator(dout, ctx.form(*kept), weights, ctx.rows, bias_dtype, in_product)
         if needs_dx and ctx.fp8:
-            dx = fp8_input_gradient(quantize_rows(dout, GRADIENTS), weights, ctx.rows, dout.dtype)
+            dx = fp8_input_gradient(handed_on(ctx.handed, dout), weights, ctx.rows, dout.dtype)
         dbs = [part.to(dtype) for part, dtype in zip(db.unbind(0), ctx.bias_dtypes)] if needs_db else [None] * len(weights)
-        return dx if needs_dx else None, *[None] * (5 + ctx.count), *dw.unbind(0), *dbs
+        return dx if needs_dx else None, *[None] * (6 + ctx.count), *dw.unbind(0), *dbs
 
 
 class _OwnBias(torch.autograd.Function):
@@ -163,13 +164,15 @@ def stream_linear(
     origin: Origin | None = None,
     fp8: bool = False,
     quantized: Quantized | None = None,
+    handed: Handed | None = None,
 ) -> Tensor:
     """`x W^T + b` for packed streams, with one weight for all of them or one for each.
 
     x `[R, K]`, weights `[N, K]` in x's dtype and biases `[N]`, one of each or one for every stream of `layout`. Returns
     `[R, N]` in x's dtype; bias gradients are summed in float32. `origin`: how x is formed again in the backward pass,
     instead of kept. `fp8`: this product and that of x's gradient are of 8-bit numbers (`ops/fp8.py`); `quantized`: what fp8
-    holds of x, where it is known: x itself is then read by the backward pass alone, and with an origin not at all. Raises
+    holds of x, where it is known: x itself is then read by the backward pass alone, and with an origin not at all; `handed`:
+    where what fp8 holds of the result's gradient may be found. Raises
     ValueError or TypeError when something does not fit.
     """
     rows = check_linear(x, weights, biases, layout)
@@ -177,4 +180,4 @@ def stream_linear(
         check_fp8(x.device, *weights[0].shape)
     x = x if quantized else x.contiguous()
     form, kept = origin_or_itself(x, origin)
-    return _StreamLinear.apply(x, rows, form, fp8, quantized, len(kept), *kept, *weights, *biases)
+    return _StreamLinear.apply(x, rows, form, fp8, quantized, handed, len(kept), *kept, *weights, *biases)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, check_fp8, fp8_gelu, quantize_rows
+from cavmae_fast.ops.fp8 import VALUES, Handed, Quantized, check_fp8, fp8_gelu, handed_on, quantize_rows
 from cavmae_fast.ops.fp8_products import fp8_hidden_gradient, fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.hidden_gradient import hidden_gradient
 from cavmae_fast.ops.layout import StreamLayout
@@ -36,7 +36,7 @@ RECOMPUTE = ("none", "elementwise", "mlp")
 
 class _StreamMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, form, recompute, keeps, fp8, quantized, *tensors):
+    def forward(ctx, x, rows, form, recompute, keeps, fp8, quantized, handed, *tensors):
         kept, (w1, b1, w2, b2) = _groups(tensors, 4, len(rows))
         if fp8:
             pre = fp8_linear(quantized or quantize_rows(x, VALUES), w1, b1, rows, x.dtype)
@@ -47,7 +47,7 @@ class _StreamMlp(torch.autograd.Function):
             out = linear_forward(y, w2, b2, rows)
         hidden = {"none": (pre, y), "elementwise": (pre,), "mlp": ()}[recompute]
         ctx.save_for_backward(*hidden, *kept, *w1, *b1, *w2)
-        ctx.rows, ctx.form, ctx.hidden, ctx.fp8 = rows, form, len(hidden), fp8
+        ctx.rows, ctx.form, ctx.hidden, ctx.fp8, ctx.handed = rows, form, len(hidden), fp8, handed
         ctx.bias_dtypes = b1[0].dtype, b2[0].dtype
         return out
 
@@ -56,17 +56,17 @@ class _StreamMlp(torch.autograd.Function):
         tensors, (w1, b1, w2) = _groups(ctx.saved_tensors, 3, len(ctx.rows))
         hidden, kept = tensors[: ctx.hidden], tensors[ctx.hidden :]
         x = ctx.form(*kept)
-        if len(hidden) == 2:
-            pre, y = hidden
-        elif hidden or ctx.fp8:
-            pre = hidden[0] if hidden else fp8_linear(quantize_rows(x, VALUES), w1, b1, ctx.rows, x.dtype)
-            y = F.gelu(pre)
-        else:
-            y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True)
         dout, (dtype1, dtype2), needs_dx = dout.contiguous(), ctx.bias_dtypes, ctx.needs_input_grad[0]
         if ctx.fp8:
-            dpre, db1, quantized = fp8_hidden_gradient(quantize_rows(dout, GRADIENTS), pre, w2, ctx.rows, dtype1)
+            pre = hidden[0] if hidden else fp8_linear(quantize_rows(x, VALUES), w1, b1, ctx.rows, x.dtype)
+            held, again = handed_on(ctx.handed, dout), len(hidden) < 2
+            dpre, db1, quantized, y = fp8_hidden_gradient(held, pre, w2, ctx.rows, dtype1, again=again)
+            y = y if again else hidden[1]
         else:
+            if not hidden:
+                y, pre = linear_gelu_forward(x, w1, b1, ctx.rows, True)
+            else:
+                pre, y = hidden if len(hidden) == 2 else (hidden[0], F.gelu(hidden[0]))
             dpre, db1 = hidden_gradient(dout, pre, w2, ctx.rows, dtype1)
         owed = not any(ctx.needs_input_grad[-len(w2) :])  # the second layer's bias gradients are formed elsewhere
         _, dw2, db2 = linear_backward(dout, y, w2, ctx.rows, None if owed else dtype2, False)
@@ -75,7 +75,7 @@ class _StreamMlp(torch.autograd.Function):
             dx = fp8_input_gradient(quantized, w1, ctx.rows, x.dtype)
         gradients = [part for group in (dw1, db1, dw2) for part in group.unbind(0)]
         gradients += [None] * len(w2) if owed else db2.unbind(0)
-        return dx if needs_dx else None, *[None] * (6 + len(kept)), *gradients
+        return dx if needs_dx else None, *[None] * (7 + len(kept)), *gradients
 
 
 def _groups(tensors: Sequence[Tensor], count: int, size: int) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -96,13 +96,15 @@ def stream_mlp(
     origin: Origin | None = None,
     fp8: bool = False,
     quantized: Quantized | None = None,
+    handed: Handed | None = None,
 ) -> Tensor:
     """`gelu(x W1^T + b1) W2^T + b2` for packed streams, with one set of weights for all of them or one for each.
 
     x `[R, K]`, weights1 `[N, K]` and weights2 `[M, N]` in x's dtype, biases1 `[N]` and biases2 `[M]`, one of each or one for
     every stream of `layout`. Returns `[R, M]` in x's dtype. `recompute`: one of `RECOMPUTE`, what of the hidden layer is
     formed again in the backward pass instead of kept; `origin`: how x is, instead of kept. `fp8`: both products and those of
-    their inputs' gradients are of 8-bit numbers (`ops/fp8.py`); `quantized`: what fp8 holds of x, as in `stream_linear`. Raises
+    their inputs' gradients are of 8-bit numbers (`ops/fp8.py`); `quantized`: what fp8 holds of x, and `handed`,
+    as in `stream_linear`. Raises
     ValueError or TypeError when something does not fit.
     """
     if recompute not in RECOMPUTE:
@@ -117,4 +119,4 @@ def stream_mlp(
     x = x if quantized else x.contiguous()
     form, kept = origin_or_itself(x, origin)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    return _StreamMlp.apply(x, rows, form, recompute, needs_grad, fp8, quantized, *kept, *parameters)
+    return _StreamMlp.apply(x, rows, form, recompute, needs_grad, fp8, quantized, handed, *kept, *parameters)

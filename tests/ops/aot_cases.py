@@ -124,7 +124,11 @@ def _fp8_passes(dtype: torch.dtype, width: int, hidden: int, rows: list[int], ar
     for keep in (True, False):
         layer_norm_kernels.forward_triton(x, low, weights, weights, rows, 1e-5, dtype, True, architecture, held, keep)
         fp8.gelu_triton(pre, keep, architecture)
-    dgelu_bias.dgelu_bias_quantized(pre, pre, rows, dtype, architecture)
+    back, stats = fp8.empty_quantized(x, fp8.GRADIENTS), torch.empty(sum(rows))
+    for y in (pre, None):
+        dgelu_bias.dgelu_bias_quantized(pre, pre, rows, dtype, y, architecture)
+    arguments = (low, x, x, None, stats, stats, weights, rows, x.dtype, dtype, 1, dtype, architecture)
+    layer_norm_kernels.backward_triton(*arguments, back)
 
 
 CASES["fp8-encoder-bf16"] = partial(_fp8_passes, torch.bfloat16, 768, 3072, [128, 49])

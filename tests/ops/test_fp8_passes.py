@@ -77,6 +77,27 @@ def test_layer_norm(shape, dtype, broken):
     assert_quantized(quantized, alone[1], fp8.VALUES)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("shape", "dtype", "broken"), CASES, ids=str)
+def test_layer_norm_backward(shape, dtype, broken, narrow):
+    """Of the update's gradient, which is a tensor of its own, or with a narrow residual gradient the stream's."""
+    (rows, width), results = shape, []
+    x, dy = draw(sum(rows), width, 1), draw(sum(rows), width, 2, dtype)
+    dx_new = draw(sum(rows), width, 3, dtype if narrow else torch.float32)
+    if broken is not None:
+        dx_new[-1, 0] = broken
+    mean, rstd = x.mean(1), 1 / (x.std(1, correction=0) + 1)
+    weights, quantized = [draw(1, width, 4 + i)[0] for i in range(len(rows))], fp8.empty_quantized(x, fp8.GRADIENTS)
+    kinds = (dtype, None) if narrow else (torch.float32, dtype)
+    for room in (None, quantized):
+        arguments = (dy, dx_new, x, None, mean, rstd, weights, rows, *kinds, 1, torch.float32, TARGET)
+        with poisoned_allocations():
+            results.append(layer_norm_kernels.backward_triton(*arguments, room))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert_quantized(quantized, results[0][0 if narrow else 1], fp8.GRADIENTS)
+
+
 @pytest.mark.parametrize(("shape", "dtype", "broken"), CASES, ids=str)
 def test_gelu(shape, dtype, broken):
     rows, width = shape
@@ -104,7 +125,10 @@ def test_gelu_backward(shape, dtype, broken):
         dy[-1, 0] = broken
     with poisoned_allocations():
         alone, db = dgelu_bias.dgelu_bias_triton(dy, pre, rows, torch.float32, TARGET)
-        beside, db_beside, quantized = dgelu_bias.dgelu_bias_quantized(dy, pre, rows, torch.float32, TARGET)
+        y = torch.empty_like(pre)
+        beside, db_beside, quantized = dgelu_bias.dgelu_bias_quantized(dy, pre, rows, torch.float32, y, TARGET)
+        again, _, _ = fp8.gelu_triton(pre, True, TARGET)
+    assert torch.equal(bits(y), bits(again))
     torch.testing.assert_close(alone, beside, rtol=0, atol=0, equal_nan=True)
     # Sums in another order.
     room = sum(rows) * torch.finfo(torch.float32).eps * alone.float().abs().nan_to_num(0, 0, 0).sum(0)

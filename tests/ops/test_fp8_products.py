@@ -9,7 +9,10 @@ from torch import Tensor
 from cavmae_fast import compat
 from cavmae_fast.ops import dispatch, fp8, fp8_products
 from cavmae_fast.ops.layout import StreamLayout
+from cavmae_fast.ops.origin import Origin
 from cavmae_fast.ops.parity import poisoned_allocations
+from cavmae_fast.ops.residual import as_tensor, new_carrier, with_gradient_in
+from cavmae_fast.ops.stream_layer_norm import quantized_layer_norm, stream_layer_norm
 from cavmae_fast.ops.stream_linear import stream_linear
 from cavmae_fast.ops.stream_mlp import stream_mlp
 from cavmae_fast.reference import operators as reference
@@ -197,3 +200,64 @@ def test_what_a_gpu_is_given(monkeypatch, has_operator):
             results.append((out, dx))
     torch.testing.assert_close(*results, rtol=2**-7, atol=2**-8)
     assert seen == 2 * [(fp8.VALUES, True)] + 2 * [(fp8.GRADIENTS, False)]
+
+
+def test_only_the_very_gradient_is_handed_on():
+    handed, gradient = fp8.Handed(), torch.randn(4, 16)
+    held = fp8.quantize_rows(gradient, fp8.GRADIENTS)
+    for change, same in (
+        (lambda g: g, True),
+        (lambda g: g.view_as(g), True),
+        (torch.clone, False),
+        (lambda g: g.add_(1), False),
+    ):
+        handed.put(gradient, held)
+        assert (handed.take(change(gradient)) is held) == same
+        assert handed.take(gradient) is None, "it is handed on once"
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "mlp"])
+def test_what_is_known_of_the_input_changes_no_bit(recompute):
+    """An input without values: what fp8 holds of it is given, and its origin."""
+    inputs = arguments(2)
+    x, *parameters = inputs
+    origin, known = Origin(torch.clone, (x.detach(),)), fp8.quantize_rows(x.detach(), fp8.VALUES)
+    nothing = new_carrier(x, x.dtype).requires_grad_()
+    for function in (
+        lambda x, **known: stream_mlp(x, *parameters, LAYOUT, recompute=recompute, fp8=True, **known),
+        lambda x, **known: stream_linear(x, *parameters[:2], LAYOUT, fp8=True, **known),
+    ):
+        want, got = function(x), function(nothing, origin=origin, quantized=known)
+        assert torch.equal(got, want)
+        gradients = [
+            torch.autograd.grad(out.float().square().sum(), flat([first, *parameters])[:5])
+            for out, first in ((want, x), (got, nothing))
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_layer_norm_of_a_stream(narrow):
+    """Gradients are those of `stream_layer_norm`, whether its result is written or not."""
+    x, delta = draw(LAYOUT.rows, 32, seed=0, dtype=torch.float32), draw(LAYOUT.rows, 32, seed=1)
+    weights, biases = ([draw(32, seed=2 + i + j, dtype=torch.float32) for i in range(2)] for j in (0, 2))
+    leaves, results = [x, delta, *weights, *biases], []
+    for function, options in ((stream_layer_norm, {}), *((quantized_layer_norm, {"values": v}) for v in (True, False))):
+        stream = with_gradient_in(x, torch.bfloat16) if narrow else x
+        total, y, *held = function(stream, delta, weights, biases, LAYOUT, 1e-5, torch.bfloat16, **options)
+        gradients = torch.autograd.grad([as_tensor(total), y], leaves, [x.detach(), delta.detach()])
+        results.append([as_tensor(total), *gradients])
+        if held:
+            assert not held[0].rows.requires_grad and torch.equal(held[0].scale, results[0][-1].scale)
+            assert torch.equal(held[0].rows.float(), results[0][-1].rows.float())
+            assert y.untyped_storage().nbytes() == (2 if options == {"values": False} else 2 * y.numel())
+        else:
+            results[-1].append(fp8.quantize_rows(y.detach(), fp8.VALUES))
+    plain, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(plain[:-1], other, strict=True))
+
+
+def test_a_place_without_an_update_is_refused():
+    x, weight = draw(LAYOUT.rows, 32, seed=0), draw(32, seed=1)
+    with pytest.raises(ValueError, match="handed is given without a delta"):
+        quantized_layer_norm(x, None, [weight] * 2, [weight] * 2, LAYOUT, handed=fp8.Handed())

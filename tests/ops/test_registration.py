@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cavmae_fast import ops
 from cavmae_fast.ops import catalogue, dispatch
 from cavmae_fast.ops.catalogue import Case
+from cavmae_fast.ops.fp8 import GRADIENTS, VALUES
 from cavmae_fast.ops.parity import flatten, run
 
 for _module in pkgutil.iter_modules(ops.__path__):
@@ -95,7 +96,10 @@ def test_operators_run_on_their_tensors_device(monkeypatch):
 def test_opcheck(case, mode):
     with dispatch.override(mode):
         for operator, arguments in calls_of(case):
-            torch.library.opcheck(operator, tuple(detached(arguments)), test_utils=CHECKS)
+            # PyTorch's check of the schema compares tensors in a way that it does not have for fp8.
+            in_fp8 = any(isinstance(x, torch.Tensor) and x.dtype in (VALUES, GRADIENTS) for x in flatten(arguments))
+            checks = [check for check in CHECKS if not (in_fp8 and check == "test_schema")]
+            torch.library.opcheck(operator, tuple(detached(arguments)), test_utils=checks)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

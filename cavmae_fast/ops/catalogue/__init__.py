@@ -114,7 +114,7 @@ def pretraining(batch: int, sizes: Sizes = BASE) -> list[Case]:
 
 
 def in_fp8(batch: int, sizes: Sizes = BASE) -> list[tuple[str, Case, float]]:
-    """What blocks call in fp8 besides: the kind of block, 'encoders' or 'decoder', the call, and how often one block makes it."""
+    """What blocks call in fp8 besides: kind of block ('encoders' or 'decoder'), call, and how often a block makes it."""
     encoders, decoder = StreamLayout(batch, (sizes.kept_a, sizes.kept_v)), StreamLayout(batch, (sizes.total,))
     kinds = {
         "encoders": fp8_calls.block("encoders", encoders, sizes.width, shared=False),

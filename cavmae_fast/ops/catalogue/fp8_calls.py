@@ -1,4 +1,4 @@
-"""How a case of each operator of fp8 is made (`ops/fp8.py`). What is in fp8 is compared as values, in the dtype of the others.
+"""How a case of each operator of fp8 is made (`ops/fp8.py`). What is in fp8 is compared as values, in the others' dtype.
 
 Products are given matrices that they quantize first: their time has that of `quantize_rows` in it, for all candidates alike.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavmae_fast.ops.catalogue.case import Case, Draw, of_first, rounded, size
-from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, dequantized, fp8_gelu, quantize_rows
+from cavmae_fast.ops.fp8 import GRADIENTS, VALUES, Quantized, dequantized, fp8_gelu, new_handed, quantize_rows
 from cavmae_fast.ops.fp8_products import fp8_hidden_gradient, fp8_input_gradient, fp8_linear
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.stream_layer_norm import quantized_layer_norm
@@ -18,8 +18,9 @@ from cavmae_fast.reference import operators as reference
 
 
 def block(name: str, layout: StreamLayout, width: int, *, shared: bool) -> list[tuple[Case, float]]:
-    """What a transformer block of `width` calls in fp8 in a training step, and how often. `shared`: one set of weights for all
-    streams. A product that is not among them counts as its share, by operations, of one that is: qkv, proj and fc2 of fc1."""
+    """What a transformer block of `width` calls in fp8 in a training step, and how often. `shared`: one set of weights for
+    all streams. A product that is not among them counts as its share, by operations, of one that is: qkv, proj and fc2 of
+    fc1."""
     wide = 4 * width
     return [
         (
@@ -53,39 +54,31 @@ def quantized(name: str, rows: int, width: int) -> Case:
 
 
 def norm(name: str, layout: StreamLayout, width: int) -> Case:
-    """A LayerNorm of an updated stream for an fp8 product; its backward pass is `stream_layer_norm`'s."""
+    """A LayerNorm of an updated stream for an fp8 product, which hands on the update's gradient in fp8."""
 
     def draw(d: Draw) -> list:
-        weights, biases = ([d.fixed(width) + shift for _ in layout.lengths] for shift in (1.0, 0.0))
-        return [d.fixed(layout.rows, width), _low(d, layout.rows, width), weights, biases, d.dtype]
+        weights, biases = ([d.full(width, shift=shift) for _ in layout.lengths] for shift in (1.0, 0.0))
+        return [d.full(layout.rows, width), d.low(layout.rows, width), weights, biases, d.dtype]
 
     def ours(x, delta, weights, biases, dtype):
-        x, y, held = quantized_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype)
+        x, y, held = quantized_layer_norm(x, delta, weights, biases, layout, 1e-5, dtype, handed=new_handed())
         return x, y, dequantized(held, dtype)
 
     def plain(x, delta, weights, biases, dtype):
         x, y = reference.stream_layer_norm(x, delta, weights, biases, layout.rows_per_stream)
         y = y if y.dtype == torch.float64 else y.to(dtype)
-        return x, y, reference.fp8_rows(y)
+        return x, y, reference.fp8_rows(y.detach())
 
     def explicit(x, delta, weights, biases, dtype):
         x, y = reference.stream_layer_norm(x, delta.float(), weights, biases, layout.rows_per_stream)
         y = y.to(dtype)
-        return x, y, reference.fp8_rows(y.float()).to(dtype)
+        return x, y, reference.fp8_rows(y.detach().float()).to(dtype)
 
     def moved(x, delta, weights, biases, dtype):
-        return 2 * size(x) + size(delta) + x.numel() * (dtype.itemsize + 1) + 4 * layout.rows, 0
+        y, held = x.numel() * dtype.itemsize, x.numel() + 4 * layout.rows
+        return 2 * size(x) + size(delta) + y + held, 3 * size(x) + size(delta) + y + held
 
-    return Case(
-        "fp8_layer_norm",
-        name,
-        ours=ours,
-        reference=plain,
-        baseline=explicit,
-        draw=draw,
-        moved=moved,
-        differentiable=False,
-    )
+    return Case("fp8_layer_norm", name, ours=ours, reference=plain, baseline=explicit, draw=draw, moved=moved)
 
 
 def linear(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool, gradient: bool = False) -> Case:
@@ -160,8 +153,9 @@ def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> 
         return [_low(d, layout.rows, k), _low(d, layout.rows, n), weights]
 
     def ours(dout, pre, weights):
-        dpre, db, held = fp8_hidden_gradient(quantize_rows(dout, GRADIENTS), pre, weights, rows, torch.float32)
-        return dpre, db, dequantized(held, pre.dtype)
+        held = quantize_rows(dout, GRADIENTS)
+        dpre, db, held, y = fp8_hidden_gradient(held, pre, weights, rows, torch.float32, again=True)
+        return dpre, db, dequantized(held, pre.dtype), y
 
     def of_held(dout, weights):
         return reference.fp8_rows(dout, gradients=True), [reference.fp8_rows(w.t()).t() for w in weights]
@@ -169,7 +163,7 @@ def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> 
     def plain(dout, pre, weights):
         held, matrices = of_held(dout, weights)
         dpre, db = reference.hidden_gradient(held, pre, matrices, rows)
-        return dpre, db, reference.fp8_rows(dpre, gradients=True)
+        return dpre, db, reference.fp8_rows(dpre, gradients=True), F.gelu(pre)
 
     def in_passes(dout, pre, weights):
         # The product hands its result on, rounded, to the GELU's derivative, and that to the sums and to fp8.
@@ -177,11 +171,12 @@ def hidden(name: str, layout: StreamLayout, k: int, n: int, *, shared: bool) -> 
         dy = torch.cat([part @ w for part, w in zip(held.split(rows), matrices)]).to(pre.dtype)
         dpre = torch.ops.aten.gelu_backward(dy.float(), pre.float()).to(pre.dtype).float()
         db = torch.stack([part.sum(0) for part in dpre.split(rows)])
-        return dpre.to(pre.dtype), db, reference.fp8_rows(dpre, gradients=True).to(pre.dtype)
+        held = reference.fp8_rows(dpre, gradients=True).to(pre.dtype)
+        return dpre.to(pre.dtype), db, held, F.gelu(pre.float()).to(pre.dtype)
 
     def moved(dout, pre, weights):
         held = dout.numel() + 4 * layout.rows + sum(w.numel() for w in weights)
-        return size(dout, *weights) + 2 * held + 2 * size(pre) + pre.numel() + 4 * len(rows) * n, 0
+        return size(dout, *weights) + 2 * held + 3 * size(pre) + pre.numel() + 4 * len(rows) * n, 0
 
     return Case(
         "fp8_hidden_gradient",
