@@ -2,9 +2,9 @@
 
 The environment variable CAVMAE_BUILD_CUDA decides: `auto` (default) builds when nvcc is found in $CUDA_HOME/bin or on
 PATH, and an install goes through without the library when that fails; `1` makes both an error; `0` builds nothing.
-The library links neither torch nor Python, so it is built without them and outlives their updates. `csrc/products.cu`
-needs the headers of CUTLASS (pip install nvidia-cutlass), which `build_backend/` asks pip for under `1`; without them the
-library is built without that file, and the build says so.
+The library links neither torch nor Python, so it is built without them and outlives their updates. Its kernels need the
+headers of CUTLASS (pip install nvidia-cutlass), which `build_backend/` asks pip for under `1`. A file whose name ends in
+an architecture is compiled for that one alone; the files are compiled side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -22,12 +24,13 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("cavmae_fast", "_native", "libcavmae.so")
-#: virtual architecture -> machine code for it; `a` has the instructions of that generation alone (wgmma, TMA)
-ARCHITECTURES = {"compute_80": "sm_80", "compute_90a": "sm_90a", "compute_100": "sm_100"}
-
-PRODUCTS = "products.cu"
-#: the one source that needs CUTLASS and is for one architecture alone
-PRODUCTS_TARGET = "-gencode=arch=compute_90a,code=sm_90a"
+#: how a file's name ends -> what it is compiled for. `a` has the instructions of that generation alone (wgmma, TMA); the
+#: PTX of sm_80 is for later GPUs, which compile it when the library is loaded.
+TARGETS = {
+    "_sm80": "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "_sm90": "-gencode=arch=compute_90a,code=sm_90a",
+}
+NAMES = "sm_80, sm_90a, PTX of compute_80"
 
 
 def find_cutlass() -> Path | None:
@@ -42,30 +45,24 @@ def find_nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
 
 
-def compile_library(nvcc: str, sources: list[Path], output: Path) -> str:
-    """Compiles for what this nvcc knows of ARCHITECTURES, plus PTX of the newest for later GPUs; returns the names."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    targets = {virtual: real for virtual, real in ARCHITECTURES.items() if virtual.rstrip("a") in listed}
-    newest = list(targets)[-1].rstrip("a")
-    codes = [f"-gencode=arch={virtual},code={real}" for virtual, real in targets.items()]
+def compile_library(nvcc: str, cutlass: Path, sources: list[Path], output: Path) -> None:
+    """Compiles each source to an object of its own, as many at once as there are processors, and links them."""
+    # Without assertions: a call of any function makes the compiler wait after every wgmma.
+    options = ["-O3", "-std=c++17", "-ftz=true", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{cutlass}"]
+    options += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, products = output.with_suffix(".tmp"), output.with_suffix(".products.o")
-    options = ["-O3", "-std=c++17", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    inputs = [str(path) for path in sources if path.name != PRODUCTS]
-    cutlass = find_cutlass()
-    with_products = cutlass is not None and "compute_90a" in targets
-    if with_products:
-        source = next(str(path) for path in sources if path.name == PRODUCTS)
-        # Without its assertions: a call of any function makes the compiler wait after every wgmma.
-        cutlass_options = ["-DNDEBUG", "--expt-relaxed-constexpr", PRODUCTS_TARGET, f"-I{cutlass}", "-c", f"-o={products}"]
-        _run(nvcc, *options, *cutlass_options, source)
-        inputs.append(str(products))
-    newest_code = f"-gencode=arch={newest},code={newest}"
-    _run(nvcc, *options, "-shared", "--threads=4", *codes, newest_code, f"-o={unfinished}", *inputs)
-    products.unlink(missing_ok=True)
-    unfinished.replace(output)
-    missing = [] if with_products else ["without the products of CUTLASS (pip install nvidia-cutlass)"]
-    return ", ".join([*targets.values(), f"PTX of {newest}", *missing])
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+
+        def compiled(source: Path) -> str:
+            target = [code for end, code in TARGETS.items() if source.stem.endswith(end)]
+            _run(nvcc, *options, *target, "-c", f"-o={folder}/{source.stem}.o", str(source))
+            return f"{folder}/{source.stem}.o"
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
+        unfinished = Path(folder, output.name)
+        _run(nvcc, "-shared", f"-o={unfinished}", *objects)
+        unfinished.replace(output)
 
 
 def _run(*command: str) -> None:
@@ -104,14 +101,19 @@ class BuildNative(Command):
         newest = max(path.stat().st_mtime for path in [*sources, Path(__file__)])
         if self.output.exists() and self.output.stat().st_mtime > newest:
             return f"{self.output} is up to date"
+        cutlass = find_cutlass()
+        if cutlass is None:
+            if mode == "1":
+                sys.exit("CAVMAE_BUILD_CUDA=1, but CUTLASS's headers are not here: pip install nvidia-cutlass")
+            return "not built (CUTLASS's headers are not here: pip install nvidia-cutlass)"
         try:
-            names = compile_library(nvcc, [path for path in sources if path.suffix == ".cu"], self.output)
+            compile_library(nvcc, cutlass, [path for path in sources if path.suffix == ".cu"], self.output)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             if mode == "1":
                 sys.exit(f"{nvcc} failed to build the CUDA library:\n{reason}")
             return f"not built ({nvcc} failed: {reason.splitlines()[-1]})"
-        return f"built {self.output} with {nvcc} for {names}"
+        return f"built {self.output} with {nvcc} for {NAMES}"
 
 
 class Build(build):

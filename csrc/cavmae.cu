@@ -8,9 +8,9 @@ const char* cavmae_error_string(int code) {
     switch (code) {
         case CAVMAE_NULL_POINTER: return "a pointer is null";
         case CAVMAE_BAD_SIZE: return "a size is out of range, or a row is no multiple of 16 bytes";
-        case CAVMAE_BAD_DTYPE: return "the dtype is none of fp32, fp16, bf16";
+        case CAVMAE_BAD_DTYPE: return "the kernel does not take this dtype";
         case CAVMAE_MISALIGNED: return "a pointer is no multiple of 16 bytes";
-        case CAVMAE_BAD_DEVICE: return "the kernel is for Hopper GPUs (compute capability 9.0)";
+        case CAVMAE_BAD_DEVICE: return "the kernel is not for a GPU of this compute capability";
         default: return cudaGetErrorString(static_cast<cudaError_t>(code));
     }
 }

@@ -8,7 +8,7 @@
 #define CAVMAE_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature or the meaning of an argument changes; cavmae_fast/ops/native.py holds the same number.
-#define CAVMAE_ABI_VERSION 2
+#define CAVMAE_ABI_VERSION 3
 
 enum cavmae_dtype { CAVMAE_FP32 = 0, CAVMAE_FP16 = 1, CAVMAE_BF16 = 2 };
 
@@ -23,23 +23,30 @@ enum cavmae_error {
 CAVMAE_API int cavmae_abi_version();
 CAVMAE_API const char* cavmae_error_string(int code);
 
-// dpre = dact * gelu'(pre), and the column sums of dpre over each `cavmae_dgelu_bias_rows_per_block()` rows.
-// dpre, dact, pre [rows, width] in `dtype`; partial [ceil(rows / rows_per_block), width] fp32. Rows must be a multiple of
-// 16 bytes long and start at multiples of 16 bytes. dpre may be dact.
-CAVMAE_API int cavmae_dgelu_bias_rows_per_block();
-CAVMAE_API int cavmae_dgelu_bias(void* dpre, float* partial, const void* dact, const void* pre, int64_t rows,
-                                 int64_t width, int dtype, void* stream);
+// The MLP's products in bf16, for GPUs of compute capability 8.x, 9.0 and 12.x. The rows of several streams follow one
+// another, `rows[s]` of stream s, and each stream has its own weight and bias: `weights`, `biases` and `rows` are arrays of
+// `streams` in the memory of the CPU. Pointers to the GPU's memory are multiples of 16 bytes, width and depth of 8 elements.
+#define CAVMAE_MAX_STREAMS 3
 
-// The MLP's products on Hopper (sm_90a), in bf16. Pointers are multiples of 16 bytes, width and depth of 8 elements.
-//
-// pre = x weight^T + bias, y = gelu(pre) of pre as it is stored; x [rows, depth], weight [width, depth], bias [width] fp32,
-// y and pre [rows, width]. pre may be null: it is not stored then.
-CAVMAE_API int cavmae_linear_gelu(void* y, void* pre, const void* x, const void* weight, const float* bias, int64_t rows,
-                                  int64_t width, int64_t depth, int dtype, void* stream);
+// pre = x weight^T + bias, y = gelu(pre) of pre as it is stored; x [all rows, depth], weight [width, depth], bias [width]
+// fp32, y and pre [all rows, width]. pre may be null: it is not stored then.
+CAVMAE_API int cavmae_linear_gelu(void* y, void* pre, const void* x, const void* const* weights, const float* const* biases,
+                                  const int64_t* rows, int streams, int64_t width, int64_t depth, int dtype, void* stream);
 
-// dpre = (dout weight) * gelu'(pre), and the column sums of dpre over each `cavmae_product_tile_rows()` rows; dout [rows,
-// depth], weight [depth, width], pre and dpre [rows, width]; partial [ceil(rows / tile_rows), width] fp32, its rows a multiple
-// of 256 apart: [ceil(rows / tile_rows), ceil(width / 256) * 256].
+// dpre = (dout weight) * gelu'(pre), and the column sums of dpre over each `cavmae_product_tile_rows()` rows of a stream;
+// dout [all rows, depth], weight [depth, width], pre and dpre [all rows, width]; partial fp32, for each stream
+// [ceil(rows[s] / tile_rows), ceil(width / 256) * 256], of which the first `width` columns are sums. dpre may be no input.
 CAVMAE_API int cavmae_product_tile_rows();
-CAVMAE_API int cavmae_hidden_gradient(void* dpre, float* partial, const void* dout, const void* pre, const void* weight,
-                                      int64_t rows, int64_t width, int64_t depth, int dtype, void* stream);
+CAVMAE_API int cavmae_hidden_gradient(void* dpre, float* partial, const void* dout, const void* pre,
+                                      const void* const* weights, const int64_t* rows, int streams, int64_t width,
+                                      int64_t depth, int dtype, void* stream);
+
+// dw = dout^T x and db = the column sums of dout, of each stream; dout [all rows, width], x [all rows, depth] in bf16; dw
+// [streams, width, depth] in bf16, db [streams, width] in fp32. For GPUs of compute capability 9.0. db may be null: it is not
+// formed then. `workspace` is memory of at least as many bytes as the first function says for the same sizes; both are called
+// with the same device current.
+CAVMAE_API int cavmae_weight_gradient_workspace(int64_t* bytes, const int64_t* rows, int streams, int64_t width,
+                                                int64_t depth);
+CAVMAE_API int cavmae_weight_gradient(void* dw, float* db, void* workspace, int64_t workspace_bytes, const void* dout,
+                                      const void* x, const int64_t* rows, int streams, int64_t width, int64_t depth,
+                                      int dtype, void* stream);

@@ -1,4 +1,4 @@
-"""The gradient through bias and erf GELU in one pass over memory, in the forms of PyTorch, Triton and the CUDA library.
+"""The gradient through bias and erf GELU in one pass over memory, in the forms of PyTorch and Triton.
 
     dz = dy * (Phi(z) + z phi(z)),    db[s] = sum of dz over the stream's rows              [R, N], [R, N] -> [R, N]
 
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops import native
 from cavmae_fast.ops._triton import tl, triton
 from cavmae_fast.ops.configuration import Launch, launch
 from cavmae_fast.ops.fp8 import GRADIENTS, LARGEST_EXPONENT, Quantized, empty_quantized, scaled_rows
@@ -98,30 +97,6 @@ def _launch(
         LARGEST=LARGEST_EXPONENT[GRADIENTS], **options,
     )  # fmt: skip
     return dpre, sum_of_streams(partial, programs, len(rows), architecture).to(bias_dtype)
-
-
-def dgelu_bias_cuda(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The kernel of csrc/dgelu_bias.cu, one launch for each stream."""
-    # It reads 16 bytes at once, so it refuses a view that begins between two multiples of 16; memory of its own does not.
-    dy, pre = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (dy, pre))
-    dpre = torch.empty_like(pre)
-    db = torch.empty(len(rows), pre.shape[1], dtype=bias_dtype, device=pre.device)
-    rows_per_block = native.library().cavmae_dgelu_bias_rows_per_block()
-    stream = torch.cuda.current_stream(pre.device).cuda_stream
-    for dy_s, pre_s, dpre_s, db_s in zip(dy.split(rows), pre.split(rows), dpre.split(rows), db):
-        count, width = pre_s.shape
-        partial = torch.empty(triton.cdiv(count, rows_per_block), width, dtype=torch.float32, device=pre.device)
-        pointers = [t.data_ptr() for t in (dpre_s, partial, dy_s, pre_s)]
-        native.call("cavmae_dgelu_bias", *pointers, count, width, native.DTYPES[pre.dtype], stream)
-        db_s.copy_(partial.sum(0))
-    return dpre, db
-
-
-def library_limit(dtype: torch.dtype, width: int) -> str | None:
-    """Why the CUDA library does not take rows of `width`: it takes whole multiples of 16 bytes, in its own dtypes."""
-    if dtype not in native.DTYPES or width * dtype.itemsize % 16:
-        return f"the CUDA library takes no rows of {width} values in {dtype}: they must be multiples of 16 bytes"
-    return None
 
 
 def dgelu_bias_torch(dy: Tensor, pre: Tensor, rows: Sequence[int], bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     dz = (dout W2[s]) * (Phi(z) + z phi(z)),    db1[s] = sum of dz over the stream's rows       [R, M], [R, N] -> [R, N]
 
 z are the values before the GELU. With PyTorch the product, the derivative and the sum are three passes over memory; `triton`
-and `pieces` make one of the last two; 'triton product' and 'cuda product' do all of it as they finish each tile. With
+and `pieces` make one of the last two; 'triton product' and `cuda` do all of it as they finish each tile. With
 'torch side by side' the products of two streams are launched beside each other (`stream_linear`).
 """
 
@@ -15,13 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cavmae_fast.ops.dgelu_bias import (
-    dgelu_bias_cuda,
-    dgelu_bias_pieces,
-    dgelu_bias_torch,
-    dgelu_bias_triton,
-    library_limit,
-)
+from cavmae_fast.ops.dgelu_bias import dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, input_gradient, onednn_limit
 from cavmae_fast.ops.product_kernels import hidden_gradient_product
@@ -45,10 +39,8 @@ def _separate(
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    if implementation == "cuda product":
-        return product_limit(dtype, shape)
     if implementation == "cuda":
-        return library_limit(dtype, shape[2])
+        return product_limit(dtype, shape)
     return onednn_limit(implementation.split(",")[0], dtype)
 
 
@@ -61,10 +53,9 @@ hidden_gradient = register(
     "(Tensor dout, Tensor pre, Tensor[] weights, SymInt[] rows, ScalarType bias_dtype) -> (Tensor dpre, Tensor db)",
     torch=partial(_separate, dgelu_bias_torch),
     triton=partial(_separate, dgelu_bias_triton),
-    cuda=partial(_separate, dgelu_bias_cuda),
+    cuda=hidden_gradient_library,
     kernels={
         "triton product": hidden_gradient_product,
-        "cuda product": hidden_gradient_library,
         SIDE_BY_SIDE: partial(_separate, dgelu_bias_torch, run=side_by_side),
     },
     forms={

@@ -7,7 +7,7 @@ Backward, with z kept in x's dtype:
     dz = dy * (Phi(z) + z phi(z)),    dx = dz W[s],    dW[s] = dz^T x,    db[s] = sum of dz over the stream's rows
 
 The products are `stream_linear`'s, which 'torch side by side' launches as there; `dgelu_bias` computes dz and db. 'triton
-product' and 'cuda product' have a product of their own for the forward pass, which adds the bias and applies the GELU as it
+product' and `cuda` have a product of their own for the forward pass, which adds the bias and applies the GELU as it
 finishes each tile.
 """
 
@@ -20,13 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavmae_fast.ops.dgelu_bias import (
-    dgelu_bias_cuda,
-    dgelu_bias_pieces,
-    dgelu_bias_torch,
-    dgelu_bias_triton,
-    library_limit,
-)
+from cavmae_fast.ops.dgelu_bias import dgelu_bias_pieces, dgelu_bias_torch, dgelu_bias_triton
 from cavmae_fast.ops.dispatch import register
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_products import SIDE_BY_SIDE, linear_backward, linear_forward, onednn_limit
@@ -39,12 +33,9 @@ CPU_FORMS = ("onednn", "pieces")
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """The CUDA library takes rows that are whole multiples of 16 bytes, in its own dtypes."""
     if implementation in CPU_FORMS:
         return onednn_limit(implementation, dtype)
-    if implementation == "cuda product":
-        return product_limit(dtype, shape)
-    return library_limit(dtype, shape[1]) if implementation == "cuda" else None
+    return product_limit(dtype, shape) if implementation == "cuda" else None
 
 
 def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False, run=in_turn):
@@ -71,9 +62,9 @@ forward_operator = register(
     "linear_gelu",
     "(Tensor x, Tensor[] weights, Tensor[] biases, SymInt[] rows, bool keep_pre) -> (Tensor y, Tensor pre)",
     torch=_forward_torch,
+    cuda=linear_gelu_library,
     kernels={
         "triton product": linear_gelu_product,
-        "cuda product": linear_gelu_library,
         SIDE_BY_SIDE: partial(_forward_torch, run=side_by_side),
     },
     shape=lambda x, weights, *_: (*x.shape, weights[0].shape[0]),
@@ -86,10 +77,8 @@ backward_operator = register(
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=partial(_backward, dgelu_bias_torch),
     triton=partial(_backward, dgelu_bias_triton),
-    cuda=partial(_backward, dgelu_bias_cuda),
     kernels={
         "triton product": partial(_backward, dgelu_bias_triton),
-        "cuda product": partial(_backward, dgelu_bias_cuda),
         SIDE_BY_SIDE: partial(_backward, dgelu_bias_torch, run=side_by_side),
     },
     forms={

@@ -1,24 +1,23 @@
 """The CUDA library of `csrc/`, loaded with ctypes: plain functions of pointers, sizes and a stream.
 
-Its kernels are the `cuda` implementations of operators (the gradient through bias and GELU) and, where it was built with the
-headers of CUTLASS, the 'cuda product' of the MLP's two products on Hopper. They compile, but have not yet run on a device:
-`CAVMAE_OPS=cuda` asks for the first, and the tuner tries both.
+Its kernels are the `cuda` implementations of operators: the MLP's matrix products. They compile, but have not yet run
+on a device: `CAVMAE_OPS=cuda` asks for them, and the tuner tries them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 "What this file calls: `CAVMAE_ABI_VERSION` of csrc/cavmae.h."
 LIBRARY = Path(__file__).parents[1] / "_native" / "libcavmae.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-PRODUCTS = "cavmae_hidden_gradient"
-"The function that is there where the library was built with CUTLASS."
 HOW_TO_BUILD = "CAVMAE_BUILD_CUDA=1 pip install -e . (needs nvcc)"
 
 
@@ -38,17 +37,21 @@ def load(path: Path) -> ctypes.CDLL:
         )
     loaded.cavmae_error_string.argtypes, loaded.cavmae_error_string.restype = [ctypes.c_int], ctypes.c_char_p
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.cavmae_dgelu_bias.argtypes = [pointer, pointer, pointer, pointer, size, size, ctypes.c_int, pointer]
-    if hasattr(loaded, PRODUCTS):
-        sizes = [size, size, size, ctypes.c_int, pointer]
-        loaded.cavmae_linear_gelu.argtypes = [pointer] * 5 + sizes
-        loaded.cavmae_hidden_gradient.argtypes = [pointer] * 5 + sizes
+    for function in (loaded.cavmae_linear_gelu, loaded.cavmae_hidden_gradient):
+        function.argtypes = [pointer] * 6 + [ctypes.c_int, size, size, ctypes.c_int, pointer]
+    streams = [pointer, ctypes.c_int, size, size]
+    loaded.cavmae_weight_gradient_workspace.argtypes = [pointer, *streams]
+    loaded.cavmae_weight_gradient.argtypes = [*[pointer] * 3, size, pointer, pointer, *streams, ctypes.c_int, pointer]
     return loaded
 
 
-def has_products() -> bool:
-    """Whether the library is there, with the products that need CUTLASS."""
-    return library() is not None and hasattr(library(), PRODUCTS)
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """The addresses of tensors, as the library's functions take one for each stream."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def sizes(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def call(name: str, *args: object) -> None:
@@ -66,5 +69,4 @@ def status() -> str:
             return f"not built; {HOW_TO_BUILD}"
     except (OSError, RuntimeError) as error:
         return f"unusable: {error}"
-    products = "with" if has_products() else "without"
-    return f"{LIBRARY}, interface version {ABI_VERSION}, {products} the products that need CUTLASS"
+    return f"{LIBRARY}, interface version {ABI_VERSION}"

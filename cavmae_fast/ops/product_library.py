@@ -1,7 +1,8 @@
-"""The products of csrc/products.cu: `product_kernels` for Hopper in CUDA C++, one launch for each stream, in bfloat16."""
+"""The products of csrc/: `product_kernels` in CUDA C++, in bfloat16, for Ampere, Hopper and their relatives."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,27 @@ COLUMNS = 256
 
 def product_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     """Why the library's products do not take a call of this shape: rows, and the widths of all matrices."""
-    if not native.has_products():
-        return f"the CUDA library has no products; build it with CUTLASS: {native.HOW_TO_BUILD}"
+    return _dtype_limit(dtype, shape) or _device_limit((8, 9, 12))
+
+
+def weight_gradient_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """The same of the weight gradient, which is for Hopper alone."""
+    return _dtype_limit(dtype, shape) or _device_limit((9,))
+
+
+def _dtype_limit(dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     if dtype != torch.bfloat16 or any(width % 8 for width in shape[1:]):
         widths = " and ".join(map(str, shape[1:]))
         return f"the CUDA library's products take bfloat16 and widths that are multiples of 8, not {dtype} and {widths}"
     return None
+
+
+def _device_limit(generations: Sequence[int]) -> str | None:
+    """Why the current device does not run such a kernel."""
+    if not torch.cuda.is_available():
+        return None  # the dispatcher asks of a CPU's tensors, too, and refuses them itself
+    major, minor = torch.cuda.get_device_capability()
+    return None if major in generations else f"the CUDA library's kernel is not for compute capability {major}.{minor}"
 
 
 def _aligned(*tensors: Tensor) -> list[Tensor]:
@@ -39,16 +55,11 @@ def linear_gelu_library(
     """As `product_kernels.linear_gelu_product`."""
     x, *weights = _aligned(x, *weights)
     biases = _aligned(*(bias.to(x.dtype).float() for bias in biases))
-    width, depth = weights[0].shape
-    y = x.new_empty(x.shape[0], width)
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
     pre = torch.empty_like(y) if keep_pre else x.new_empty(0)
-    first = 0
-    for count, weight, bias in zip(rows, weights, biases):
-        part = slice(first, first + count)
-        pointers = [y[part].data_ptr(), pre[part].data_ptr() if keep_pre else None, x[part].data_ptr()]
-        sizes = (count, width, depth, native.DTYPES[x.dtype], _stream(x.device))
-        native.call("cavmae_linear_gelu", *pointers, weight.data_ptr(), bias.data_ptr(), *sizes)
-        first += count
+    addresses = [y.data_ptr(), pre.data_ptr() if keep_pre else None, x.data_ptr()]
+    per_stream = [native.pointers(weights), native.pointers(biases), native.sizes(rows), len(rows)]
+    native.call("cavmae_linear_gelu", *addresses, *per_stream, *weights[0].shape, native.DTYPES[x.dtype], _stream(x.device))
     return y, pre
 
 
@@ -59,14 +70,27 @@ def hidden_gradient_library(
     dout, pre, *weights = _aligned(dout, pre, *weights)
     depth, width = weights[0].shape
     dpre = torch.empty_like(pre)
-    db = torch.empty(len(rows), width, dtype=bias_dtype, device=pre.device)
-    tile_rows, padded = native.library().cavmae_product_tile_rows(), triton.cdiv(width, COLUMNS) * COLUMNS
-    parts = (tensor.split(rows) for tensor in (dpre, dout, pre))
-    for dpre_s, dout_s, pre_s, weight, db_s in zip(*parts, weights, db):
-        count = len(dout_s)
-        partial = torch.empty(triton.cdiv(count, tile_rows), padded, dtype=torch.float32, device=pre.device)
-        pointers = [t.data_ptr() for t in (dpre_s, partial, dout_s, pre_s, weight)]
-        sizes = (count, width, depth, native.DTYPES[pre.dtype], _stream(pre.device))
-        native.call("cavmae_hidden_gradient", *pointers, *sizes)
-        db_s.copy_(partial.sum(0)[:width])
-    return dpre, db
+    tiles = [triton.cdiv(count, native.library().cavmae_product_tile_rows()) for count in rows]
+    partial = torch.empty(sum(tiles), triton.cdiv(width, COLUMNS) * COLUMNS, dtype=torch.float32, device=pre.device)
+    addresses = [tensor.data_ptr() for tensor in (dpre, partial, dout, pre)]
+    sizes = (native.sizes(rows), len(rows), width, depth, native.DTYPES[pre.dtype], _stream(pre.device))
+    native.call("cavmae_hidden_gradient", *addresses, native.pointers(weights), *sizes)
+    return dpre, torch.stack([part.sum(0)[:width] for part in partial.split(tiles)]).to(bias_dtype)
+
+
+def weight_gradient_library(
+    dout: Tensor, x: Tensor, rows: Sequence[int], bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """dW `[streams, N, K]` and db `[streams, N]` (empty for dtype None), as `linear_products` forms them."""
+    dout, x = _aligned(dout, x)
+    width, depth = dout.shape[1], x.shape[1]
+    dw = x.new_empty(len(rows), width, depth)
+    db = torch.empty(len(rows), width, dtype=torch.float32, device=x.device) if bias_dtype else None
+    sizes = (native.sizes(rows), len(rows), width, depth)
+    needed = ctypes.c_int64()
+    native.call("cavmae_weight_gradient_workspace", ctypes.byref(needed), *sizes)
+    workspace = torch.empty(needed.value, dtype=torch.uint8, device=x.device)
+    results = (dw.data_ptr(), db.data_ptr() if db is not None else None, workspace.data_ptr(), needed.value)
+    options = (native.DTYPES[x.dtype], _stream(x.device))
+    native.call("cavmae_weight_gradient", *results, dout.data_ptr(), x.data_ptr(), *sizes, *options)
+    return dw, x.new_empty(0) if db is None else db.to(bias_dtype)

@@ -6,7 +6,7 @@ Backward, with the sums over the stream's rows:
 
     dx = dy W[s],    dW[s] = dy^T x,    db[s] = sum of dy
 
-The products are those of `linear_products.py`, or of `fp8_products.py`.
+The products are those of `linear_products.py`, or of `fp8_products.py`; `cuda` forms dW and db of all streams in one launch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_products import (
     SIDE_BY_SIDE,
     bias_gradient,
+    input_gradient,
     linear_backward,
     linear_forward,
     onednn_limit,
 )
 from cavmae_fast.ops.origin import Origin, origin_or_itself
+from cavmae_fast.ops.product_library import weight_gradient_library, weight_gradient_limit
 from cavmae_fast.ops.side_by_side import in_turn, side_by_side
 
 
@@ -64,6 +66,15 @@ def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False, 
     return *linear_backward(dout, x, weights, rows, needs_dx, onednn, run), bias_gradient(dout, rows, bias_dtype)
 
 
+def _backward_library(dout, x, weights, rows, bias_dtype, needs_dx):
+    dx = input_gradient(dout, weights, rows) if needs_dx else x.new_empty(0)
+    return dx, *weight_gradient_library(dout, x, rows, bias_dtype)
+
+
+def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    return weight_gradient_limit(dtype, shape) if implementation == "cuda" else onednn_limit(implementation, dtype)
+
+
 def _forward_fake(x, weights, biases, rows):
     return x.new_empty(x.shape[0], weights[0].shape[0])
 
@@ -80,7 +91,7 @@ forward_operator = register(
     torch=linear_forward,
     kernels={SIDE_BY_SIDE: partial(linear_forward, run=side_by_side)},
     forms={"onednn": partial(linear_forward, onednn=True)},
-    limit=lambda implementation, dtype, shape: onednn_limit(implementation, dtype),
+    limit=_limit,
     fake=_forward_fake,
 )
 backward_operator = register(
@@ -88,8 +99,10 @@ backward_operator = register(
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
     torch=_backward_torch,
+    cuda=_backward_library,
     kernels={SIDE_BY_SIDE: partial(_backward_torch, run=side_by_side)},
     forms={"onednn": partial(_backward_torch, onednn=True)},
+    shape=lambda dout, x, *_: (*dout.shape, x.shape[1]),
     fake=backward_fake,
 )
 

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import ctypes
-from unittest import mock
-
 import pytest
 import torch
 
-from cavmae_fast.ops import dgelu_bias, dispatch, native
+from cavmae_fast.ops import dgelu_bias, dispatch
 from cavmae_fast.ops.layout import StreamLayout
 from cavmae_fast.ops.linear_gelu import linear_gelu
 from cavmae_fast.ops.parity import assert_parity
@@ -143,33 +140,6 @@ def test_gelu_backward_at_the_edges(mode):
     torch.testing.assert_close(dpre[0, :5], want, atol=torch.finfo(torch.float32).eps, rtol=0)
     assert dpre.isnan().nonzero().tolist() == [[0, 6], [1, 5], [1, 6], [2, 6]]
     assert db[0].isnan().nonzero().flatten().tolist() == [5, 6]
-
-
-def test_the_cuda_library_gets_each_stream(monkeypatch):
-    """What the launcher of the CUDA kernel hands over, with the kernel itself played by PyTorch: no device needed."""
-
-    def tensor_at(address: int, rows: int, width: int) -> torch.Tensor:
-        return torch.frombuffer((ctypes.c_float * (rows * width)).from_address(address), dtype=torch.float32).view(
-            rows, width
-        )
-
-    def kernel(name, dpre, partial, dact, pre, rows, width, dtype, stream):
-        assert (name, dtype, stream) == ("cavmae_dgelu_bias", 0, 5)
-        assert all(address % 16 == 0 for address in (dpre, dact, pre))
-        result = torch.ops.aten.gelu_backward(tensor_at(dact, rows, width), tensor_at(pre, rows, width))
-        tensor_at(dpre, rows, width).copy_(result)
-        for i, part in enumerate(result.split(4)):
-            tensor_at(partial, -(-rows // 4), width)[i] = part.sum(0)
-
-    library = mock.Mock(cavmae_dgelu_bias_rows_per_block=lambda: 4)
-    monkeypatch.setattr(native, "library", lambda: library)
-    monkeypatch.setattr(native, "call", kernel)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
-    dy, pre = torch.randn(2, 19, 8, generator=torch.Generator().manual_seed(0))
-    dy = torch.cat([dy.new_zeros(1), dy.flatten()])[1:].view(19, 8)  # begins between two multiples of 16 bytes
-    got = dgelu_bias.dgelu_bias_cuda(dy, pre, [3, 9, 7], torch.float32)
-    want = dgelu_bias.dgelu_bias_torch(dy, pre, [3, 9, 7], torch.float32)
-    torch.testing.assert_close(got, want)
 
 
 def test_inference_keeps_nothing_for_backward():

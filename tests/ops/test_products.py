@@ -178,25 +178,35 @@ def test_the_library_gets_each_stream(monkeypatch):
     low, full = torch.bfloat16, torch.float32
 
     def kernel(name, *args):
-        *pointers, rows, width, depth, dtype, stream = args
-        assert (dtype, stream) == (2, 5) and all(address is None or address % 16 == 0 for address in pointers)
         if name == "cavmae_linear_gelu":
-            y, pre, x, weight, bias = pointers
-            x, weight = tensor_at(x, low, rows, depth).float(), tensor_at(weight, low, width, depth).float()
-            values = (x @ weight.t() + tensor_at(bias, full, width)).bfloat16()
-            if pre is not None:
-                tensor_at(pre, low, rows, width).copy_(values)
-            tensor_at(y, low, rows, width).copy_(torch.nn.functional.gelu(values))
+            y, pre, x, weights, biases, rows, *rest = args
         else:
             assert name == "cavmae_hidden_gradient"
-            dpre, partial, dout, pre, weight = pointers
-            product = tensor_at(dout, low, rows, depth).float() @ tensor_at(weight, low, depth, width).float()
-            result = torch.ops.aten.gelu_backward(product, tensor_at(pre, low, rows, width).float())
-            tensor_at(dpre, low, rows, width).copy_(result)
-            padded = -(-width // 256) * 256
-            for i, part in enumerate(result.split(4)):
-                tensor_at(partial, full, -(-rows // 4), padded)[i, :width] = part.sum(0)
-                tensor_at(partial, full, -(-rows // 4), padded)[i, width:] = 0
+            dpre, partial, dout, pre, weights, rows, *rest = args
+            biases = weights
+        streams, width, depth, dtype, stream = rest
+        assert (streams, dtype, stream) == (len(rows), 2, 5)
+        assert all(address is None or address % 16 == 0 for address in (*args[: len(args) - 8], *weights, *biases))
+        first = tile = 0
+        for count, weight, bias in zip(rows, weights, biases, strict=True):
+            hidden, outer = 2 * first * width, 2 * first * depth  # bytes before the stream
+            if name == "cavmae_linear_gelu":
+                x_s, weight = tensor_at(x + outer, low, count, depth), tensor_at(weight, low, width, depth)
+                values = (x_s.float() @ weight.float().t() + tensor_at(bias, full, width)).bfloat16()
+                if pre is not None:
+                    tensor_at(pre + hidden, low, count, width).copy_(values)
+                tensor_at(y + hidden, low, count, width).copy_(torch.nn.functional.gelu(values))
+            else:
+                dout_s, weight = tensor_at(dout + outer, low, count, depth), tensor_at(weight, low, depth, width)
+                pre_s = tensor_at(pre + hidden, low, count, width)
+                result = torch.ops.aten.gelu_backward(dout_s.float() @ weight.float(), pre_s.float())
+                tensor_at(dpre + hidden, low, count, width).copy_(result)
+                padded = -(-width // 256) * 256
+                sums = tensor_at(partial + 4 * tile * padded, full, -(-count // 4), padded)
+                for i, part in enumerate(result.split(4)):
+                    sums[i, :width], sums[i, width:] = part.sum(0), float("nan")
+                tile += len(sums)
+            first += count
 
     monkeypatch.setattr(native, "library", lambda: mock.Mock(cavmae_product_tile_rows=lambda: 4))
     monkeypatch.setattr(native, "call", kernel)
@@ -218,14 +228,59 @@ def test_the_library_gets_each_stream(monkeypatch):
     torch.testing.assert_close(db, want_db)
 
 
+def test_the_library_gets_the_weight_gradient(monkeypatch):
+    """What its launcher hands over, with the kernel played by PyTorch."""
+
+    def kernel(name, *args):
+        if name == "cavmae_weight_gradient_workspace":
+            needed, rows, *sizes = args
+            assert (list(rows), sizes) == ([3, 9, 7], [3, n, k])
+            needed._obj.value = 1000
+            return
+        dw, db, workspace, size, dout, x, rows, streams, width, depth, dtype, stream = args
+        assert (name, size, list(rows), streams, dtype, stream) == ("cavmae_weight_gradient", 1000, [3, 9, 7], 3, 2, 5)
+        assert all(address % 16 == 0 for address in (dw, workspace, dout, x))
+        tensor_at(workspace, full, 250).fill_(1)
+        parts = zip(
+            tensor_at(dout, low, 19, width).float().split([*rows]), tensor_at(x, low, 19, depth).float().split([*rows])
+        )
+        for i, (d, part) in enumerate(parts):
+            tensor_at(dw, low, streams, width, depth)[i] = d.t() @ part
+            if db is not None:
+                tensor_at(db, full, streams, width)[i] = d.sum(0)
+
+    low, full, k, n = torch.bfloat16, torch.float32, 16, 40
+    monkeypatch.setattr(native, "call", kernel)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=5))
+    dout, x = draw(19, n, dtype=low, seed=0), draw(19, k, dtype=low, seed=1)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(19, k)  # begins between two multiples of 16 bytes
+    parts = list(zip(dout.float().split([3, 9, 7]), x.float().split([3, 9, 7])))
+    want, want_db = torch.stack([d.t() @ part for d, part in parts]), torch.stack([d.sum(0) for d, _ in parts])
+    dw, db = product_library.weight_gradient_library(dout, x, [3, 9, 7], full)
+    torch.testing.assert_close(dw, want.bfloat16())
+    torch.testing.assert_close(db, want_db)
+    dw, db = product_library.weight_gradient_library(dout, x, [3, 9, 7], None)
+    torch.testing.assert_close(dw, want.bfloat16())
+    assert db.numel() == 0 and db.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "mlp", "gradient"), [((8, 6), True, False), ((9, 0), True, True), ((10, 0), False, False)]
+)
+def test_which_gpus_the_library_is_for(monkeypatch, capability, mlp, gradient):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    limits = (product_library.product_limit, product_library.weight_gradient_limit)
+    for limit, runs in zip(limits, (mlp, gradient)):
+        reason = limit(torch.bfloat16, (8, 64, 32))
+        assert reason is None if runs else f"compute capability {capability[0]}.{capability[1]}" in reason
+
+
 def low_of(x: Tensor) -> Tensor:
     return x.bfloat16()
 
 
-def test_what_the_library_does_not_take(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert "has no products; build it with CUTLASS" in product_library.product_limit(torch.bfloat16, (8, 64))
-    monkeypatch.setattr(native, "library", mock.Mock)
+def test_what_the_library_does_not_take():
     assert product_library.product_limit(torch.bfloat16, (7, 64, 256)) is None
     for dtype, shape in ((torch.float16, (8, 64)), (torch.bfloat16, (8, 64, 33))):
         assert "take bfloat16 and widths that are multiples of 8" in product_library.product_limit(dtype, shape)
