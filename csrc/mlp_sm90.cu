@@ -34,8 +34,8 @@ template <typename WeightLayout, typename Source, typename Fusion> struct MlpPro
         alignas(16) typename Mainloop::PipelineStorage tiles;
         alignas(16) typename Epilogue::PipelineStorage source;
         alignas(16) typename Order::SharedStorage order;
-        alignas(128) typename Epilogue::TensorStorage epilogue;
-        alignas(128) typename Mainloop::TensorStorage mainloop;
+        typename Epilogue::TensorStorage epilogue;
+        typename Mainloop::TensorStorage mainloop;
     };
 
     struct Stream {

@@ -52,9 +52,9 @@ struct Plan {
         while (unit.split >= splits[unit.stream]) unit.split -= splits[unit.stream++];
         unit.tile_m = tile / tiles_n;
         unit.tile_n = tile % tiles_n;
-        const int64_t all = steps[unit.stream], parts = splits[unit.stream];
-        unit.first_step = static_cast<int>(all * unit.split / parts);
-        unit.steps = static_cast<int>(all * (unit.split + 1) / parts) - unit.first_step;
+        const int least = steps[unit.stream] / splits[unit.stream], longer = steps[unit.stream] % splits[unit.stream];
+        unit.first_step = least * unit.split + (unit.split < longer ? unit.split : longer);
+        unit.steps = least + (unit.split < longer);
         return unit;
     }
 

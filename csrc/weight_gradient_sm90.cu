@@ -153,16 +153,15 @@ struct WeightGradientKernel {
     }
 };
 
-// Block row s adds up stream s: four neighboring elements of dW a thread, then one of db.
-__global__ void add_splits(Element* dw, float* db, const float* results, const float* sums, const __grid_constant__ Plan plan, int width,
+// A block adds up 4 * blockDim.x neighboring elements of row blockIdx.x of dW, in stream blockIdx.z, and one element of db.
+__global__ void add_splits(Element* dw, float* db, const float* results, const float* sums, const __grid_constant__ Plan plan,
                            int depth) {
-    const int stream = blockIdx.y;
+    const int stream = blockIdx.z, column = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+    const int64_t row = blockIdx.x, width = gridDim.x, matrix = plan.width() * plan.depth();
     int first = 0;
     for (int s = 0; s < stream; ++s) first += plan.splits[s];
     const int splits = plan.splits[stream];
-    const int64_t vectors = int64_t(width) * depth / 4, index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index < vectors) {
-        const int64_t row = index * 4 / depth, column = index * 4 % depth, matrix = plan.width() * plan.depth();
+    if (column < depth) {
         const float* from = results + first * matrix + row * plan.depth() + column;
         float4 total = *reinterpret_cast<const float4*>(from);
         for (int split = 1; split < splits; ++split) {
@@ -172,12 +171,12 @@ __global__ void add_splits(Element* dw, float* db, const float* results, const f
         cutlass::AlignedArray<Element, 4> rounded;
         rounded[0] = Element(total.x), rounded[1] = Element(total.y);
         rounded[2] = Element(total.z), rounded[3] = Element(total.w);
-        *reinterpret_cast<cutlass::AlignedArray<Element, 4>*>(dw + (stream * vectors + index) * 4) = rounded;
-    } else if (db != nullptr && index - vectors < width) {
-        const int64_t column = index - vectors;
+        *reinterpret_cast<cutlass::AlignedArray<Element, 4>*>(dw + (stream * width + row) * depth + column) = rounded;
+    }
+    if (db != nullptr && column == 0) {
         float total = 0.f;
-        for (int part = first * WARP_SUMS; part < (first + splits) * WARP_SUMS; ++part) total += sums[part * plan.width() + column];
-        db[stream * width + column] = total;
+        for (int part = first * WARP_SUMS; part < (first + splits) * WARP_SUMS; ++part) total += sums[part * plan.width() + row];
+        db[stream * width + row] = total;
     }
 }
 
@@ -199,11 +198,10 @@ int weight_gradient(const WeightGradient& call, const Plan& plan, int multiproce
             typename Mainloop::Arguments{dout, {_1{}, call.width, 0}, x, {_1{}, call.depth, 0}}, nullptr);
     }
     if (const int code = launch<Kernel>(params, plan.units(), multiprocessors, stream)) return code;
-    constexpr int BLOCK = 256;
-    const int64_t threads = int64_t(call.width) * call.depth / 4 + (call.db != nullptr ? call.width : 0);
-    const dim3 blocks(static_cast<unsigned>(divided(threads, BLOCK)), plan.streams);
+    constexpr int BLOCK = 192;  // 768 columns
+    const dim3 blocks(call.width, static_cast<unsigned>(divided(call.depth, 4 * BLOCK)), plan.streams);
     add_splits<<<blocks, BLOCK, 0, stream>>>(static_cast<Element*>(call.dw), call.db, params.results, params.sums, plan,
-                                               call.width, call.depth);
+                                             call.depth);
     return static_cast<int>(cudaGetLastError());
 }
 
