@@ -8,7 +8,7 @@
 #define CAVMAE_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature or the meaning of an argument changes; cavmae_fast/ops/native.py holds the same number.
-#define CAVMAE_ABI_VERSION 3
+#define CAVMAE_ABI_VERSION 4
 
 enum cavmae_dtype { CAVMAE_FP32 = 0, CAVMAE_FP16 = 1, CAVMAE_BF16 = 2 };
 
@@ -50,3 +50,15 @@ CAVMAE_API int cavmae_weight_gradient_workspace(int64_t* bytes, const int64_t* r
 CAVMAE_API int cavmae_weight_gradient(void* dw, float* db, void* workspace, int64_t workspace_bytes, const void* dout,
                                       const void* x, const int64_t* rows, int streams, int64_t width, int64_t depth,
                                       int dtype, void* stream);
+
+// The backward pass of attention over every (stream, sample, head), from the forward's out and lse; for GPUs of compute
+// capability 9.0, in bf16. A stream has `batch` samples of q_lengths[s] queries and lengths[s] keys; streams and samples
+// follow one another. q and dq are rows of q_stride elements, k, v, dk and dv of k_stride (a packed q k v: three times the
+// width of all heads), dout and out [all queries, heads * width], lse [heads, all queries] fp32, in base 2. `width` of a head
+// is 32 or 64. Queries of a head are kept in shared memory: of as many as the first function says at most, 0 for a width that
+// the kernel does not take. Pointers are multiples of 16 bytes, strides of 8 elements.
+CAVMAE_API int64_t cavmae_attention_longest(int64_t width);
+CAVMAE_API int cavmae_attention_backward(void* dq, void* dk, void* dv, const void* q, const void* k, const void* v,
+                                         const void* dout, const void* out, const float* lse, int64_t q_stride,
+                                         int64_t k_stride, const int64_t* q_lengths, const int64_t* lengths, int streams,
+                                         int64_t batch, int64_t heads, int64_t width, int dtype, void* stream);

@@ -17,7 +17,7 @@ from cavmae_fast.ops import native
 ROOT = Path(__file__).parents[1]
 HEADERS = importlib.util.find_spec("cutlass_library")
 NO_HEADERS = "CUTLASS's headers are not here: pip install nvidia-cutlass"
-KERNELS = {"sm_80": 2, "sm_90a": 4}
+KERNELS = {"sm_80": 2, "sm_90a": 6}
 "Architecture -> kernels that are compiled for it."
 NO_CUDA_HOME = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"}
 
@@ -100,7 +100,8 @@ def test_products_run_on_the_matrix_units(built, architecture, words):
     """With tiles that travel past the registers, on Hopper by TMA. A call of a function would make the compiler wait after
     every wgmma."""
     code = machine_code(built, architecture, "-sass")
-    products = [part for part in code.split("Function : ")[1:] if "add_splits" not in part.splitlines()[0]]
+    others = ("add_splits", "attention_backward")
+    products = [part for part in code.split("Function : ")[1:] if not any(name in part.splitlines()[0] for name in others)]
     assert len(products) >= 2
     assert all(word in part for part in products for word in words)
     assert not any(re.search(r"\bCALL\.", part) for part in products)
@@ -272,7 +273,7 @@ def test_gelu_derivative_on_the_host(tmp_path):
 def test_another_version_is_refused(built, found, monkeypatch):
     found(built)
     monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
-    with pytest.raises(RuntimeError, match=r"was built for version 3 of its interface.*needs version 4"):
+    with pytest.raises(RuntimeError, match=r"was built for version 4 of its interface.*needs version 5"):
         native.library()
     assert native.status().startswith("unusable: ")
 

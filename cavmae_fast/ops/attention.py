@@ -6,8 +6,9 @@
 Two forms: `attention` reads one packed qkv `[R, 3 D]`, and its backward writes one dqkv; `query_attention` reads the
 queries `[Rq, D]` of one layout, and keys and values `[R, 2 D]` of another. Either is one launch forward, and one or two
 backward: dS = P * (dout v^T - rowsum(dout * out)), with P formed again from lse. The kernels are in `attention_forward.py`,
-`attention_backward.py` and `attention_one_pass.py`, their PyTorch counterpart in `attention_torch.py` and, for CPUs,
-`attention_cpu.py`. Other people's kernels (`attention_backends.py`) can take their place by name (`backend=`).
+`attention_backward.py` and `attention_one_pass.py`, a backward pass in CUDA in `attention_library.py` (form 'cuda', whose
+forward pass is Triton's), their PyTorch counterpart in `attention_torch.py` and, for CPUs, `attention_cpu.py`. Other
+people's kernels (`attention_backends.py`) can take their place by name (`backend=`).
 
 The gradient of the bias of the layer that made q, k and v is the column sums of their gradients: it can be formed where
 these are (`owed`), in the kernel or in a pass behind it, as the launch says.
@@ -25,6 +26,7 @@ from cavmae_fast import compat
 from cavmae_fast.ops import attention_backends
 from cavmae_fast.ops.attention_backward import attention_backward_triton
 from cavmae_fast.ops.attention_forward import attention_forward_triton
+from cavmae_fast.ops.attention_library import attention_backward_library, attention_limit
 from cavmae_fast.ops.attention_tiles import MAX_HEAD_WIDTH, launch_key
 from cavmae_fast.ops.attention_torch import attention_backward_torch, attention_forward_torch
 from cavmae_fast.ops.dispatch import choose, interpreting, register
@@ -53,11 +55,14 @@ CPU_FORMS: dict[str, dict[str, int]] = {
 
 
 def _limit(implementation: str, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """What the kernels do not take, or a package that is no longer there; `shape` is (head width,)."""
+    """What the kernels do not take, or a package that is no longer there; `shape` is (head width,), or (head width,
+    longest stream)."""
     if implementation in attention_backends.PACKAGES and not attention_backends.installed(implementation):
         return f"{attention_backends.PACKAGES[implementation]} is not installed"
     if implementation == "flash" and dtype.itemsize > 2:
         return "PyTorch's implementation is that already"
+    if implementation == "cuda":
+        return attention_limit(dtype, shape)
     if implementation != "triton":
         return None
     if dtype not in _DTYPES["triton"]:
@@ -75,14 +80,20 @@ def _backward_fake(dout, q, kv, out, lse, batch, q_lengths, lengths, heads, owed
     return torch.empty_like(q), q.new_empty(0) if kv is None else torch.empty_like(kv), dbias
 
 
-# `implementation`, 'triton', 'torch' or one of `CPU_FORMS`, is what `_attend` chose, once for forward and backward. With kv
-# None, q is the packed qkv. lse [heads, Rq] is in base 2, float32 (float64 for float64).
+def _forward_for_library(*arguments):
+    """The library has a backward pass alone: the kernel before it is Triton's."""
+    return _forward(*arguments, "triton")
+
+
+# `implementation`, 'triton', 'cuda', 'torch' or one of `CPU_FORMS`, is what `_attend` chose, once for forward and backward.
+# With kv None, q is the packed qkv. lse [heads, Rq] is in base 2, float32 (float64 for float64).
 _forward = register(
     "attention",
     "(Tensor q, Tensor? kv, SymInt batch, SymInt[] q_lengths, SymInt[] lengths, int heads, str implementation)"
     " -> (Tensor out, Tensor lse)",
     torch=attention_forward_torch,
     triton=attention_forward_triton,
+    cuda=_forward_for_library,
     forms={name: partial(attention_forward_torch, **options) for name, options in CPU_FORMS.items()},
     elsewhere=tuple(attention_backends.BACKENDS),
     fake=_forward_fake,
@@ -95,6 +106,7 @@ _backward = register(
     " int heads, int owed, ScalarType? owed_dtype, str implementation) -> (Tensor dq, Tensor dkv, Tensor dbias)",
     torch=attention_backward_torch,
     triton=attention_backward_triton,
+    cuda=attention_backward_library,
     forms={name: partial(attention_backward_torch, **options) for name, options in CPU_FORMS.items()},
     fake=_backward_fake,
     caller_chooses=True,
@@ -151,7 +163,8 @@ def resolve_backend(
     device = torch.device(device)
     if name == "auto":
         key = "" if longest is None else launch_key((longest,), head_width)
-        chosen = choose("attention", device, dtype, (head_width,), key).implementation
+        shape = (head_width,) if longest is None else (head_width, longest)
+        chosen = choose("attention", device, dtype, shape, key).implementation
         return "sdpa" if chosen == "torch" and device.type != "cpu" else chosen
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; it must be one of auto, {', '.join(BACKENDS)}")
@@ -177,7 +190,7 @@ def _attend(q, kv, query_layout, layout, heads, width, backend, owed):
     name = resolve_backend(backend, q.device, q.dtype, width, max(*query_layout.lengths, *layout.lengths))
     q, kv = q.contiguous(), None if kv is None else kv.contiguous()
     arguments = (layout.batch, list(query_layout.lengths), list(layout.lengths), heads)
-    if name in ("torch", "triton", *CPU_FORMS):
+    if name in ("torch", "triton", "cuda", *CPU_FORMS):
         return _Attention.apply(q, kv, arguments, name, *owed)
     if owed:
         q = with_bias_gradients(q, [b[: q.shape[1]] for b in owed], query_layout)

@@ -1,7 +1,7 @@
 """The CUDA library of `csrc/`, loaded with ctypes: plain functions of pointers, sizes and a stream.
 
-Its kernels are the `cuda` implementations of operators: the MLP's matrix products. They compile, but have not yet run
-on a device: `CAVMAE_OPS=cuda` asks for them, and the tuner tries them.
+Its kernels are the `cuda` implementations of operators: the MLP's matrix products, and attention's backward pass.
+They compile, but have not yet run on a device: `CAVMAE_OPS=cuda` asks for them, and the tuner tries them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 "What this file calls: `CAVMAE_ABI_VERSION` of csrc/cavmae.h."
 LIBRARY = Path(__file__).parents[1] / "_native" / "libcavmae.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -42,6 +42,10 @@ def load(path: Path) -> ctypes.CDLL:
     streams = [pointer, ctypes.c_int, size, size]
     loaded.cavmae_weight_gradient_workspace.argtypes = [pointer, *streams]
     loaded.cavmae_weight_gradient.argtypes = [*[pointer] * 3, size, pointer, pointer, *streams, ctypes.c_int, pointer]
+    loaded.cavmae_attention_longest.argtypes, loaded.cavmae_attention_longest.restype = [size], size
+    loaded.cavmae_attention_backward.argtypes = [
+        *[pointer] * 9, size, size, pointer, pointer, ctypes.c_int, size, size, size, ctypes.c_int, pointer,
+    ]  # fmt: skip
     return loaded
 
 
@@ -60,6 +64,23 @@ def call(name: str, *args: object) -> None:
     code = getattr(loaded, name)(*args)
     if code != 0:
         raise RuntimeError(f"{name} failed: {loaded.cavmae_error_string(code).decode()} (code {code})")
+
+
+def aligned(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous, from multiples of 16 bytes on, as the library takes them."""
+    return [t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone().contiguous() for t in tensors]
+
+
+def current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def device_limit(generations: Sequence[int]) -> str | None:
+    """Why the current device does not run a kernel for these generations of GPUs."""
+    if not torch.cuda.is_available():
+        return None  # the dispatcher asks of a CPU's tensors, too, and refuses them itself
+    major, minor = torch.cuda.get_device_capability()
+    return None if major in generations else f"the CUDA library's kernel is not for compute capability {major}.{minor}"
 
 
 def status() -> str:

@@ -54,8 +54,10 @@ def _runs(candidate: Candidate, unit: Unit, device: torch.device) -> bool:
     if dispatch.family(candidate.implementation) == "triton" and dispatch.interpreting() and unit.dtype == torch.bfloat16:
         return False  # the interpreter computes it wrongly
     case = unit.calls[0].case
-    shape = (case.head_width,)
-    if unit.operator != "attention":
+    if unit.operator == "attention":
+        layouts = [layout for call in unit.calls for layout in call.case.attention_of[:2]]
+        shape = (case.head_width, max(length for layout in layouts for length in layout.lengths))
+    else:
         shape = next(x.shape for x in flatten(case.inputs(unit.dtype, "meta")) if isinstance(x, Tensor))
     with dispatch.override("auto"), trial(candidate.content):
         return dispatch.choose(unit.operator, device, unit.dtype, shape, unit.key).implementation == candidate.implementation
