@@ -17,6 +17,10 @@
 #include "cavmae.h"
 #include "warp.cuh"
 
+#ifndef __CUDACC__
+#include <vector>
+#endif
+
 namespace cavmae {
 
 constexpr int ATTENTION_WARPS = 8, ATTENTION_THREADS = 32 * ATTENTION_WARPS;
@@ -56,8 +60,8 @@ CAVMAE_DEVICE int place(int row, int chunk) {
 // first, then of the second chunk; ACROSS: (first | second chunk) of rows 0-7, then of rows 8-15. A product takes neighboring
 // registers, so the order is chosen such that none has to be moved.
 template <int CHUNKS, bool ACROSS>
-CAVMAE_DEVICE PerLane<char*> matrices(char* tile, int row, int chunk) {
-    PerLane<char*> rows;
+CAVMAE_DEVICE PerLane<Address> matrices(Address tile, int row, int chunk) {
+    PerLane<Address> rows;
     CAVMAE_EACH_LANE(lane) {
         const int lower = ACROSS ? lane / 16 : lane / 8 % 2, second = ACROSS ? lane / 8 % 2 : lane / 16;
         rows[lane] = tile + row * CHUNKS * 16 + place<CHUNKS>(lane % 8 + 8 * lower, chunk + second);
@@ -81,8 +85,14 @@ struct AttentionWarp {
     static_assert(2 * KEYS * W * 2 <= SCRATCH_BYTES && 2 * KEYS * STEP * 2 <= SCRATCH_BYTES);
     static_assert(4 * TILES * CHUNKS * 2 * 32 * int(sizeof(Four)) <= SCRATCH_BYTES);
 
+    static constexpr int GROUP = 16 * query_bytes(W), DS = KEYS * STEP * 2;  // bytes of 16 queries, of a step's ds
+
     int index;
     char* memory;
+    Address scratch;
+    // Addresses for the first step: of the rows of q and, 32 W bytes behind, of dout, for both kinds of factors; of lse and
+    // delta; where ds goes and where it is read; where dq is.
+    PerLane<Address> across[DEPTH], down[DEPTH], statistics, ds_to[STEP / 32], ds_from, dq_at;
     Fragment key[TILES][DEPTH], value[TILES][DEPTH];  // [16 keys, 16 columns], first factors
     Fragment key_columns[KEYS / 16][COLUMNS / 16];    // [16 keys, 16 columns] of all keys, second factors for dq
     Accumulator start[TILES];                         // what sums of scores begin with: -inf for keys that are not there
@@ -91,12 +101,32 @@ struct AttentionWarp {
     CAVMAE_DEVICE int owner() const { return index % 4; }
     CAVMAE_DEVICE int half() const { return index / 4; }
 
+    CAVMAE_DEVICE AttentionWarp(int index, char* memory) : index(index), memory(memory), scratch(address_of(memory)) {
+        const Address rows = scratch + SCRATCH_BYTES;
+        CAVMAE_UNROLL
+        for (int k = 0; k < DEPTH; ++k) {
+            across[k] = matrices<CHUNKS, true>(rows + half() * GROUP, 0, 2 * k);
+            hold(across[k]);
+            down[k] = matrices<CHUNKS, false>(rows + half() * GROUP, 0, 2 * k);
+            hold(down[k]);
+        }
+        CAVMAE_UNROLL
+        for (int i = 0; i < STEP / 32; ++i) {
+            ds_to[i] = matrices<STEP / 8, false>(scratch, 16 * TILES * owner(), 2 * (half() + 2 * i));
+            hold(ds_to[i]);
+        }
+        ds_from = matrices<STEP / 8, true>(scratch, 0, 2 * owner());
+        hold(ds_from);
+        CAVMAE_EACH_LANE(lane) {
+            statistics[lane] = rows + half() * GROUP + 16 * 8 * W + lane % 4 * 16;
+            dq_at[lane] = rows + owner() * GROUP + 16 * 4 * W + (half() * (COLUMNS / 8) * 32 + lane) * 16;
+        }
+        hold(statistics);
+        hold(dq_at);
+    }
+
     // Shared memory: the scratch, then of each 16 queries q, dout, dq as lanes hold it, and (lse, delta).
-    CAVMAE_DEVICE char* q_rows(int group) const { return memory + SCRATCH_BYTES + group * 16 * query_bytes(W); }
-    CAVMAE_DEVICE char* dout_rows(int group) const { return q_rows(group) + 16 * 2 * W; }
-    CAVMAE_DEVICE Four* dq_sums(int group) const { return reinterpret_cast<Four*>(q_rows(group) + 2 * 16 * 2 * W); }
-    CAVMAE_DEVICE float* statistics(int group) const { return reinterpret_cast<float*>(dq_sums(group)) + 16 * W; }
-    CAVMAE_DEVICE char* ds_rows(int step) const { return memory + step % 2 * (KEYS * STEP * 2); }
+    CAVMAE_DEVICE char* group_at(int group) const { return memory + SCRATCH_BYTES + group * GROUP; }
 
     CAVMAE_DEVICE void load_queries(const AttentionHead& head) {
         const int padded = padded_queries(head.queries);
@@ -104,7 +134,9 @@ struct AttentionWarp {
                 const int row = first + lane;
                 if (row >= padded) continue;
                 const bool inside = row < head.queries;
-                const int group = row / 16;
+                char* group = group_at(row / 16);
+                Four* dq = reinterpret_cast<Four*>(group + 16 * 4 * W);
+                float* pair = reinterpret_cast<float*>(group + 16 * 8 * W) + 2 * (row % 16);
                 float delta = 0;
                 CAVMAE_UNROLL
                 for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -117,13 +149,13 @@ struct AttentionWarp {
                     CAVMAE_UNROLL
                     for (int i = 0; i < 4; ++i)
                         delta += low_of(dout.word[i]) * low_of(out.word[i]) + high_of(dout.word[i]) * high_of(out.word[i]);
-                    *reinterpret_cast<Chunk*>(q_rows(group) + place<CHUNKS>(row % 16, chunk)) = q;
-                    *reinterpret_cast<Chunk*>(dout_rows(group) + place<CHUNKS>(row % 16, chunk)) = dout;
-                    dq_sums(group)[2 * (row % 16 * CHUNKS + chunk)] = Four{0, 0, 0, 0};
-                    dq_sums(group)[2 * (row % 16 * CHUNKS + chunk) + 1] = Four{0, 0, 0, 0};
+                    *reinterpret_cast<Chunk*>(group + place<CHUNKS>(row % 16, chunk)) = q;
+                    *reinterpret_cast<Chunk*>(group + 16 * 2 * W + place<CHUNKS>(row % 16, chunk)) = dout;
+                    dq[2 * (row % 16 * CHUNKS + chunk)] = Four{0, 0, 0, 0};
+                    dq[2 * (row % 16 * CHUNKS + chunk) + 1] = Four{0, 0, 0, 0};
                 }
-                statistics(group)[2 * (row % 16)] = inside ? head.lse[row] : 0.0f;
-                statistics(group)[2 * (row % 16) + 1] = delta;
+                pair[0] = inside ? head.lse[row] : 0.0f;
+                pair[1] = delta;
             }
     }
 
@@ -148,8 +180,8 @@ struct AttentionWarp {
             const int row = 16 * (TILES * owner() + m);
             CAVMAE_UNROLL
             for (int k = 0; k < DEPTH; ++k) {
-                load_matrices<false>(key[m][k], matrices<CHUNKS, false>(memory, row, 2 * k));
-                load_matrices<false>(value[m][k], matrices<CHUNKS, false>(memory + KEYS * W * 2, row, 2 * k));
+                load_matrices<false>(key[m][k], matrices<CHUNKS, false>(scratch, row, 2 * k));
+                load_matrices<false>(value[m][k], matrices<CHUNKS, false>(scratch + KEYS * W * 2, row, 2 * k));
             }
             CAVMAE_EACH_LANE(lane) {
                 const int upper = first + row + lane / 4;
@@ -163,25 +195,24 @@ struct AttentionWarp {
         for (int t = 0; t < KEYS / 16; ++t)
             CAVMAE_UNROLL
         for (int n = 0; n < COLUMNS / 16; ++n)
-            load_matrices<true>(key_columns[t][n], matrices<CHUNKS, false>(memory, 16 * t, half() * (COLUMNS / 8) + 2 * n));
+            load_matrices<true>(key_columns[t][n], matrices<CHUNKS, false>(scratch, 16 * t, half() * (COLUMNS / 8) + 2 * n));
     }
 
     // What the queries of a step add to dk and dv, and their ds. Keys that are not there have p = 0 and ds = 0.
     CAVMAE_DEVICE void scores(const AttentionHead& head, int step) {
-        const int groups = padded_queries(head.queries) / 16;
-        for (int part = half(); part < STEP / 16; part += 2) {
-            const int group = step * (STEP / 16) + part;
-            if (group >= groups) return;
-            add_queries(head.c, group, part, ds_rows(step));
-        }
+        const int queries = padded_queries(head.queries) - step * STEP, of_step = step * (STEP / 16 * GROUP);
+        CAVMAE_UNROLL
+        for (int i = 0; i < STEP / 32; ++i)
+            if (16 * (half() + 2 * i) < queries) add_queries(head.c, of_step + 2 * i * GROUP, ds_to[i], step % 2 * DS);
     }
 
-    CAVMAE_DEVICE void add_queries(float c, int group, int part, char* ds_tile) {
+    // 16 of them, whose rows begin `from` bytes behind the first ones, and the place for their ds `to` bytes behind `ds_rows`.
+    CAVMAE_DEVICE void add_queries(float c, int from, const PerLane<Address>& ds_rows, int to) {
         Accumulator score[TILES][2], dp[TILES][2];
         Fragment p[TILES], ds[TILES], rows;
         CAVMAE_UNROLL
         for (int k = 0; k < DEPTH; ++k) {
-            load_matrices<false>(rows, matrices<CHUNKS, true>(q_rows(group), 0, 2 * k));
+            load_matrices<false>(rows, across[k], from);
             CAVMAE_UNROLL
             for (int m = 0; m < TILES; ++m)
                 CAVMAE_UNROLL
@@ -192,7 +223,7 @@ struct AttentionWarp {
         CAVMAE_EACH_LANE(lane) zero[lane] = Four{0, 0, 0, 0};
         CAVMAE_UNROLL
         for (int k = 0; k < DEPTH; ++k) {
-            load_matrices<false>(rows, matrices<CHUNKS, true>(dout_rows(group), 0, 2 * k));
+            load_matrices<false>(rows, across[k], from + 16 * 2 * W);
             CAVMAE_UNROLL
             for (int m = 0; m < TILES; ++m)
                 CAVMAE_UNROLL
@@ -202,7 +233,7 @@ struct AttentionWarp {
         CAVMAE_UNROLL
         for (int n = 0; n < 2; ++n) CAVMAE_EACH_LANE(lane) {
                 // lse and delta of this lane's two queries
-                const Four of = reinterpret_cast<const Four*>(statistics(group))[4 * n + lane % 4];
+                const Four of = load_four(statistics[lane] + from + n * 4 * 16);
                 CAVMAE_UNROLL
                 for (int m = 0; m < TILES; ++m) {
                     const Four s = score[m][n][lane], d = dp[m][n][lane];
@@ -216,17 +247,17 @@ struct AttentionWarp {
             }
         CAVMAE_UNROLL
         for (int m = 0; m < TILES; ++m)
-            store_matrices(matrices<STEP / 8, false>(ds_tile, 16 * (TILES * owner() + m), 2 * part), ds[m]);
-        add_product(dv, p, dout_rows(group));
-        add_product(dk, ds, q_rows(group));
+            store_matrices(ds_rows, to + m * 16 * STEP * 2, ds[m]);
+        add_product(dv, p, from + 16 * 2 * W);
+        add_product(dk, ds, from);
     }
 
-    // to += a x, with 16 rows of q or dout.
-    CAVMAE_DEVICE void add_product(Accumulator (&to)[TILES][CHUNKS], const Fragment (&a)[TILES], char* x) {
+    // to += a x, with 16 rows of q or dout that begin `from` bytes behind the first ones of q.
+    CAVMAE_DEVICE void add_product(Accumulator (&to)[TILES][CHUNKS], const Fragment (&a)[TILES], int from) {
         CAVMAE_UNROLL
         for (int k = 0; k < DEPTH; ++k) {
             Fragment rows;
-            load_matrices<true>(rows, matrices<CHUNKS, false>(x, 0, 2 * k));
+            load_matrices<true>(rows, down[k], from);
             CAVMAE_UNROLL
             for (int m = 0; m < TILES; ++m)
                 CAVMAE_UNROLL
@@ -237,16 +268,16 @@ struct AttentionWarp {
 
     // What this block of keys adds to dq of a step's queries.
     CAVMAE_DEVICE void add_keys(const AttentionHead& head, int step) {
-        const int group = step * (STEP / 16) + owner();
-        if (group >= padded_queries(head.queries) / 16) return;
+        if (16 * owner() >= padded_queries(head.queries) - step * STEP) return;
+        const int of_step = step * (STEP / 16 * GROUP);
         Accumulator sum[COLUMNS / 8];
-        Four* kept = dq_sums(group) + half() * (COLUMNS / 8) * 32;
         CAVMAE_UNROLL
-        for (int n = 0; n < COLUMNS / 8; ++n) CAVMAE_EACH_LANE(lane) sum[n][lane] = kept[32 * n + lane];
+        for (int n = 0; n < COLUMNS / 8; ++n)
+            CAVMAE_EACH_LANE(lane) sum[n][lane] = load_four(dq_at[lane] + of_step + n * 512);
         CAVMAE_UNROLL
         for (int t = 0; t < KEYS / 16; ++t) {
             Fragment ds;
-            load_matrices<true>(ds, matrices<STEP / 8, true>(ds_rows(step), 16 * t, 2 * owner()));
+            load_matrices<true>(ds, ds_from, step % 2 * DS + t * 16 * STEP * 2);
             CAVMAE_UNROLL
             for (int n = 0; n < COLUMNS / 8; ++n) {
                 const Fragment& k = key_columns[t][n / 2];
@@ -254,14 +285,15 @@ struct AttentionWarp {
             }
         }
         CAVMAE_UNROLL
-        for (int n = 0; n < COLUMNS / 8; ++n) CAVMAE_EACH_LANE(lane) kept[32 * n + lane] = sum[n][lane];
+        for (int n = 0; n < COLUMNS / 8; ++n)
+            CAVMAE_EACH_LANE(lane) store_four(dq_at[lane] + of_step + n * 512, sum[n][lane]);
     }
 
     CAVMAE_DEVICE void store_queries(const AttentionHead& head) {
         for (int group = index; group < padded_queries(head.queries) / 16; group += ATTENTION_WARPS)
             CAVMAE_UNROLL
         for (int n = 0; n < CHUNKS; ++n) CAVMAE_EACH_LANE(lane) {
-                const Four dq = dq_sums(group)[32 * n + lane];
+                const Four dq = reinterpret_cast<const Four*>(group_at(group) + 16 * 4 * W)[32 * n + lane];
                 store(head.dq + 8 * n, head.q_stride, 16 * group, head.queries, dq, head.scale, lane);
             }
     }
@@ -310,10 +342,7 @@ struct Block {
 #ifdef __CUDACC__
     AttentionWarp<W> warp;
 
-    __device__ __forceinline__ explicit Block(char* memory) {
-        warp.index = threadIdx.x / 32;
-        warp.memory = memory;
-    }
+    __device__ __forceinline__ explicit Block(char* memory) : warp(threadIdx.x / 32, memory) {}
 
     template <class Function>
     __device__ __forceinline__ void phase(Function function) {
@@ -321,14 +350,11 @@ struct Block {
         __syncthreads();
     }
 #else
-    AttentionWarp<W> warps[ATTENTION_WARPS];
+    std::vector<AttentionWarp<W>> warps;
     bool backwards;  // the last warp first: a race would show
 
     Block(char* memory, bool backwards) : backwards(backwards) {
-        for (int i = 0; i < ATTENTION_WARPS; ++i) {
-            warps[i].index = i;
-            warps[i].memory = memory;
-        }
+        for (int i = 0; i < ATTENTION_WARPS; ++i) warps.emplace_back(i, memory);
     }
 
     template <class Function>

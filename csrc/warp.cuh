@@ -47,6 +47,41 @@ struct Fragment {
 // 16 x 8 in fp32: lane 4 g + t has columns 2 t and 2 t + 1 of row g (x, y) and of row g + 8 (z, w).
 using Accumulator = PerLane<Four>;
 
+// A place in shared memory.
+#ifdef __CUDACC__
+using Address = uint32_t;
+
+inline __device__ Address address_of(char* memory) { return static_cast<Address>(__cvta_generic_to_shared(memory)); }
+// The compiler holds it in a register from here on, and does not compute it again where it is needed.
+CAVMAE_DEVICE void hold(PerLane<Address>& address) { asm volatile("" : "+r"(address.value)); }
+#else
+using Address = char*;
+
+inline Address address_of(char* memory) { return memory; }
+inline void hold(PerLane<Address>&) {}
+#endif
+
+CAVMAE_DEVICE Four load_four(Address from) {
+    Four x;
+#ifdef __CUDACC__
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from)
+                 : "memory");
+#else
+    std::memcpy(&x, from, sizeof(x));
+#endif
+    return x;
+}
+
+CAVMAE_DEVICE void store_four(Address to, const Four& x) {
+#ifdef __CUDACC__
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+#else
+    std::memcpy(to, &x, sizeof(x));
+#endif
+}
+
 #ifndef __CUDACC__
 inline float from_bf16(uint16_t bits) {
     const uint32_t wide = uint32_t(bits) << 16;
@@ -103,11 +138,11 @@ CAVMAE_DEVICE float power_of_2(float x) {
 #endif
 }
 
-// Four matrices from shared memory; lane 8 i + j gives the address of row j of matrix i. TRANSPOSED: of their transposes.
+// Four matrices from shared memory; lane 8 i + j has the address of row j of matrix i, `offset` bytes before it. TRANSPOSED: of their transposes.
 template <bool TRANSPOSED>
-CAVMAE_DEVICE void load_matrices(Fragment& to, const PerLane<char*>& rows) {
+CAVMAE_DEVICE void load_matrices(Fragment& to, const PerLane<Address>& rows, int offset = 0) {
 #ifdef __CUDACC__
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(rows.value));
+    const uint32_t address = rows.value + offset;
     uint32_t &a = to.word[0].value, &b = to.word[1].value, &c = to.word[2].value, &d = to.word[3].value;
     if constexpr (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -126,7 +161,7 @@ CAVMAE_DEVICE void load_matrices(Fragment& to, const PerLane<char*>& rows) {
             for (int half = 0; half < 2; ++half) {
                 const int g = lane / 4, other = 2 * (lane % 4) + half;
                 const int row = TRANSPOSED ? other : g, column = TRANSPOSED ? g : other;
-                std::memcpy(&pair[half], rows[8 * i + row] + 2 * column, 2);
+                std::memcpy(&pair[half], rows[8 * i + row] + offset + 2 * column, 2);
             }
             to.word[i][lane] = pair[0] | uint32_t(pair[1]) << 16;
         }
@@ -134,16 +169,16 @@ CAVMAE_DEVICE void load_matrices(Fragment& to, const PerLane<char*>& rows) {
 }
 
 // The reverse of load_matrices<false>.
-CAVMAE_DEVICE void store_matrices(const PerLane<char*>& rows, const Fragment& from) {
+CAVMAE_DEVICE void store_matrices(const PerLane<Address>& rows, int offset, const Fragment& from) {
 #ifdef __CUDACC__
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(rows.value));
+    const uint32_t address = rows.value + offset;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(from.word[0].value), "r"(from.word[1].value), "r"(from.word[2].value), "r"(from.word[3].value)
                  : "memory");
 #else
     for (int i = 0; i < 4; ++i)
         for (int lane = 0; lane < 32; ++lane)
-            std::memcpy(rows[8 * i + lane / 4] + 4 * (lane % 4), &from.word[i][lane], 4);
+            std::memcpy(rows[8 * i + lane / 4] + offset + 4 * (lane % 4), &from.word[i][lane], 4);
 #endif
 }
 

@@ -31,8 +31,8 @@ template <int W> bool run(const AttentionStreams& streams, int longest, bool bac
     for (int block = 0; block < streams.streams * streams.batch * streams.heads; ++block) {
         std::vector<Four> memory(floats / 4 + 1, Four{NAN, NAN, NAN, NAN});  // nothing is there from before
         char* start = reinterpret_cast<char*>(memory.data());
-        std::vector<Block<W>> warps(1, Block<W>(start, backwards));
-        attention_backward<W>(warps[0], streams.head(block, W));
+        Block<W> warps(start, backwards);
+        attention_backward<W>(warps, streams.head(block, W));
         for (int i = 0; i < 4; ++i)  // and nothing is written past it
             if (!std::isnan(reinterpret_cast<float*>(start)[floats + i])) return false;
     }

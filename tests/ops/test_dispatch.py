@@ -214,7 +214,7 @@ def test_attention_is_chosen_once(monkeypatch):
 
 
 def test_an_implementation_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="attention got 'auto'; it has torch, triton, flash, products"):
+    with pytest.raises(ValueError, match="attention got 'auto'; it has torch, triton, cuda, flash, products"):
         torch.ops.cavmae_fast.attention(torch.randn(4, 96), None, 1, [4], [4], 1, "auto")
 
 
