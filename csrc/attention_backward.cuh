@@ -188,6 +188,7 @@ struct AttentionWarp {
                 const float low = -INFINITY, a = upper < head.keys ? 0.0f : low, b = upper + 8 < head.keys ? 0.0f : low;
                 start[m][lane] = Four{a, a, b, b};
             }
+            hold(start[m]);
             CAVMAE_UNROLL
             for (int n = 0; n < CHUNKS; ++n) CAVMAE_EACH_LANE(lane) dk[m][n][lane] = dv[m][n][lane] = Four{0, 0, 0, 0};
         }
@@ -270,10 +271,13 @@ struct AttentionWarp {
     CAVMAE_DEVICE void add_keys(const AttentionHead& head, int step) {
         if (16 * owner() >= padded_queries(head.queries) - step * STEP) return;
         const int of_step = step * (STEP / 16 * GROUP);
-        Accumulator sum[COLUMNS / 8];
+        // Two sums of every other 16 keys: products that wait for one another are half as many.
+        Accumulator sums[2][COLUMNS / 8];
         CAVMAE_UNROLL
-        for (int n = 0; n < COLUMNS / 8; ++n)
-            CAVMAE_EACH_LANE(lane) sum[n][lane] = load_four(dq_at[lane] + of_step + n * 512);
+        for (int n = 0; n < COLUMNS / 8; ++n) CAVMAE_EACH_LANE(lane) {
+                sums[0][n][lane] = load_four(dq_at[lane] + of_step + n * 512);
+                sums[1][n][lane] = Four{0, 0, 0, 0};
+            }
         CAVMAE_UNROLL
         for (int t = 0; t < KEYS / 16; ++t) {
             Fragment ds;
@@ -281,12 +285,12 @@ struct AttentionWarp {
             CAVMAE_UNROLL
             for (int n = 0; n < COLUMNS / 8; ++n) {
                 const Fragment& k = key_columns[t][n / 2];
-                multiply(sum[n], ds, k.word[n % 2 * 2], k.word[n % 2 * 2 + 1], sum[n]);
+                multiply(sums[t % 2][n], ds, k.word[n % 2 * 2], k.word[n % 2 * 2 + 1], sums[t % 2][n]);
             }
         }
         CAVMAE_UNROLL
         for (int n = 0; n < COLUMNS / 8; ++n)
-            CAVMAE_EACH_LANE(lane) store_four(dq_at[lane] + of_step + n * 512, sum[n][lane]);
+            CAVMAE_EACH_LANE(lane) store_four(dq_at[lane] + of_step + n * 512, sum(sums[0][n][lane], sums[1][n][lane]));
     }
 
     CAVMAE_DEVICE void store_queries(const AttentionHead& head) {

@@ -47,18 +47,22 @@ struct Fragment {
 // 16 x 8 in fp32: lane 4 g + t has columns 2 t and 2 t + 1 of row g (x, y) and of row g + 8 (z, w).
 using Accumulator = PerLane<Four>;
 
-// A place in shared memory.
+// A place in shared memory; and `hold`: the compiler keeps a value in registers from there on, and does not compute it again
+// where it is needed.
 #ifdef __CUDACC__
 using Address = uint32_t;
 
-inline __device__ Address address_of(char* memory) { return static_cast<Address>(__cvta_generic_to_shared(memory)); }
-// The compiler holds it in a register from here on, and does not compute it again where it is needed.
+CAVMAE_DEVICE Address address_of(char* memory) { return static_cast<Address>(__cvta_generic_to_shared(memory)); }
 CAVMAE_DEVICE void hold(PerLane<Address>& address) { asm volatile("" : "+r"(address.value)); }
+CAVMAE_DEVICE void hold(Accumulator& sum) {
+    asm volatile("" : "+f"(sum.value.x), "+f"(sum.value.y), "+f"(sum.value.z), "+f"(sum.value.w));
+}
 #else
 using Address = char*;
 
 inline Address address_of(char* memory) { return memory; }
 inline void hold(PerLane<Address>&) {}
+inline void hold(Accumulator&) {}
 #endif
 
 CAVMAE_DEVICE Four load_four(Address from) {
