@@ -432,12 +432,8 @@ inline AttentionStreams streams_of(void* dq, void* dk, void* dv, const void* q, 
     const auto results = [](void* pointer) { return static_cast<uint16_t*>(pointer); };
     const double scale = 1 / std::sqrt(double(width)), log2e = 1.4426950408889634;
     AttentionStreams all{};
-    all.all = {bits(q), bits(k), bits(v), bits(dout), bits(out), lse, results(dq), results(dk), results(dv)};
-    all.all.q_stride = q_stride;
-    all.all.k_stride = k_stride;
-    all.all.out_stride = heads * width;
-    all.all.c = float(log2e * scale);
-    all.all.scale = float(scale);
+    all.all = {bits(q),     bits(k),  bits(v),  bits(dout),    bits(out), lse, results(dq),          results(dk),
+               results(dv), q_stride, k_stride, heads * width, 0,         0,   float(log2e * scale), float(scale)};
     all.batch = int(batch);
     all.heads = int(heads);
     all.streams = streams;

@@ -30,6 +30,7 @@ struct HiddenGradient {
     int rows;
 };
 
+struct AttentionStreams;
 struct Plan;
 
 struct WeightGradient {
@@ -91,6 +92,7 @@ namespace sm90 {
 int linear_gelu(const LinearGelu* products, int streams, int width, int depth, cudaStream_t stream);
 int hidden_gradient(const HiddenGradient* products, int streams, int width, int depth, cudaStream_t stream);
 int weight_gradient(const WeightGradient& call, const Plan& plan, int multiprocessors, cudaStream_t stream);
+int attention_backward(const AttentionStreams& streams, int width, cudaStream_t stream);
 }  // namespace sm90
 
 }  // namespace cavmae

@@ -18,6 +18,8 @@ from cavmae_fast.ops.attention import resolve_backend
 from cavmae_fast.ops.attention_library import attention_backward_library, attention_limit
 from cavmae_fast.ops.attention_torch import column_sums
 from cavmae_fast.ops.parity import assert_parity, poisoned_allocations, repeats
+from cavmae_fast.tuning.plan import Settings, units
+from cavmae_fast.tuning.search import plain
 from tests.ops.test_attention import draw, oracle
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -212,6 +214,19 @@ def test_it_is_chosen_where_it_was_tuned(host, monkeypatch):
         assert resolve_backend("auto", torch.device("cpu"), torch.bfloat16, 32, 708) == "torch"
 
 
+@pytest.mark.parametrize(
+    ("model", "tried"),
+    [("base", {"short 64": True, "long 32": True}), ("mavil", {"short 64": True, "long 32": False, "long 64": True})],
+)
+def test_the_tuner_tries_it(host, monkeypatch, model, tried):
+    """In every unit of attention whose streams it takes: those of MAViL's decoders are longer, 785 tokens."""
+    monkeypatch.setattr(native, "library", lambda: mock.Mock(cavmae_attention_longest=host.longest))
+    monkeypatch.setattr(configuration, "target_of", lambda device: "sm_90")
+    found = units(Settings(model, 2, "bfloat16", "cuda", ("attention",)))
+    names = {unit.key: [candidate.name for candidate in plain(unit, torch.device("cuda"))] for unit in found}
+    assert {key: names[key].count("CUDA library") for key in names} == tried
+
+
 def test_its_forward_pass_is_tritons():
     qkv = torch.randn(2 * 33, 3 * 32).half()
     arguments = (qkv, None, 2, [33], [33], 1)
@@ -229,7 +244,7 @@ def built(tmp_path_factory) -> Path:
     if nvcc is None:
         pytest.skip("no nvcc on PATH: the kernel cannot be compiled here")
     output = tmp_path_factory.mktemp("built") / "attention.so"
-    sources = [CSRC / "attention_backward_sm90.cu", CSRC / "cavmae.cu"]
+    sources = [CSRC / name for name in ("attention_backward_sm90.cu", "attention_backward.cu", "cavmae.cu")]
     options = ["-O3", "-std=c++17", "-ftz=true", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
     options += ["-shared", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     subprocess.run([nvcc, *options, f"-o={output}", *sources], check=True)
