@@ -134,9 +134,10 @@ def test_parity(on_the_host, shape):
     assert repeats(ours(shape), inputs)
 
 
-def test_the_decoder(on_the_host):
-    """The length that the kernel is for."""
-    shape = (1, (708,), 1, 32, None)
+@pytest.mark.parametrize(("width", "lengths", "q_lengths"), [(32, (708,), None), (32, (66,), 0), (64, (66,), 0)])
+def test_long_streams(on_the_host, host, width, lengths, q_lengths):
+    """The decoder's, which the kernel is for; and as many queries (0) as shared memory holds."""
+    shape = (1, lengths, 1, width, q_lengths if q_lengths is None else (host.longest(width),))
     assert_parity(ours(shape), oracle(shape), draw(shape, torch.bfloat16))
 
 
