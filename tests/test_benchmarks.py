@@ -301,7 +301,9 @@ def test_a_contender_that_is_killed_costs_itself_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(steps, "_contender", impatient)
     report = Report(tmp_path / "steps.json", "steps", torch.device("cpu"), True, 400.0, {"device": "cpu"})
-    with pytest.raises(common.BenchmarkError, match="no time for fast at batch 2, fast-graph at batch 2"):
+    with pytest.raises(
+        common.BenchmarkError, match=r"no time for fast at batch 2 \(crashed\), fast-graph at batch 2 \(timed out\)"
+    ):
         steps.steps(report)
     rows = {v["name"]: v for step in json.loads(report.path.read_text())["steps"] for v in step["variants"]}
     assert rows["fast"]["status"] == "crashed" and "exit code -9" in rows["fast"]["reason"]
