@@ -85,7 +85,7 @@ def _race_steps(
     """One process for each (variant, batch, label of what is `forced`), so that a crash, a hang or a lack of memory costs
     that one alone; its row is in the record as soon as it is there."""
     report.data["ceilings"] = ceilings(report.device, ["bf16", "fp16"] if report.on_gpu else ["bf16"], report.tiny)
-    end, bad = time.monotonic() + report.limit - (time.monotonic() - report.begin), []
+    end, bad = report.begin + report.limit, []
     for name, batch, *labels in dict.fromkeys(asked):
         left = end - time.monotonic()
         content = forced[labels[0]] if labels else None

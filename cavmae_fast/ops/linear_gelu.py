@@ -47,7 +47,8 @@ def _forward_torch(x, weights, biases, rows, keep_pre, onednn=False, run=in_turn
 
 def _backward(dgelu_bias, dy, pre, x, weights, rows, bias_dtype, needs_dx, products=linear_backward, **options):
     dpre, db = dgelu_bias(dy, pre, rows, bias_dtype, **options)
-    return *products(dpre, x, weights, rows, needs_dx), db
+    dx, dw, _ = products(dpre, x, weights, rows, None, needs_dx)
+    return dx, dw, db
 
 
 # -------------------------------------------------------------------------------------------------- torch operators

@@ -53,9 +53,14 @@ def linear_forward(
 
 
 def backward_side_by_side(
-    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool
-) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`), all products launched by one `side_by_side`."""
+    dout: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    bias_dtype: torch.dtype | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `stream_linear.linear_backward`, all products launched by one `side_by_side`."""
     products: list[Callable[[], object]] = []
 
     def later(jobs: Jobs, device: torch.device) -> None:
@@ -64,7 +69,7 @@ def backward_side_by_side(
     dx = input_gradient(dout, weights, rows, run=later) if needs_dx else x.new_empty(0)
     dw = weight_products(dout, x, rows, later)
     side_by_side(products, x.device)
-    return dx, dw
+    return dx, dw, bias_gradient(dout, rows, bias_dtype)
 
 
 def input_gradient(

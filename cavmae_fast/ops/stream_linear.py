@@ -64,20 +64,18 @@ def check_linear(
 
 
 def linear_backward(
-    dout: Tensor, x: Tensor, weights: Sequence[Tensor], rows: Sequence[int], needs_dx: bool, onednn: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`). `onednn`: dx by its product."""
-    dx = input_gradient(dout, weights, rows, onednn) if needs_dx else x.new_empty(0)
-    return dx, weight_gradient(dout, x, rows, None)[0]
-
-
-def _backward_torch(dout, x, weights, rows, bias_dtype, needs_dx, onednn=False):
+    dout: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    rows: Sequence[int],
+    bias_dtype: torch.dtype | None,
+    needs_dx: bool,
+    onednn: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx `[R, K]`, or empty when not needed; dW `[streams, N, K]`; db `[streams, N]`, empty for dtype None). `onednn`: by
+    its product, of dx alone."""
     dx = input_gradient(dout, weights, rows, onednn) if needs_dx else x.new_empty(0)
     return dx, *weight_gradient(dout, x, rows, bias_dtype)
-
-
-def _backward_side_by_side(dout, x, weights, rows, bias_dtype, needs_dx):
-    return *backward_side_by_side(dout, x, weights, rows, needs_dx), bias_gradient(dout, rows, bias_dtype)
 
 
 def _forward_fake(x, weights, biases, rows):
@@ -103,9 +101,9 @@ backward_operator = register(
     "stream_linear_backward",
     "(Tensor dout, Tensor x, Tensor[] weights, SymInt[] rows, ScalarType? bias_dtype, bool needs_dx)"
     " -> (Tensor dx, Tensor dw, Tensor db)",
-    torch=_backward_torch,
-    kernels={SIDE_BY_SIDE: _backward_side_by_side},
-    forms={"onednn": partial(_backward_torch, onednn=True)},
+    torch=linear_backward,
+    kernels={SIDE_BY_SIDE: backward_side_by_side},
+    forms={"onednn": partial(linear_backward, onednn=True)},
     fake=backward_fake,
 )
 

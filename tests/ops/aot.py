@@ -107,6 +107,7 @@ def key_of(source: ASTSource, options: dict, capability: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+@functools.cache
 def recorded() -> dict[str, dict[str, Any]]:
     """The record."""
     lines = json.loads(RECORD.read_text()) if RECORD.exists() else {}
